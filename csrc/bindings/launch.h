@@ -1,0 +1,106 @@
+// From a torch op to a kernel: tensors to plain pointers, tasks to torch's thread pool.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+#include <optional>
+
+#include "../cpu/table.h"
+
+namespace fastattn {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline DType dtype_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    case ScalarType::Bool:
+      return DType::boolean;
+    default:
+      STD_TORCH_CHECK(false, "fastattn: the cpu kernels take float32, bfloat16, float16 and bool");
+  }
+  return DType::f32;
+}
+
+inline DType dtype_of(const Tensor& tensor) { return dtype_of(tensor.scalar_type()); }
+
+// A fresh tensor through torch's dispatcher, so that allocators, modes and poisoning apply.
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
+}
+inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
+  return torch::stable::empty(sizes, type);
+}
+
+// A worker's scratch memory: kept for the next call while small, so that no call pays for fresh pages.
+class Scratch {
+ public:
+  static constexpr size_t kKept = size_t{16} << 20;
+
+  char* at_least(int64_t bytes) {
+    const size_t wanted = (static_cast<size_t>(bytes) + 63) & ~size_t{63};
+    if (wanted > capacity_) {
+      release();
+      memory_ = static_cast<char*>(std::aligned_alloc(64, wanted));
+      if (memory_ == nullptr) throw std::bad_alloc();
+      capacity_ = wanted;
+    }
+    return memory_;
+  }
+  void trim() {
+    if (capacity_ > kKept) release();
+  }
+  ~Scratch() { release(); }
+
+ private:
+  void release() {
+    std::free(memory_);
+    memory_ = nullptr;
+    capacity_ = 0;
+  }
+  char* memory_ = nullptr;
+  size_t capacity_ = 0;
+};
+
+inline Scratch& scratch_of_this_thread() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+
+// Below this many nanoseconds of single-thread work, waking other threads costs more than it saves.
+constexpr double kSerialNanoseconds = 50e3;
+
+// Runs a kernel: one parallel region, every worker pulling tasks until there are none. `nanoseconds` is a rough
+// estimate of the whole call's work on one thread.
+template <class Params>
+void launch(const Kernel<Params>& kernel, const Params& params, double nanoseconds) {
+  TaskQueue queue{kernel.tasks(params), 0, 0};
+  if (queue.total == 0) return;
+  const int64_t bytes = kernel.scratch(params);
+  const auto work = [&](int64_t, int64_t) {
+    Scratch& scratch = scratch_of_this_thread();
+    kernel.run(params, queue, scratch.at_least(bytes));
+    scratch.trim();
+  };
+  const int64_t workers =
+      nanoseconds < kSerialNanoseconds ? 1 : std::min<int64_t>(queue.total, torch::stable::get_num_threads());
+  if (workers == 1) {
+    work(0, 1);
+  } else {
+    torch::stable::parallel_for(0, workers, 1, work);
+  }
+}
+
+}  // namespace fastattn

@@ -1,0 +1,58 @@
+// Elementary functions on the vocabulary. Errors are relative, measured over all floats of the stated range.
+#pragma once
+#include "simd/simd.h"
+
+namespace fastattn::FASTATTN_ISA {
+namespace {
+
+constexpr float kLog2e = 1.44269504088896340736f;
+constexpr float kLn2 = 0.69314718055994530942f;
+constexpr float kInf = __builtin_inff();
+
+// 2^x: relative error below 2.0e-7 (Degree 5) or 7.5e-5 (Degree 3, enough where the result is rounded to bf16).
+// Relative minimax polynomials on [-1/2, 1/2]; exp2(-inf) = 0, NaN stays NaN.
+template <int Degree = 5>
+FASTATTN_INLINE F32 exp2(F32 x) {
+  const F32 n = round_nearest(x);
+  const F32 f = x - n;
+  F32 p;
+  if constexpr (Degree == 5) {
+    p = splat(1.33002642e-03f);
+    p = fma(p, f, splat(9.66970840e-03f));
+    p = fma(p, f, splat(5.55055999e-02f));
+    p = fma(p, f, splat(2.40222816e-01f));
+    p = fma(p, f, splat(kLn2));
+    p = fma(p, f, splat(1.f));
+  } else {
+    static_assert(Degree == 3, "exp2 has polynomials of degree 3 and 5");
+    p = splat(0.055171493f);
+    p = fma(p, f, splat(0.242611109f));
+    p = fma(p, f, splat(0.693261018f));
+    p = fma(p, f, splat(0.999928075f));
+  }
+  return scale2(p, n);
+}
+
+// e^x for x <= 88: relative error below 1.0e-7 for |x| <= 10, below 3.1e-7 wherever the result is normal. 0 from -104
+// down, -inf included; NaN stays NaN. Cody-Waite reduction by one fma: ln2 as a float is off by no more than 1.9e-9.
+FASTATTN_INLINE F32 exp(F32 x) {
+  const F32 d = max(splat(-150.f), x);
+  const F32 n = round_nearest(d * splat(kLog2e));
+  F32 r;
+  if constexpr (kFusedFma) {
+    r = fma(n, splat(-kLn2), d);
+  } else {  // ln2 in two parts, the first so short that its products are exact
+    r = (d - n * splat(0.693359375f)) + n * splat(2.12194440e-4f);
+  }
+  F32 p = splat(1.38146132608e-3f);
+  p = fma(p, r, splat(8.36870982417e-3f));
+  p = fma(p, r, splat(4.16683873613e-2f));
+  p = fma(p, r, splat(0.166665206898f));
+  p = fma(p, r, splat(0.499999934517f));
+  p = fma(p, r, splat(1.f));
+  p = fma(p, r, splat(1.f));
+  return scale2(p, n);
+}
+
+}  // namespace
+}  // namespace fastattn::FASTATTN_ISA

@@ -1,0 +1,172 @@
+// AVX2 + FMA + F16C.
+#pragma once
+#include <immintrin.h>
+
+namespace fastattn::FASTATTN_ISA {
+namespace {
+
+constexpr int kLanes = 8;
+constexpr int kRegisters = 16;
+constexpr bool kFusedFma = true;
+constexpr bool kHasDot2 = false;
+
+struct F32 {
+  __m256 v;
+};
+struct I32 {
+  __m256i v;
+};
+struct Mask {
+  __m256 v;  // all bits of a lane set, or none
+};
+
+FASTATTN_INLINE F32 splat(float x) { return {_mm256_set1_ps(x)}; }
+FASTATTN_INLINE F32 zero() { return {_mm256_setzero_ps()}; }
+FASTATTN_INLINE F32 operator+(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
+FASTATTN_INLINE F32 operator-(F32 a, F32 b) { return {_mm256_sub_ps(a.v, b.v)}; }
+FASTATTN_INLINE F32 operator*(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+FASTATTN_INLINE F32 operator/(F32 a, F32 b) { return {_mm256_div_ps(a.v, b.v)}; }
+FASTATTN_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+FASTATTN_INLINE F32 fms(F32 a, F32 b, F32 c) { return {_mm256_fmsub_ps(a.v, b.v, c.v)}; }
+FASTATTN_INLINE F32 fnma(F32 a, F32 b, F32 c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
+FASTATTN_INLINE F32 max(F32 a, F32 b) { return {_mm256_max_ps(a.v, b.v)}; }
+FASTATTN_INLINE F32 min(F32 a, F32 b) { return {_mm256_min_ps(a.v, b.v)}; }
+FASTATTN_INLINE F32 sqrt(F32 a) { return {_mm256_sqrt_ps(a.v)}; }
+FASTATTN_INLINE F32 round_nearest(F32 a) {
+  return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+FASTATTN_INLINE float reduce_add(F32 a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+FASTATTN_INLINE float reduce_max(F32 a) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+
+FASTATTN_INLINE I32 splat_int(int32_t x) { return {_mm256_set1_epi32(x)}; }
+FASTATTN_INLINE I32 iota() { return {_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)}; }
+FASTATTN_INLINE I32 operator+(I32 a, I32 b) { return {_mm256_add_epi32(a.v, b.v)}; }
+FASTATTN_INLINE I32 operator-(I32 a, I32 b) { return {_mm256_sub_epi32(a.v, b.v)}; }
+FASTATTN_INLINE I32 operator^(I32 a, I32 b) { return {_mm256_xor_si256(a.v, b.v)}; }
+FASTATTN_INLINE I32 operator&(I32 a, I32 b) { return {_mm256_and_si256(a.v, b.v)}; }
+FASTATTN_INLINE Mask operator<(I32 a, I32 b) { return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(b.v, a.v))}; }
+FASTATTN_INLINE Mask operator~(Mask a) {
+  return {_mm256_xor_ps(a.v, _mm256_castsi256_ps(_mm256_set1_epi32(-1)))};
+}
+FASTATTN_INLINE Mask operator>=(I32 a, I32 b) { return ~(a < b); }
+FASTATTN_INLINE Mask unsigned_ge(I32 a, I32 b) {
+  return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(a.v, b.v), a.v))};
+}
+FASTATTN_INLINE void mul_wide(I32 a, I32 b, I32& hi, I32& lo) {
+  const __m256i even = _mm256_mul_epu32(a.v, b.v);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a.v, 32), _mm256_srli_epi64(b.v, 32));
+  lo.v = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+  hi.v = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+}
+
+FASTATTN_INLINE Mask first(int64_t n) { return iota() < splat_int(static_cast<int32_t>(n > kLanes ? kLanes : n)); }
+FASTATTN_INLINE Mask operator<(F32 a, F32 b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
+FASTATTN_INLINE Mask operator>(F32 a, F32 b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)}; }
+FASTATTN_INLINE Mask operator>=(F32 a, F32 b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ)}; }
+FASTATTN_INLINE Mask operator==(F32 a, F32 b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
+FASTATTN_INLINE Mask operator&(Mask a, Mask b) { return {_mm256_and_ps(a.v, b.v)}; }
+FASTATTN_INLINE Mask operator|(Mask a, Mask b) { return {_mm256_or_ps(a.v, b.v)}; }
+FASTATTN_INLINE bool any(Mask a) { return _mm256_movemask_ps(a.v) != 0; }
+FASTATTN_INLINE bool all(Mask a) { return _mm256_movemask_ps(a.v) == 0xff; }
+FASTATTN_INLINE F32 select(Mask m, F32 a, F32 b) { return {_mm256_blendv_ps(b.v, a.v, m.v)}; }
+FASTATTN_INLINE I32 select(Mask m, I32 a, I32 b) {
+  return {_mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(b.v), _mm256_castsi256_ps(a.v), m.v))};
+}
+
+// Two factors, so that results as small as the subnormals come out right; n beyond +-252 saturates. The clamp keeps
+// NaN: max and min give back their second operand then.
+FASTATTN_INLINE F32 scale2(F32 x, F32 n) {
+  const F32 clamped = min(splat(252.f), max(splat(-252.f), n));
+  const __m256i whole = _mm256_cvtps_epi32(clamped.v);
+  const __m256i half = _mm256_srai_epi32(whole, 1);
+  const __m256i bias = _mm256_set1_epi32(127);
+  const F32 a = {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23))};
+  const F32 b = {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(whole, half), bias), 23))};
+  const F32 y = x * a * b;
+  // n = -inf: x was computed from inf - inf.
+  const F32 dead = {_mm256_cmp_ps(n.v, _mm256_set1_ps(-__builtin_inff()), _CMP_EQ_OQ)};
+  return {_mm256_andnot_ps(dead.v, y.v)};
+}
+
+FASTATTN_INLINE F32 load(const float* p) { return {_mm256_loadu_ps(p)}; }
+FASTATTN_INLINE F32 widen_bf16(__m128i h) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))};
+}
+FASTATTN_INLINE F32 load(const bf16* p) { return widen_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+FASTATTN_INLINE F32 load(const f16* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+FASTATTN_INLINE F32 load_first(const float* p, int64_t n) {
+  return {_mm256_maskload_ps(p, _mm256_castps_si256(first(n).v))};
+}
+FASTATTN_INLINE __m128i load_first_halves(const void* p, int64_t n) {
+  alignas(16) uint16_t buffer[8] = {};
+  memcpy(buffer, p, static_cast<size_t>(n) * 2);
+  return _mm_load_si128(reinterpret_cast<const __m128i*>(buffer));
+}
+FASTATTN_INLINE F32 load_first(const bf16* p, int64_t n) { return widen_bf16(load_first_halves(p, n)); }
+FASTATTN_INLINE F32 load_first(const f16* p, int64_t n) { return {_mm256_cvtph_ps(load_first_halves(p, n))}; }
+FASTATTN_INLINE Mask bool_mask(__m128i bytes) {
+  return ~Mask{_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_cvtepu8_epi32(bytes), _mm256_setzero_si256()))};
+}
+FASTATTN_INLINE Mask load_bool(const uint8_t* p) {
+  return bool_mask(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+FASTATTN_INLINE Mask load_bool_first(const uint8_t* p, int64_t n) {
+  alignas(16) uint8_t buffer[16] = {};
+  memcpy(buffer, p, static_cast<size_t>(n));
+  return bool_mask(_mm_load_si128(reinterpret_cast<const __m128i*>(buffer)));
+}
+
+FASTATTN_INLINE __m128i narrow_bf16(F32 x) {
+  const __m256i u = _mm256_castps_si256(x.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  __m256i r = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd), 16);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q));
+  r = _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc0), nan);
+  return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+}
+FASTATTN_INLINE __m128i narrow_f16(F32 x) { return _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT); }
+FASTATTN_INLINE void store(float* p, F32 x) { _mm256_storeu_ps(p, x.v); }
+FASTATTN_INLINE void store(bf16* p, F32 x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_bf16(x)); }
+FASTATTN_INLINE void store(f16* p, F32 x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_f16(x)); }
+FASTATTN_INLINE void store_first(float* p, F32 x, int64_t n) {
+  _mm256_maskstore_ps(p, _mm256_castps_si256(first(n).v), x.v);
+}
+FASTATTN_INLINE void store_first_halves(void* p, __m128i x, int64_t n) {
+  alignas(16) uint16_t buffer[8];
+  _mm_store_si128(reinterpret_cast<__m128i*>(buffer), x);
+  memcpy(p, buffer, static_cast<size_t>(n) * 2);
+}
+FASTATTN_INLINE void store_first(bf16* p, F32 x, int64_t n) { store_first_halves(p, narrow_bf16(x), n); }
+FASTATTN_INLINE void store_first(f16* p, F32 x, int64_t n) { store_first_halves(p, narrow_f16(x), n); }
+
+FASTATTN_INLINE void transpose_tile(const float* s, int64_t ls, float* d, int64_t ld) {
+  __m256 r[8], t[8];
+  FASTATTN_UNROLL for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(s + i * ls);
+  FASTATTN_UNROLL for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  FASTATTN_UNROLL for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  FASTATTN_UNROLL for (int i = 0; i < 4; i++) {
+    _mm256_storeu_ps(d + i * ld, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+    _mm256_storeu_ps(d + (i + 4) * ld, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+  }
+}
+
+}  // namespace
+}  // namespace fastattn::FASTATTN_ISA

@@ -1,0 +1,49 @@
+// The SIMD vocabulary: every kernel is written once on these words, and each instruction set defines them.
+//
+//   kLanes                     floats in a register; kRegisters: how many registers there are
+//   F32, I32, Mask             registers of kLanes floats, 32-bit integers, truth values
+//   load(p) load_first(p, n)   from float, bf16, f16 (widened); load_first reads n < kLanes elements, the rest is 0
+//   store(p, x) store_first    to float, bf16, f16 (rounded to nearest even, NaN kept)
+//   fma(a, b, c) = a*b + c     fnma(a, b, c) = c - a*b, rounded once if kFusedFma
+//   max(a, b)                  b when either is NaN (put the value that may be NaN second)
+//   select(m, a, b)            m ? a : b
+//   scale2(x, n)               x * 2^n for integral n of any size; n = -inf gives 0
+//   transpose_tile(s, ls, d, ld)  d[c*ld + r] = s[r*ls + c], kLanes x kLanes floats
+//   mul_wide(a, b, hi, lo)     32 x 32 -> 64 bit product of unsigned lanes (Philox)
+//   with kHasDot2 (AVX512_BF16): Pairs, dot2(acc, a, b), pack_pairs(lo, hi), interleave_rows
+//
+// Everything lives in an anonymous namespace inside fastattn::<isa>: an object file exports its table and nothing else.
+#pragma once
+#include <cstring>
+
+#include "../types.h"
+
+#define FASTATTN_UNROLL _Pragma("GCC unroll 32")
+
+#if defined(FASTATTN_ISA_AVX512) || defined(FASTATTN_ISA_AVX512_BF16)
+#include "avx512.h"
+#elif defined(FASTATTN_ISA_AVX2)
+#include "avx2.h"
+#elif defined(FASTATTN_ISA_SCALAR)
+#include "scalar.h"
+#else
+#error "no instruction set chosen: define FASTATTN_ISA_<NAME>"
+#endif
+
+namespace fastattn::FASTATTN_ISA {
+namespace {
+
+FASTATTN_INLINE int64_t take_task(TaskQueue& queue) { return __atomic_fetch_add(&queue.next, 1, __ATOMIC_RELAXED); }
+
+// True for exactly one caller: the one whose task was the last to finish; it sees what all the others wrote.
+FASTATTN_INLINE bool finish_task(TaskQueue& queue) {
+  return __atomic_add_fetch(&queue.finished, 1, __ATOMIC_ACQ_REL) == queue.total;
+}
+
+FASTATTN_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTATTN_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+FASTATTN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FASTATTN_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+}  // namespace
+}  // namespace fastattn::FASTATTN_ISA

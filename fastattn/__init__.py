@@ -1,0 +1,25 @@
+"""fastattn: fused transformer kernels for CPUs and GPUs behind one op contract."""
+
+from fastattn.dispatch import BackendUnsupported, explain, use_backend
+from fastattn.ops import (
+    cross_entropy,
+    layer_norm,
+    log_softmax,
+    rms_norm,
+    scaled_dot_product_attention,
+    softmax,
+)
+from fastattn.version import __version__
+
+__all__ = [
+    "BackendUnsupported",
+    "__version__",
+    "cross_entropy",
+    "explain",
+    "layer_norm",
+    "log_softmax",
+    "rms_norm",
+    "scaled_dot_product_attention",
+    "softmax",
+    "use_backend",
+]

@@ -1,0 +1,338 @@
+"""From an op's public function to the backend that serves it.
+
+An op (`Op`) is declared once in fastattn/ops/<op>/op.py: two functional schemas, forward and backward, with fakes and
+one autograd formula. A backend adds an `Implementation`: `supports(problem)`, `forward`, `backward`. For every backend
+the op then exists three times under torch.ops.fastattn, each as an overload named after the backend:
+
+    <op>_forward.<backend>, <op>_backward.<backend>    the kernels; eager code calls these directly
+    <op>.<backend>                                     the forward with the autograd formula attached: what compiled
+                                                       and exported graphs hold
+
+Choosing: the `backend=` argument, then `use_backend()`, then FASTATTN_BACKEND, then backends.PRIORITY. A forced
+backend that cannot serve raises BackendUnsupported with every backend's reason; nothing falls back in silence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from fastattn import backends, env
+
+
+class BackendUnsupported(RuntimeError):
+    """No backend, or not the forced one, can serve the call; the message lists every backend's reason."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """All that a backend may look at to say yes or no. Ops add shapes and features; there are no tensors in it."""
+
+    device: str
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend's side of an op.
+
+    supports: None when it can serve the problem, else the reason, in words for people.
+    forward, backward: with the op's schemas. differentiable: backward is made of differentiable torch ops, so that
+    it can itself be differentiated.
+    """
+
+    supports: Callable[[Any], str | None]
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    differentiable: bool = False
+
+
+# Process-wide on purpose: a plain module-level dict is what torch.compile can guard on.
+_forced: dict[str, str | None] = {"backend": None}
+_served: Counter[str] = Counter()
+
+LIBRARY = torch.library.Library("fastattn", "FRAGMENT")
+OPS: dict[str, Op] = {}
+
+
+def served() -> dict[str, int]:
+    """Calls served so far by each backend, counted in eager code (a compiled graph's calls are not seen)."""
+    return dict(_served)
+
+
+def reset_served() -> None:
+    """Sets every count of `served` to zero."""
+    _served.clear()
+
+
+def set_backend(name: str | None) -> None:
+    """Forces a backend for every op of this process, None for the automatic choice; ValueError for unknown names."""
+    _forced["backend"] = None if name is None else backends.check_name(name)
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Within the block every op is served by this backend or raises BackendUnsupported. Process-wide."""
+    before = _forced["backend"]
+    set_backend(name)
+    try:
+        yield
+    finally:
+        _forced["backend"] = before
+
+
+class Bound:
+    """An op bound to one backend: its kernels and the ways in which autograd can reach them."""
+
+    def __init__(self, op: Op, backend: str, implementation: Implementation) -> None:
+        self.op, self.backend, self.implementation = op, backend, implementation
+        self.supports = implementation.supports
+        self.forward, self.backward = implementation.forward, implementation.backward
+        self.public = op.define(backend, implementation)
+        backward = functools.partial(op.backward, implementation.backward)
+        bound_backward = backward if implementation.differentiable else once_differentiable(op.name, backward)
+
+        class Eager(torch.autograd.Function):
+            """Old ctx style: half the overhead of setup_context in eager code."""
+
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Any:
+                output = implementation.forward(*args)
+                op.setup_context(ctx, args, output)
+                return output
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Any) -> Any:
+                return bound_backward(ctx, *grads)
+
+        class Transformed(torch.autograd.Function):
+            """The twin that torch.func's transforms (grad, vmap, ...) can see through."""
+
+            generate_vmap_rule = True
+
+            @staticmethod
+            def forward(*args: Any) -> Any:
+                return implementation.forward(*args)
+
+            @staticmethod
+            def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+                op.setup_context(ctx, inputs, output)
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Any) -> Any:
+                return backward(ctx, *grads)
+
+        self.eager, self.transformed = Eager.apply, Transformed.apply
+
+    def __call__(self, *args: Any) -> Any:
+        """The op's forward on canonical arguments, differentiable by whatever means the caller's context needs."""
+        if torch.compiler.is_compiling():
+            return self.public(*args)
+        _served[self.backend] += 1
+        if torch._C._are_functorch_transforms_active():
+            return self.transformed(*args)
+        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+            return self.eager(*args)
+        return self.forward(*args)
+
+
+def once_differentiable(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a second derivative through fused kernels an error instead of a wrong answer."""
+
+    def guarded(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled() and any(g is not None and g.requires_grad for g in grads):
+            raise RuntimeError(
+                f"{name}: the fused backward cannot be differentiated again; use backend='reference' for double backward"
+            )
+        with torch.no_grad():
+            return backward(ctx, *grads)
+
+    return guarded
+
+
+class Op:
+    """A fused operation, declared once.
+
+    forward_schema, backward_schema: arguments and returns as in torch.library schemas, without the name.
+    forward_fake, backward_fake: the same arguments to outputs of the right shape, strides and dtype.
+    setup_context(ctx, inputs, output): saves for backward. backward(kernel, ctx, *grads): one gradient per input,
+    computed by `kernel`, the chosen backend's backward. problem_type: the op's Problem.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        forward_schema: str,
+        backward_schema: str,
+        forward_fake: Callable[..., Any],
+        backward_fake: Callable[..., Any],
+        setup_context: Callable[[Any, Any, Any], None],
+        backward: Callable[..., Any],
+    ) -> None:
+        self.name = name
+        self.forward_schema, self.backward_schema = forward_schema, backward_schema
+        self.forward_fake, self.backward_fake = forward_fake, backward_fake
+        self.setup_context, self.backward = setup_context, backward
+        self.bound: dict[str, Bound] = {}
+        self._chosen: dict[Any, Bound] = {}
+        OPS[name] = self
+
+    def define(self, backend: str, implementation: Implementation) -> Callable[..., Any]:
+        """Registers the three torch ops of a backend; returns the public one."""
+        kernels = {
+            f"{self.name}_forward": (self.forward_schema, self.forward_fake, implementation.forward),
+            f"{self.name}_backward": (self.backward_schema, self.backward_fake, implementation.backward),
+            self.name: (self.forward_schema, self.forward_fake, implementation.forward),
+        }
+        for name, (schema, fake, kernel) in kernels.items():
+            qualified = f"{name}.{backend}"
+            LIBRARY.define(f"{qualified}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+            if not isinstance(kernel, NativeKernel):
+                LIBRARY.impl(qualified, _opaque(kernel), "CompositeExplicitAutograd")
+            torch.library.register_fake(f"fastattn::{qualified}", fake, lib=LIBRARY)
+            overload = getattr(getattr(torch.ops.fastattn, name), backend)
+            torch.library.register_vmap(
+                f"fastattn::{qualified}", functools.partial(_vmap_by_loop, overload), lib=LIBRARY
+            )
+        torch.library.register_autograd(
+            f"fastattn::{self.name}.{backend}",
+            functools.partial(self.backward, getattr(getattr(torch.ops.fastattn, f"{self.name}_backward"), backend)),
+            setup_context=self.setup_context,
+            lib=LIBRARY,
+        )
+        return getattr(getattr(torch.ops.fastattn, self.name), backend)
+
+    def implement(self, backend: str, implementation: Implementation) -> None:
+        """Adds a backend."""
+        self.bound[backends.check_name(backend)] = Bound(self, backend, implementation)
+
+    def reasons(self, problem: Problem) -> dict[str, str | None]:
+        """For every backend: None when it can serve the problem, else why not."""
+        answer: dict[str, str | None] = {}
+        for name, backend in backends.BACKENDS.items():
+            reason = backend.reason_against(problem.device)
+            if reason is None and name not in self.bound:
+                reason = f"does not implement {self.name}"
+            answer[name] = self.bound[name].supports(problem) if reason is None else reason
+        return answer
+
+    def resolve(self, problem: Problem, backend: str | None = None) -> Bound:
+        """The backend that serves this problem; BackendUnsupported when there is none, or not the forced one."""
+        forced = backend if backend is not None else _forced["backend"]
+        if forced is not None:
+            candidates: Sequence[str] = (backends.check_name(forced),)
+        else:
+            candidates = backends.PRIORITY.get(problem.device, backends.DEFAULT_PRIORITY)
+        for name in candidates:
+            bound = self.bound.get(name)
+            if bound is None or backends.BACKENDS[name].reason_against(problem.device) is not None:
+                continue
+            if bound.supports(problem) is None:
+                return bound
+        raise BackendUnsupported(self._complaint(problem, forced))
+
+    def resolve_cached(self, key: Any, problem: Callable[[], Problem], backend: str | None) -> Bound:
+        """`resolve` for eager code: `key` stands for everything that `problem()` would hold."""
+        key = (key, backend, _forced["backend"])
+        bound = self._chosen.get(key)
+        if bound is None:
+            if len(self._chosen) >= 4096:
+                self._chosen.clear()
+            bound = self._chosen[key] = self.resolve(problem(), backend)
+        return bound
+
+    def _complaint(self, problem: Problem, forced: str | None) -> str:
+        what = f"backend {forced!r} was asked for and cannot serve" if forced else "no backend can serve"
+        lines = [f"{self.name}: {what} this call", f"  {describe(problem)}"]
+        lines += [f"  {name}: {reason or 'could serve it'}" for name, reason in self.reasons(problem).items()]
+        return "\n".join(lines)
+
+
+class NativeKernel:
+    """A kernel that fastattn._C registers under the schema's own name; calls go straight to that torch op."""
+
+    def __init__(self, name: str, backend: str) -> None:
+        self.name, self.backend = name, backend
+        self._overload: Any = None
+
+    def __call__(self, *args: Any) -> Any:
+        if self._overload is None:
+            self._overload = getattr(getattr(torch.ops.fastattn, self.name), self.backend)
+        return self._overload(*args)
+
+
+def native(op: Op, supports: Callable[[Any], str | None]) -> Implementation:
+    """The cpu backend's side of an op: its kernels are in fastattn._C."""
+    return Implementation(
+        supports, NativeKernel(f"{op.name}_forward", "cpu"), NativeKernel(f"{op.name}_backward", "cpu")
+    )
+
+
+def _opaque(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Inside a torch op autograd and autocast are already dealt with; outputs may not alias inputs."""
+
+    def run(*args: Any) -> Any:
+        with torch.no_grad():
+            return kernel(*args)
+
+    return run
+
+
+def _vmap_by_loop(overload: Any, info: Any, in_dims: Any, *args: Any) -> Any:
+    """Batching rule of every kernel: one call per element of the mapped dimension, results stacked in front."""
+    results = [
+        overload(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    if isinstance(results[0], torch.Tensor):
+        return torch.stack(results), 0
+    return tuple(torch.stack(column) for column in zip(*results, strict=True)), (0,) * len(results[0])
+
+
+def describe(problem: Problem) -> str:
+    """One line with every field of a problem."""
+    return ", ".join(f"{f.name}={getattr(problem, f.name)}" for f in fields(problem))
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What dispatch would do with a call: the problem, the backend chosen (None: it would raise), every reason."""
+
+    op: str
+    problem: Problem
+    backend: str | None
+    reasons: dict[str, str | None]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.backend or 'no backend can serve this call'}", f"  {describe(self.problem)}"]
+        for name, reason in self.reasons.items():
+            verdict = "serves it" if name == self.backend else (reason or "could serve it")
+            lines.append(f"  {name}: {verdict}")
+        return "\n".join(lines)
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Which backend would serve `function(*args, **kwargs)`, and why not the others; nothing is computed.
+
+    function: a public op such as fastattn.scaled_dot_product_attention. The arguments are those of the call; they
+    are validated as the call would.
+    """
+    prepare = getattr(function, "prepare", None)
+    if prepare is None:
+        raise TypeError(f"explain() takes a fastattn op, not {function!r}")
+    op, problem = prepare(*args, **kwargs)
+    try:
+        chosen: str | None = op.resolve(problem, kwargs.get("backend")).backend
+    except BackendUnsupported:
+        chosen = None
+    return Explanation(op.name, problem, chosen, op.reasons(problem))
+
+
+set_backend(env.forced_backend())

@@ -1,0 +1,17 @@
+"""Every environment variable that the library reads, parsed in one place.
+
+| variable          | values                                   | meaning                                                     |
+|-------------------|------------------------------------------|-------------------------------------------------------------|
+| FASTATTN_BACKEND  | a backend's name                         | serve every op with this backend, or raise (read at import) |
+| FASTATTN_CPU_ISA  | scalar, avx2, avx512, avx512_bf16        | the cpu backend's instruction set (read at its first call)  |
+| FASTATTN_BUILD    | try (default), require, skip             | what setup.py does about the native build                   |
+"""
+
+from __future__ import annotations
+
+import os
+
+
+def forced_backend() -> str | None:
+    """FASTATTN_BACKEND, or None when it is not set; dispatch checks the name."""
+    return os.environ.get("FASTATTN_BACKEND") or None

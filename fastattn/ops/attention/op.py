@@ -1,0 +1,374 @@
+"""Scaled-dot-product attention: the public function, the op's contract, and what is validated before any kernel runs.
+
+    output = dropout(softmax(scale * Q K^T + mask)) V          (Vaswani et al. 2017, equation 1)
+
+Shapes are named B batch, H query heads, Hkv key/value heads, Sq queries, Sk keys, D head dim, Dv value dim.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn import philox as philox_mask
+from fastattn.dispatch import Op, Problem
+from fastattn.numerics import accumulation_dtype
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ALIGNMENTS = ("top_left", "bottom_right")
+#: Row, column and head indices are 32-bit words of the dropout counter, and products of them must fit 63 bits.
+MAX_LENGTH = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class AttentionProblem(Problem):
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    head_dim: int
+    value_dim: int
+    mask_dtype: torch.dtype | None
+    mask_grad: bool
+    is_causal: bool
+    causal_alignment: str
+    dropout: bool
+
+
+def memory_order(tensor: Tensor, like: Tensor) -> Tensor:
+    """A new (B, H, S, E) tensor in the order of `like`: (B, S, H, E) in memory where like is, else contiguous."""
+    if like.stride(1) < like.stride(2):
+        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+    return tensor.contiguous()
+
+
+def _forward_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    philox: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    bottom_right: bool,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, queries, _ = query.shape
+    output = memory_order(query.new_empty((batch, heads, queries, value.shape[-1])), query)
+    return output, query.new_empty((batch, heads, queries), dtype=accumulation_dtype(query.dtype))
+
+
+def _backward_fake(
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    philox: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    scale: float,
+    is_causal: bool,
+    bottom_right: bool,
+    dropout_p: float,
+    mask_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if mask_grad:
+        assert mask is not None
+        grad_mask = mask.new_empty(mask.shape)
+    else:
+        grad_mask = query.new_empty((0,), dtype=torch.float32)
+    return (
+        memory_order(query.new_empty(query.shape), query),
+        memory_order(key.new_empty(key.shape), key),
+        memory_order(value.new_empty(value.shape), value),
+        grad_mask,
+    )
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    query, key, value, mask, philox, *ctx.options = inputs
+    ctx.mask_grad = mask is not None and mask.requires_grad
+    ctx.save_for_backward(query, key, value, mask, philox, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(kernel: Any, ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    query, key, value, mask, philox, output, lse = ctx.saved_tensors
+    nothing = (None,) * 9
+    if grad_output is None:
+        if grad_lse is None:
+            return nothing
+        grad_output = torch.zeros_like(output)
+    elif grad_output.stride(-1) != 1 and grad_output.shape[-1] != 1:
+        grad_output = grad_output.contiguous()
+    mask_grad = mask is not None and ctx.needs_input_grad[3]
+    grads = kernel(
+        grad_output, grad_lse, query, key, value, mask, philox, output, lse, *ctx.options, mask_grad
+    )
+    return (*grads[:3], grads[3] if mask_grad else None, *nothing[4:])
+
+
+_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? philox, {}"
+    "float scale, bool is_causal, bool bottom_right, float dropout_p"
+)
+
+OP = Op(
+    "attention",
+    forward_schema=f"({_ARGUMENTS.format('')}) -> (Tensor output, Tensor lse)",
+    backward_schema=(
+        f"(Tensor grad_output, Tensor? grad_lse, {_ARGUMENTS.format('Tensor output, Tensor lse, ')}, bool mask_grad)"
+        " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask)"
+    ),
+    forward_fake=_forward_fake,
+    backward_fake=_backward_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enable_gqa: bool, alignment: str) -> None:
+    """ValueError for anything that is not an attention problem. query, key, value and mask are 4-D here."""
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise ValueError(
+                "attention: query, key and value must have one dtype and device, got "
+                f"query {query.dtype} on {query.device}, {name} {tensor.dtype} on {tensor.device}"
+            )
+    if query.dtype not in FLOATING:
+        raise ValueError(f"attention: dtype {query.dtype} is not one of float32, bfloat16, float16, float64")
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if query.shape[3] != key.shape[3]:
+        raise ValueError(
+            f"attention: query and key must have one head dim, got {query.shape[3]} and {key.shape[3]}"
+        )
+    if key.shape[2] != value.shape[2]:
+        raise ValueError(f"attention: key and value must have one length, got {key.shape[2]} and {value.shape[2]}")
+    if kv_heads != value.shape[1]:
+        raise ValueError(f"attention: key has {kv_heads} heads, value {value.shape[1]}")
+    if heads != kv_heads:
+        if not enable_gqa:
+            raise ValueError(
+                f"attention: query has {heads} heads, key and value {kv_heads}: pass enable_gqa=True to share them"
+            )
+        if kv_heads == 0 or heads % kv_heads:
+            raise ValueError(
+                f"attention: with enable_gqa the query heads ({heads}) must be a multiple of the key heads ({kv_heads})"
+            )
+    if not torch.compiler.is_compiling() and max(query.shape[2], key.shape[2], query.shape[0] * heads) > MAX_LENGTH:
+        raise ValueError(f"attention: lengths and batch * heads must not exceed {MAX_LENGTH}")
+    if alignment not in ALIGNMENTS:
+        raise ValueError(f"attention: causal_alignment must be one of {ALIGNMENTS}, got {alignment!r}")
+    if mask is None:
+        return
+    if mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise ValueError(
+            f"attention: attn_mask must be bool, float32 or the query's dtype {query.dtype}, got {mask.dtype}"
+        )
+    if mask.device != query.device:
+        raise ValueError(f"attention: attn_mask is on {mask.device}, query on {query.device}")
+    full = (query.shape[0], heads, query.shape[2], key.shape[2])
+    if mask.ndim != 4 or any(m not in (1, f) for m, f in zip(mask.shape, full, strict=True)):
+        raise ValueError(
+            f"attention: attn_mask of shape {tuple(mask.shape)} does not broadcast to (B, H, Sq, Sk) = {full}"
+        )
+
+
+def _check_values(dropout_p: float, scale: float, seed: int | None) -> None:
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"attention: dropout_p must be in [0, 1], got {dropout_p}")
+    if not -math.inf < scale < math.inf:  # also refuses NaN
+        raise ValueError(f"attention: scale must be finite, got {scale}")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ValueError(f"attention: seed must be in [0, 2**63), got {seed}")
+
+
+def _four_dims(query: Tensor, key: Tensor, value: Tensor) -> tuple[list[Tensor], tuple[int, ...]]:
+    """(B, H, S, E) views of inputs with any batch dims; and the batch dims that were flattened into B.
+
+    (S, E) is one head, (H, S, E) one batch element; more batch dims are broadcast and flattened into B.
+    """
+    if min(query.ndim, key.ndim, value.ndim) < 2:
+        raise ValueError(
+            "attention: query, key and value are (..., H, S, E), (H, S, E) or (S, E), got "
+            f"{query.ndim}, {key.ndim} and {value.ndim} dimensions"
+        )
+    tensors = [t if t.ndim >= 3 else t.unsqueeze(0) for t in (query, key, value)]
+    try:
+        batch = torch.broadcast_shapes(*(t.shape[:-3] for t in tensors))
+    except RuntimeError as error:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (query, key, value))
+        raise ValueError(f"attention: the batch dimensions of {shapes} do not broadcast") from error
+    expanded = [t.expand(*batch, *t.shape[-3:]) for t in tensors]
+    if len(batch) != 1:
+        flat = math.prod(batch)
+        expanded = [t.reshape(flat, *t.shape[-3:]) for t in expanded]
+    return expanded, tuple(batch)
+
+
+def _four_dim_mask(mask: Tensor, batch: tuple[int, ...]) -> Tensor:
+    """The mask as (B|1, H|1, Sq|1, Sk|1); several batch dims are expanded only where they have to be merged."""
+    if mask.ndim <= 3:
+        return mask[(None,) * (4 - mask.ndim)]
+    leading = mask.shape[:-3]
+    if len(batch) == 1 and mask.ndim == 4:
+        return mask
+    if all(size == 1 for size in leading):
+        return mask.reshape(1, *mask.shape[-3:])
+    try:
+        return mask.expand(*batch, *mask.shape[-3:]).reshape(math.prod(batch), *mask.shape[-3:])
+    except RuntimeError as error:
+        raise ValueError(
+            f"attention: attn_mask of shape {tuple(mask.shape)} does not broadcast over the batch dimensions {batch}"
+        ) from error
+
+
+def _unit_last_stride(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _autocast(device: str, *tensors: Tensor | None) -> list[Any]:
+    """Under autocast attention runs in the lower precision, as torch's does (float64 is left alone)."""
+    dtype = torch.get_autocast_dtype(device)
+    lower = (torch.float32, torch.bfloat16, torch.float16)
+    return [t.to(dtype) if t is not None and t.dtype in lower else t for t in tensors]
+
+
+def _problem(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, alignment: str, dropout: bool
+) -> AttentionProblem:
+    return AttentionProblem(
+        device=query.device.type,
+        dtype=query.dtype,
+        batch=query.shape[0],
+        heads=query.shape[1],
+        kv_heads=key.shape[1],
+        queries=query.shape[2],
+        keys=key.shape[2],
+        head_dim=query.shape[3],
+        value_dim=value.shape[3],
+        mask_dtype=None if mask is None else mask.dtype,
+        mask_grad=mask is not None and mask.requires_grad,
+        is_causal=is_causal,
+        causal_alignment=alignment if is_causal else "none",
+        dropout=dropout,
+    )
+
+
+def _canonical(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...] | None]:
+    """4-D tensors of autocast's dtype, and the batch dims to restore (None: the inputs were 4-D already)."""
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        query, key, value, mask = _autocast(device, query, key, value, mask)
+    batch = None
+    if not (query.ndim == key.ndim == value.ndim == 4 and query.shape[0] == key.shape[0] == value.shape[0]):
+        (query, key, value), batch = _four_dims(query, key, value)
+    if mask is not None and (mask.ndim != 4 or batch is not None):
+        mask = _four_dim_mask(mask, (query.shape[0],) if batch is None else batch)
+    return query, key, value, mask, batch
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    causal_alignment: str = "top_left",
+    return_lse: bool = False,
+    seed: int | None = None,
+    backend: str | None = None,
+) -> Any:
+    """softmax(scale * Q K^T + mask) V with the meaning of torch.nn.functional.scaled_dot_product_attention.
+
+    Args:
+        query: (..., H, Sq, D), float32, bfloat16, float16 or float64. Any batch dims and any strides; a last stride
+            other than 1 costs one copy. (H, S, E) and (S, E) are taken as one batch element and one head.
+        key: (..., Hkv, Sk, D). value: (..., Hkv, Sk, Dv). Batch dims broadcast as in torch.
+        attn_mask: broadcastable to (..., H, Sq, Sk). bool: True takes part. float32 or the query's dtype: added to
+            the scaled scores, differentiable. Never expanded.
+        dropout_p: probability in [0, 1] of dropping an attention weight; the kept ones are scaled by 1 / (1 - p).
+            The mask is a function of (seed, offset) drawn from torch's generator (fastattn.philox).
+        is_causal: key j is visible to query i iff j <= i ("top_left", torch's meaning) or j <= i + Sk - Sq
+            ("bottom_right", flash-attention's), as causal_alignment says. Combines with attn_mask.
+        scale: factor of the scores, 1 / sqrt(D) by default.
+        enable_gqa: allows Hkv to divide H; query head h then uses key head h // (H / Hkv).
+        return_lse: also return the log-sum-exp of the masked scores, differentiable.
+        seed: fixes the dropout mask: an int in [0, 2**63).
+        backend: serve with this backend or raise BackendUnsupported.
+
+    Returns:
+        (..., H, Sq, Dv) in the query's dtype; with return_lse a tuple of it and lse (..., H, Sq), natural log,
+        float32 (float64 for float64 input). A query that sees no key has output 0, lse -inf and zero gradients.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or values that do not fit. BackendUnsupported: see fastattn.dispatch.
+
+    Scores, softmax and sums are float32 for every 16- and 32-bit dtype. Under autocast inputs are cast to its dtype.
+    """
+    q, k, v, mask, batch = _canonical(query, key, value, attn_mask)
+    scale = 1.0 / math.sqrt(q.shape[3]) if scale is None and q.shape[3] > 0 else float(scale or 0.0)
+    _check_values(dropout_p, scale, seed)
+    if torch.compiler.is_compiling():
+        _check(q, k, v, mask, enable_gqa, causal_alignment)
+        bound = OP.resolve(_problem(q, k, v, mask, is_causal, causal_alignment, dropout_p > 0.0), backend)
+    else:
+        described = None if mask is None else (mask.shape, mask.dtype, mask.device, mask.requires_grad)
+        signature = (
+            q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, described,
+            is_causal, causal_alignment, dropout_p > 0.0, enable_gqa,
+        )  # fmt: skip
+
+        def problem() -> AttentionProblem:
+            _check(q, k, v, mask, enable_gqa, causal_alignment)
+            return _problem(q, k, v, mask, is_causal, causal_alignment, dropout_p > 0.0)
+
+        bound = OP.resolve_cached(signature, problem, backend)
+    philox = None
+    if dropout_p > 0.0:
+        philox = philox_mask.draw(q.device) if seed is None else philox_mask.fixed(seed, q.device)
+    output, lse = bound(
+        _unit_last_stride(q), _unit_last_stride(k), _unit_last_stride(v), mask, philox,
+        scale, is_causal, causal_alignment == "bottom_right", dropout_p,
+    )  # fmt: skip
+    if batch is not None:
+        leading = (*batch, q.shape[1]) if query.ndim > 2 or key.ndim > 2 or value.ndim > 2 else ()
+        output = output.reshape(*leading, *output.shape[-2:])
+        lse = lse.reshape(*leading, lse.shape[-1]) if return_lse else lse
+    return (output, lse) if return_lse else output
+
+
+def _prepare(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    causal_alignment: str = "top_left",
+    seed: int | None = None,
+    **_: Any,
+) -> tuple[Op, AttentionProblem]:
+    q, k, v, mask, _batch = _canonical(query, key, value, attn_mask)
+    _check_values(dropout_p, 1.0 if scale is None else scale, seed)
+    _check(q, k, v, mask, enable_gqa, causal_alignment)
+    return OP, _problem(q, k, v, mask, is_causal, causal_alignment, dropout_p > 0.0)
+
+
+scaled_dot_product_attention.prepare = _prepare  # type: ignore[attr-defined]

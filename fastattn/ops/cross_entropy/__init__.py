@@ -1,0 +1,9 @@
+"""Cross entropy."""
+
+from fastattn.ops.cross_entropy import cpu, reference
+from fastattn.ops.cross_entropy.op import OP, cross_entropy
+
+OP.implement("reference", reference.IMPLEMENTATION)
+OP.implement("cpu", cpu.IMPLEMENTATION)
+
+__all__ = ["OP", "cross_entropy"]

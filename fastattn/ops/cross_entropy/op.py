@@ -1,0 +1,276 @@
+"""Cross entropy: the public function and the op's contract.
+
+    loss_n = -sum_c a_nc log_softmax(x_n)_c
+
+with a_nc = weight_c * t'_nc and t' = (1 - smoothing) * t + smoothing / C, where t is the one-hot of an index target or
+the given class probabilities (Szegedy et al. 2016 for the smoothing).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.dispatch import Op, Problem
+from fastattn.numerics import accumulation_dtype
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+REDUCTIONS = ("none", "mean", "sum")
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+@dataclass(frozen=True)
+class CrossEntropyProblem(Problem):
+    rows: int
+    classes: int
+    target_dtype: torch.dtype
+    weight: bool
+    label_smoothing: bool
+    reduction: str
+
+
+def _forward_fake(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(input.dtype)
+    rows = (input.shape[0],)
+    return (
+        input.new_empty(rows if reduction == 0 else (), dtype=dtype),
+        input.new_empty(rows, dtype=dtype),
+        input.new_empty((), dtype=dtype),
+    )
+
+
+def _backward_fake(
+    grad: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    lse: Tensor,
+    total: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
+) -> Tensor:
+    return input.new_empty(input.shape)
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    input, target, weight, *ctx.options = inputs
+    _, lse, total = output
+    ctx.mark_non_differentiable(lse, total)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(input, target, weight, lse, total)
+
+
+def _grad_probabilities(
+    grad: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor, smoothing: float, reduction: int
+) -> Tensor:
+    """Gradient of class-probability targets: -(1 - smoothing) * weight * log_softmax, the same for every backend."""
+    log_probabilities = input.to(lse.dtype) - lse[:, None]
+    if weight is not None:
+        log_probabilities = log_probabilities * weight
+    per_row = grad[:, None] if reduction == 0 else grad / (input.shape[0] if reduction == 1 else 1)
+    return (log_probabilities * per_row * (smoothing - 1.0)).to(target.dtype)
+
+
+def _backward(kernel: Any, ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    input, target, weight, lse, total = ctx.saved_tensors
+    nothing = (None,) * 6
+    if grad is None:
+        return nothing
+    _, smoothing, reduction = ctx.options
+    grad_target = None
+    if ctx.needs_input_grad[1]:
+        grad_target = _grad_probabilities(grad, input, target, weight, lse, smoothing, reduction)
+    grad_input = None
+    if ctx.needs_input_grad[0]:
+        grad_input = kernel(grad.contiguous(), input, target, weight, lse, total, *ctx.options)
+    return grad_input, grad_target, *nothing[2:]
+
+
+OP = Op(
+    "cross_entropy",
+    forward_schema=(
+        "(Tensor input, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, int reduction)"
+        " -> (Tensor loss, Tensor lse, Tensor total)"
+    ),
+    backward_schema=(
+        "(Tensor grad, Tensor input, Tensor target, Tensor? weight, Tensor lse, Tensor total, int ignore_index,"
+        " float label_smoothing, int reduction) -> Tensor grad_input"
+    ),
+    forward_fake=_forward_fake,
+    backward_fake=_backward_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+
+def out_of_range(target: int, row: int, classes: int, ignore_index: int) -> str:
+    """The message for an index target that is no class; the kernels that check targets say the same."""
+    return (
+        f"cross_entropy: target {target} at row {row} is not in [0, {classes}) and is not ignore_index ({ignore_index})"
+    )
+
+
+def _check(
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float
+) -> None:
+    if input.ndim < 1:
+        raise ValueError("cross_entropy: input must have a class dimension: (C,), (N, C) or (N, C, d1, ...)")
+    if input.dtype not in FLOATING:
+        raise ValueError(f"cross_entropy: input must be float32, bfloat16, float16 or float64, got {input.dtype}")
+    classes = input.shape[0] if input.ndim == 1 else input.shape[1]
+    if target.dtype in INTEGERS:
+        wanted = tuple(input.shape[:1] + input.shape[2:]) if input.ndim > 1 else ()
+        kind = "class indices"
+    elif target.dtype in FLOATING:
+        wanted, kind = tuple(input.shape), "class probabilities"
+    else:
+        raise ValueError(f"cross_entropy: target must hold integers or class probabilities, got {target.dtype}")
+    if tuple(target.shape) != wanted:
+        raise ValueError(
+            f"cross_entropy: for an input of shape {tuple(input.shape)} a target of {kind} has shape {wanted}, got"
+            f" {tuple(target.shape)}"
+        )
+    if target.device != input.device:
+        raise ValueError(f"cross_entropy: target is on {target.device}, input on {input.device}")
+    if weight is not None and (tuple(weight.shape) != (classes,) or weight.dtype not in FLOATING):
+        raise ValueError(
+            f"cross_entropy: weight must be floating of shape ({classes},), got {weight.dtype} {tuple(weight.shape)}"
+        )
+    if weight is not None and weight.device != input.device:
+        raise ValueError(f"cross_entropy: weight is on {weight.device}, input on {input.device}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"cross_entropy: reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"cross_entropy: label_smoothing must be in [0, 1], got {label_smoothing}")
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """(C,), (N, C) or (N, C, d1, ...) as (rows, C)."""
+    if tensor.ndim == 2:
+        return tensor if tensor.stride(1) == 1 else tensor.contiguous()
+    if tensor.ndim == 1:
+        return tensor.reshape(1, -1)
+    return tensor.movedim(1, -1).reshape(-1, tensor.shape[1])
+
+
+def _canonical(
+    input: Tensor, target: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(rows, C) logits, (rows,) int64 or (rows, C) floating targets, a contiguous float32 (float64) weight."""
+    accumulation = accumulation_dtype(input.dtype)
+    rows = _rows(input)
+    if target.dtype in INTEGERS:
+        goal = target.reshape(-1).to(torch.int64)
+    else:
+        goal = _rows(target if target.dtype == input.dtype else target.to(accumulation))
+    return rows, goal, None if weight is None else weight.to(accumulation).contiguous()
+
+
+def _problem(
+    input: Tensor, target: Tensor, weight: Tensor | None, label_smoothing: float, reduction: str
+) -> CrossEntropyProblem:
+    return CrossEntropyProblem(
+        device=input.device.type,
+        dtype=input.dtype,
+        rows=input.shape[0],
+        classes=input.shape[1],
+        target_dtype=target.dtype,
+        weight=weight is not None,
+        label_smoothing=label_smoothing > 0.0,
+        reduction=reduction,
+    )
+
+
+def _result_dtype(input: Tensor, target: Tensor) -> torch.dtype:
+    """torch's: the logits' dtype, promoted with class probabilities; float32 under autocast."""
+    dtype = input.dtype if target.dtype in INTEGERS else torch.promote_types(input.dtype, target.dtype)
+    if dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled(input.device.type):
+        return torch.float32
+    return dtype
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: None = None,
+    ignore_index: int = -100,
+    reduce: None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """torch.nn.functional.cross_entropy: negative log-likelihood of softmax(input).
+
+    Args:
+        input: logits (C,), (N, C) or (N, C, d1, ...), float32, bfloat16, float16 or float64.
+        target: class indices (), (N,) or (N, d1, ...) of any integer dtype, or class probabilities of the input's
+            shape (differentiable).
+        weight: (C,) weight of each class.
+        size_average, reduce: torch's deprecated arguments; only None.
+        ignore_index: index targets of this value add nothing to loss or gradient.
+        reduction: "none", "mean" (over weights of the targets; over N d1 ... for probabilities) or "sum".
+        label_smoothing: in [0, 1], the share of the target spread over all classes.
+        backend: serve with this backend or raise BackendUnsupported.
+
+    Returns:
+        The loss in torch's result dtype, computed and reduced in float32 (float64 for float64).
+
+    Raises:
+        ValueError: shapes, dtypes or values that do not fit.
+        RuntimeError: an index target that is neither a class nor ignore_index (checked on CPU).
+    """
+    if size_average is not None or reduce is not None:
+        raise ValueError("cross_entropy: size_average and reduce are deprecated in torch; use reduction")
+    label_smoothing = float(label_smoothing)
+    if torch.compiler.is_compiling():
+        _check(input, target, weight, reduction, label_smoothing)
+        x, t, w = _canonical(input, target, weight)
+        bound = OP.resolve(_problem(x, t, w, label_smoothing, reduction), backend)
+    else:
+        signature = (
+            input.shape, target.shape, input.dtype, target.dtype, input.device, target.device,
+            None if weight is None else (weight.shape, weight.dtype, weight.device), reduction, label_smoothing,
+        )  # fmt: skip
+
+        def problem() -> CrossEntropyProblem:
+            _check(input, target, weight, reduction, label_smoothing)
+            return _problem(*_canonical(input, target, weight), label_smoothing, reduction)
+
+        bound = OP.resolve_cached(signature, problem, backend)
+        x, t, w = _canonical(input, target, weight)
+    loss, _lse, _total = bound(x, t, w, ignore_index, label_smoothing, REDUCTIONS.index(reduction))
+    if reduction == "none":
+        loss = loss.reshape(input.shape[:1] + input.shape[2:] if input.ndim > 1 else ())
+    dtype = _result_dtype(input, target)
+    return loss if loss.dtype == dtype else loss.to(dtype)
+
+
+def _prepare(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: None = None,
+    ignore_index: int = -100,
+    reduce: None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    **_: Any,
+) -> tuple[Op, CrossEntropyProblem]:
+    _check(input, target, weight, reduction, label_smoothing)
+    return OP, _problem(*_canonical(input, target, weight), label_smoothing, reduction)
+
+
+cross_entropy.prepare = _prepare  # type: ignore[attr-defined]

@@ -1,0 +1,88 @@
+"""Cross entropy in plain torch, float32 (float64 for float64) inside."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn.dispatch import Implementation
+from fastattn.numerics import accumulation_dtype
+from fastattn.ops.cross_entropy.op import out_of_range
+
+
+def _check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Index targets are checked where that costs no synchronisation: on CPU tensors that hold values."""
+    if target.device.type != "cpu" or target.is_floating_point() or torch._C._functorch.is_batchedtensor(target):
+        return
+    bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise RuntimeError(out_of_range(int(target[row]), row, classes, ignore_index))
+
+
+def _coefficients(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """a (rows, C), 0 in ignored rows, and what each row adds to the divisor of the mean (rows,)."""
+    acc = accumulation_dtype(input.dtype)
+    rows, classes = input.shape
+    if target.is_floating_point():
+        a = target.to(acc) * (1.0 - smoothing) + smoothing / max(classes, 1)
+        return a if weight is None else a * weight, torch.ones(rows, dtype=acc, device=input.device)
+    kept = target != ignore_index
+    safe = target.masked_fill(~kept, 0)
+    one_hot = torch.zeros(rows, classes, dtype=acc, device=input.device).scatter(1, safe[:, None], 1.0)
+    a = one_hot * (1.0 - smoothing) + smoothing / max(classes, 1)
+    divisor = kept.to(acc)
+    if weight is not None:
+        a, divisor = a * weight, divisor * weight[safe]
+    return a * kept[:, None], divisor
+
+
+def forward(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, lse, total): per row or reduced loss, log-sum-exp of each row, the divisor of the mean."""
+    _check_targets(target, input.shape[1], ignore_index)
+    x = input.to(accumulation_dtype(input.dtype))
+    lse = torch.logsumexp(x, dim=1) if x.shape[1] else x.new_full(x.shape[:1], -torch.inf)
+    a, divisor = _coefficients(input, target, weight, ignore_index, label_smoothing)
+    # 0 * inf: a class that does not count adds nothing, however impossible it is.
+    terms = (a * (lse[:, None] - x)).masked_fill(a == 0.0, 0.0)
+    loss, total = terms.sum(1), divisor.sum()
+    if reduction == 1:
+        loss = loss.sum() / total
+    elif reduction == 2:
+        loss = loss.sum()
+    return loss, lse, total
+
+
+def backward(
+    grad: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    lse: Tensor,
+    total: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
+) -> Tensor:
+    """(softmax(x) * sum(a) - a) * grad, grad divided by the total for the mean."""
+    a, _ = _coefficients(input, target, weight, ignore_index, label_smoothing)
+    per_row = grad[:, None] if reduction == 0 else (grad / total if reduction == 1 else grad)
+    x = input.to(lse.dtype)
+    if torch.is_grad_enabled() and x.shape[1]:  # a second derivative: lse depends on the input
+        lse = torch.logsumexp(x, dim=1)
+    probabilities = (x - lse[:, None]).exp()
+    counted = (a != 0.0).any(1, keepdim=True)
+    gradient = (probabilities * a.sum(1, keepdim=True) - a) * per_row
+    return gradient.masked_fill(~counted, 0.0).to(input.dtype).contiguous()
+
+
+IMPLEMENTATION = Implementation(lambda problem: None, forward, backward, differentiable=True)

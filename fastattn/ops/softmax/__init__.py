@@ -1,0 +1,9 @@
+"""softmax and log_softmax."""
+
+from fastattn.ops.softmax import cpu, reference
+from fastattn.ops.softmax.op import OP, log_softmax, softmax
+
+OP.implement("reference", reference.IMPLEMENTATION)
+OP.implement("cpu", cpu.IMPLEMENTATION)
+
+__all__ = ["OP", "log_softmax", "softmax"]
