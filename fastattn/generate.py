@@ -109,10 +109,10 @@ def sample(
     """Draw one token id, (1,) int64, from logits (V,); arguments as for ``generate``."""
     if temperature == 0.0:
         return logits.argmax(dim=-1, keepdim=True)
-    ordered, ids = logits.float().sort(descending=True, stable=True)
-    # Shifted first: a tiny temperature then gives 0 and -inf, never inf - inf.
+    ordered, ids = logits.double().sort(descending=True, stable=True)
+    # Shifted first, and in float64: a tiny temperature then gives 0 and -inf, never inf - inf or 0 / 0.
     ordered = ((ordered - ordered[0]) / temperature)[:top_k]
-    probabilities = KERNELS[kernels].softmax(ordered, dim=-1)
+    probabilities = KERNELS[kernels].softmax(ordered.float(), dim=-1)
     if top_p is not None:
         before = probabilities.cumsum(dim=-1) - probabilities
         probabilities = probabilities[before < top_p]  # never empty: nothing comes before the first

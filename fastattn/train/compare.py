@@ -38,9 +38,7 @@ class StepTimes:
 
     def summary(self, side: str) -> dict[str, float]:
         """Median and quartiles in milliseconds."""
-        low, median, high = (
-            1e3 * q for q in statistics.quantiles(getattr(self, side), n=4, method="inclusive")
-        )
+        low, median, high = (1e3 * q for q in statistics.quantiles(getattr(self, side), n=4, method="inclusive"))
         return {"median_ms": round(median, 2), "q1_ms": round(low, 2), "q3_ms": round(high, 2)}
 
 
@@ -88,9 +86,7 @@ def time_steps(
     return StepTimes(dtype, dropout, times["fastattn"], times["torch"])
 
 
-def compare_losses(
-    model_config: GPTConfig, dataset: Dataset, config: TrainConfig, steps: int = 50
-) -> list[float]:
+def compare_losses(model_config: GPTConfig, dataset: Dataset, config: TrainConfig, steps: int = 50) -> list[float]:
     """Relative difference of the two sides' losses at each of the first ``steps`` steps of a run.
 
     float32, no dropout, the run's own initialisation, batches and learning rates.
@@ -112,7 +108,4 @@ def compare_losses(
             )[0]
             for step in range(steps)
         ]
-    return [
-        abs(ours - theirs) / abs(theirs)
-        for ours, theirs in zip(losses["fastattn"], losses["torch"], strict=True)
-    ]
+    return [abs(ours - theirs) / abs(theirs) for ours, theirs in zip(losses["fastattn"], losses["torch"], strict=True)]

@@ -51,9 +51,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         at_least = {
-            **dict.fromkeys(
-                ("block_size", "n_layer", "n_head", "n_embd", "steps", "batch_size", "grad_accum"), 1
-            ),
+            **dict.fromkeys(("block_size", "n_layer", "n_head", "n_embd", "steps", "batch_size", "grad_accum"), 1),
             **dict.fromkeys(("eval_interval", "checkpoint_interval", "log_interval"), 1),
             "vocab_size": 256,  # a byte-level BPE starts from the 256 bytes
             "warmup": 0,
@@ -66,9 +64,7 @@ class TrainConfig:
         if self.seed >= 2**63:
             raise ValueError(f"seed must be below 2**63, got {self.seed}")
         if self.n_embd % self.n_head:
-            raise ValueError(
-                f"n_embd must be a multiple of n_head, got n_embd={self.n_embd}, n_head={self.n_head}"
-            )
+            raise ValueError(f"n_embd must be a multiple of n_head, got n_embd={self.n_embd}, n_head={self.n_head}")
         for name in ("dropout", "beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")

@@ -1,9 +1,8 @@
-"""The main job in a few minutes: train a small GPT on real text, sample from it, compare our kernels with
-torch's."""
+"""The main job in minutes: train a GPT on real text, sample from it, compare our kernels with torch's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -47,7 +46,7 @@ def demo_config(steps: int = DEFAULT_STEPS) -> TrainConfig:
     )
 
 
-def prepare(out: Path, config: TrainConfig, say: Callable[[str], None]) -> Trainer:
+def prepare(out: Path, config: TrainConfig, data: Sequence[str], say: Callable[[str], None]) -> Trainer:
     """A new run, or the interrupted one that ``out`` holds.
 
     A finished demo (its report is there) is started over.
@@ -57,21 +56,24 @@ def prepare(out: Path, config: TrainConfig, say: Callable[[str], None]) -> Train
     """
     if (out / REPORT_JSON).exists():
         say(f"{out} holds a finished demo: starting over")
+        trainer = Trainer.start(config, data, out, overwrite=True)
         (out / REPORT_JSON).unlink()
         (out / REPORT_MD).unlink(missing_ok=True)
-        return Trainer.start(config, [], out, overwrite=True)
+        return trainer
     if not checkpoints.checkpoint_path(out).exists():
-        return Trainer.start(config, [], out)
+        return Trainer.start(config, data, out)
     try:
-        trainer = Trainer.resume(out, [], config.to_dict())
+        trainer = Trainer.resume(out, data, config.to_dict())
     except CheckpointError as error:
         raise CheckpointError(f"{error}; choose another --out, or remove that folder to start over") from None
     say(f"continuing the interrupted demo in {out} after step {trainer.progress.step}")
     return trainer
 
 
-def run_demo(out: Path, config: TrainConfig, *, say: Callable[[str], None] = print) -> list[str]:
-    """Train, sample, compare, report.
+def run_demo(
+    out: Path, config: TrainConfig, data: Sequence[str] = (), *, say: Callable[[str], None] = print
+) -> list[str]:
+    """Train, sample, compare, report; without data on the default corpus.
 
     Returns what the demo promises and this run did not keep, one line each; empty when all is well.
 
@@ -79,7 +81,7 @@ def run_demo(out: Path, config: TrainConfig, *, say: Callable[[str], None] = pri
         Interrupted: on SIGINT while training; the same call continues later.
     """
     dispatch.reset_served()
-    trainer = prepare(out, config, say)
+    trainer = prepare(out, config, data, say)
     for note in trainer.notes:
         say(f"note: {note}")
     say(
@@ -131,9 +133,7 @@ def run_demo(out: Path, config: TrainConfig, *, say: Callable[[str], None] = pri
 
     failures = []
     if not findings.val_bits_per_byte <= MAX_BITS_PER_BYTE:
-        failures.append(
-            f"validation: {findings.val_bits_per_byte:.4f} bits per byte, above {MAX_BITS_PER_BYTE}"
-        )
+        failures.append(f"validation: {findings.val_bits_per_byte:.4f} bits per byte, above {MAX_BITS_PER_BYTE}")
     if not findings.max_rel_loss_diff <= MAX_REL_LOSS_DIFF:
         failures.append(
             f"losses differ from torch's by up to {findings.max_rel_loss_diff:.2e}, above {MAX_REL_LOSS_DIFF}"

@@ -68,9 +68,7 @@ def machine() -> dict[str, Any]:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
-        ]
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
     return {
         "cpu": model,
@@ -199,9 +197,7 @@ def _markdown(facts: dict[str, Any]) -> str:
         f"| {timed['speedup']:.2f}x |"
         for timed in facts["steps_timed"]
     )
-    served = (
-        ", ".join(f"{name} {count}" for name, count in sorted(facts["backends_served"].items())) or "none"
-    )
+    served = ", ".join(f"{name} {count}" for name, count in sorted(facts["backends_served"].items())) or "none"
     sample = "\n".join(f"    {line}" for line in facts["sample"].splitlines())
     return f"""# fastattn demo
 

@@ -170,9 +170,7 @@ class Trainer:
     notes: list[str] = field(default_factory=list)
 
     @classmethod
-    def start(
-        cls, config: TrainConfig, data: Sequence[str], out: Path, *, overwrite: bool = False
-    ) -> Trainer:
+    def start(cls, config: TrainConfig, data: Sequence[str], out: Path, *, overwrite: bool = False) -> Trainer:
         """Prepare a new run. Nothing is written before everything has been read and checked.
 
         Raises:
@@ -207,9 +205,7 @@ class Trainer:
         return trainer
 
     @classmethod
-    def resume(
-        cls, out: Path, data: Sequence[str] | None = None, changes: dict[str, Any] | None = None
-    ) -> Trainer:
+    def resume(cls, out: Path, data: Sequence[str] | None = None, changes: dict[str, Any] | None = None) -> Trainer:
         """Continue the run in ``out`` where its checkpoint left it.
 
         Args:
@@ -225,15 +221,11 @@ class Trainer:
         stored = TrainConfig.from_dict(state["config"])
         config = TrainConfig.from_dict({**state["config"], **(changes or {})})
         if differences := config.differences(stored):
-            raise CheckpointError(
-                f"the checkpoint in {out} is of another run: asked for {', '.join(differences)}"
-            )
+            raise CheckpointError(f"the checkpoint in {out} is of another run: asked for {', '.join(differences)}")
         data = list(state["data"]) if data is None else list(data)
         corpus = load_corpus(data)
         if corpus.sha256 != state["corpus_sha256"]:
-            raise CheckpointError(
-                f"the checkpoint in {out} was trained on another text than {corpus.name} holds now"
-            )
+            raise CheckpointError(f"the checkpoint in {out} was trained on another text than {corpus.name} holds now")
         tokenizer = Tokenizer.from_str(state["tokenizer"])
         model = load_model(checkpoint)
         optimizer = make_optimizer(model, config)
@@ -311,8 +303,7 @@ class Trainer:
                 seconds = time.perf_counter() - began
                 if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                     raise TrainingDiverged(
-                        f"step {progress.step + 1}: loss {loss}, gradient norm {grad_norm}; "
-                        "try a lower learning rate"
+                        f"step {progress.step + 1}: loss {loss}, gradient norm {grad_norm}; try a lower learning rate"
                     )
                 progress.step += 1
                 progress.seconds += seconds
