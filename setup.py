@@ -52,7 +52,8 @@ def find_torch() -> tuple[Path, str]:
 
 class CMakeExtension(Extension):
     def __init__(self, name: str) -> None:
-        super().__init__(name, sources=[])
+        # optional: setuptools then accepts that a failed build leaves no file behind
+        super().__init__(name, sources=[], optional=True)
 
 
 class CMakeBuild(build_ext):
@@ -108,6 +109,16 @@ class CMakeBuild(build_ext):
         subprocess.run([cmake, "--build", str(build), "--parallel", jobs], check=True)
         built = sorted(build.glob("_C*" + sysconfig.get_config_var("EXT_SUFFIX").rpartition(".")[2]))
         shutil.copyfile(built[0], target)
+
+    def copy_extensions_to_source(self) -> None:
+        """An in-place build puts the result, or the reason why there is none, beside the sources."""
+        source = ROOT / "fastattn"
+        for stale in (source / REASON, *source.glob("_C*.so")):
+            stale.unlink(missing_ok=True)
+        super().copy_extensions_to_source()
+        note = Path(self.build_lib) / "fastattn" / REASON
+        if note.exists():
+            shutil.copyfile(note, source / REASON)
 
     def get_outputs(self) -> list[str]:
         outputs = [Path(path) for path in super().get_outputs()]

@@ -78,6 +78,7 @@ BACKENDS: dict[str, Backend] = {
     )
 }
 
+
 @torch.compiler.assume_constant_result
 def probe(name: str) -> str | None:
     """None when the backend is usable on this machine, else the reason; asked once per backend and process.

@@ -148,7 +148,7 @@ def once_differentiable(name: str, backward: Callable[..., Any]) -> Callable[...
     def guarded(ctx: Any, *grads: Any) -> Any:
         if torch.is_grad_enabled() and any(g is not None and g.requires_grad for g in grads):
             raise RuntimeError(
-                f"{name}: the fused backward cannot be differentiated again; use backend='reference' for double backward"
+                f"{name}: the fused backward cannot be differentiated again; backend='reference' has a double backward"
             )
         with torch.no_grad():
             return backward(ctx, *grads)

@@ -109,9 +109,7 @@ def _backward(kernel: Any, ctx: Any, grad_output: Tensor | None, grad_lse: Tenso
     elif grad_output.stride(-1) != 1 and grad_output.shape[-1] != 1:
         grad_output = grad_output.contiguous()
     mask_grad = mask is not None and ctx.needs_input_grad[3]
-    grads = kernel(
-        grad_output, grad_lse, query, key, value, mask, philox, output, lse, *ctx.options, mask_grad
-    )
+    grads = kernel(grad_output, grad_lse, query, key, value, mask, philox, output, lse, *ctx.options, mask_grad)
     return (*grads[:3], grads[3] if mask_grad else None, *nothing[4:])
 
 
@@ -146,9 +144,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enabl
         raise ValueError(f"attention: dtype {query.dtype} is not one of float32, bfloat16, float16, float64")
     heads, kv_heads = query.shape[1], key.shape[1]
     if query.shape[3] != key.shape[3]:
-        raise ValueError(
-            f"attention: query and key must have one head dim, got {query.shape[3]} and {key.shape[3]}"
-        )
+        raise ValueError(f"attention: query and key must have one head dim, got {query.shape[3]} and {key.shape[3]}")
     if key.shape[2] != value.shape[2]:
         raise ValueError(f"attention: key and value must have one length, got {key.shape[2]} and {value.shape[2]}")
     if kv_heads != value.shape[1]:

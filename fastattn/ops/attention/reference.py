@@ -112,7 +112,7 @@ def backward(
     dS = P * (dropout * dO V^T - rowsum(dO * O) + dlse), the chain rule through softmax (Dao et al. 2022, appendix B).
     """
     scores = _scores(query, key, mask, scale, is_causal, bottom_right)
-    batch, kv_heads, groups, queries, keys = scores.shape
+    batch, kv_heads, groups, queries, _ = scores.shape
     dtype = scores.dtype
 
     def grouped(tensor: Tensor) -> Tensor:

@@ -121,9 +121,7 @@ def out_of_range(target: int, row: int, classes: int, ignore_index: int) -> str:
     )
 
 
-def _check(
-    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float
-) -> None:
+def _check(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float) -> None:
     if input.ndim < 1:
         raise ValueError("cross_entropy: input must have a class dimension: (C,), (N, C) or (N, C, d1, ...)")
     if input.dtype not in FLOATING:
@@ -164,9 +162,7 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.movedim(1, -1).reshape(-1, tensor.shape[1])
 
 
-def _canonical(
-    input: Tensor, target: Tensor, weight: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _canonical(input: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """(rows, C) logits, (rows,) int64 or (rows, C) floating targets, a contiguous float32 (float64) weight."""
     accumulation = accumulation_dtype(input.dtype)
     rows = _rows(input)

@@ -1,6 +1,6 @@
 """LayerNorm, with an optional residual added first: the public function and the op's contract.
 
-    s = input + residual        y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias     (Ba et al. 2016)
+s = input + residual        y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias     (Ba et al. 2016)
 """
 
 from __future__ import annotations
@@ -74,9 +74,7 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(total if ctx.has_residual else input, weight, bias, mean, rstd)
 
 
-def _backward(
-    kernel: Any, ctx: Any, grad_output: Tensor | None, grad_sum: Tensor | None, *_: Any
-) -> tuple[Any, ...]:
+def _backward(kernel: Any, ctx: Any, grad_output: Tensor | None, grad_sum: Tensor | None, *_: Any) -> tuple[Any, ...]:
     total, weight, bias, mean, rstd = ctx.saved_tensors
     if grad_output is None:
         return grad_sum, grad_sum if ctx.has_residual else None, None, None, None, None
@@ -141,9 +139,7 @@ def _check(
         if tensor is None:
             continue
         if tuple(tensor.shape) != normalized_shape:
-            raise ValueError(
-                f"layer_norm: {name} must have shape {normalized_shape}, got {tuple(tensor.shape)}"
-            )
+            raise ValueError(f"layer_norm: {name} must have shape {normalized_shape}, got {tuple(tensor.shape)}")
         if tensor.dtype not in FLOATING or tensor.device != input.device:
             raise ValueError(
                 f"layer_norm: {name} must be floating and on {input.device}, got {tensor.dtype} on {tensor.device}"

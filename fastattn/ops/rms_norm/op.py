@@ -1,6 +1,6 @@
 """RMSNorm, with an optional residual added first: the public function and the op's contract.
 
-    s = input + residual        y = s / sqrt(mean(s^2) + eps) * weight     (Zhang and Sennrich 2019, equation 4)
+s = input + residual        y = s / sqrt(mean(s^2) + eps) * weight     (Zhang and Sennrich 2019, equation 4)
 """
 
 from __future__ import annotations
@@ -58,9 +58,7 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(total if ctx.has_residual else input, weight, rstd)
 
 
-def _backward(
-    kernel: Any, ctx: Any, grad_output: Tensor | None, grad_sum: Tensor | None, *_: Any
-) -> tuple[Any, ...]:
+def _backward(kernel: Any, ctx: Any, grad_output: Tensor | None, grad_sum: Tensor | None, *_: Any) -> tuple[Any, ...]:
     total, weight, rstd = ctx.saved_tensors
     if grad_output is None:
         return grad_sum, grad_sum if ctx.has_residual else None, None, None, None
@@ -94,9 +92,7 @@ OP = Op(
 )
 
 
-def _check(
-    input: Tensor, normalized_shape: tuple[int, ...], weight: Tensor | None, residual: Tensor | None
-) -> None:
+def _check(input: Tensor, normalized_shape: tuple[int, ...], weight: Tensor | None, residual: Tensor | None) -> None:
     if input.dtype not in FLOATING:
         raise ValueError(f"rms_norm: input must be float32, bfloat16, float16 or float64, got {input.dtype}")
     n = len(normalized_shape)
@@ -144,9 +140,7 @@ def _default_eps(input: Tensor) -> float:
     return torch.finfo(accumulation_dtype(input.dtype)).eps
 
 
-def _problem(
-    input: Tensor, normalized_ndim: int, weight: Tensor | None, residual: Tensor | None
-) -> RMSNormProblem:
+def _problem(input: Tensor, normalized_ndim: int, weight: Tensor | None, residual: Tensor | None) -> RMSNormProblem:
     return RMSNormProblem(
         device=input.device.type,
         dtype=input.dtype,

@@ -1,6 +1,6 @@
 """softmax and log_softmax: public functions and the op's contract.
 
-    softmax(x)_i = exp(x_i) / sum_j exp(x_j)        log_softmax(x)_i = x_i - log sum_j exp(x_j)
+softmax(x)_i = exp(x_i) / sum_j exp(x_j)        log_softmax(x)_i = x_i - log sum_j exp(x_j)
 """
 
 from __future__ import annotations
@@ -54,9 +54,7 @@ OP = Op(
 )
 
 
-def _canonical(
-    name: str, input: Tensor, dim: int | None, dtype: torch.dtype | None
-) -> tuple[Tensor, int, torch.dtype]:
+def _canonical(name: str, input: Tensor, dim: int | None, dtype: torch.dtype | None) -> tuple[Tensor, int, torch.dtype]:
     """The input in a floating dtype, the dimension counted from the front, the output's dtype."""
     if dim is None:
         raise ValueError(f"{name}: dim must be given")

@@ -1,0 +1,68 @@
+# make demo       the main job: sets everything up, trains a GPT on our kernels, compares it with torch's
+# make test       the tests; make test-all adds the long ones
+#
+# Everything lives in .venv. TORCH_INDEX=<url> names an extra package index for torch (an index of CPU builds on a
+# machine without a GPU, where the default index would bring gigabytes of CUDA). PYTHON=<interpreter> uses that
+# interpreter and what it has installed, and installs nothing.
+
+PY ?= python3
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+VENV := .venv
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py
+
+ifdef PYTHON
+READY :=
+else
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/ready
+endif
+NATIVE := build/native
+
+.PHONY: setup demo test test-all test-torch-oldest lint format bench clean
+setup: $(READY) $(NATIVE)
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PY) -m venv $(VENV)
+	$(PYTHON) -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(PYTHON) -m pip install -q --disable-pip-version-check -c constraints.txt "setuptools>=77" wheel cmake ninja "pybind11>=2.13"
+	FASTATTN_BUILD=skip $(PYTHON) -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $@
+
+# The compiled kernels beside the sources. A failed build is an error here; for people who only install, it is not.
+$(NATIVE): $(SOURCES) $(READY)
+	PATH="$(abspath $(dir $(PYTHON))):$$PATH" FASTATTN_BUILD=require $(PYTHON) setup.py -q build_ext --inplace
+	mkdir -p build && touch $@
+
+demo: setup
+	$(PYTHON) -m fastattn demo --out runs/demo
+
+test: setup
+	$(PYTHON) -m pytest -m "not slow"
+
+test-all: setup lint test-torch-oldest
+	$(PYTHON) -m pytest
+	FASTATTN_BACKEND=cpu $(PYTHON) -m pytest -m "not slow"
+
+# The same binary under the oldest torch that it supports, in an environment of its own.
+test-torch-oldest: setup
+	$(PY) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "torch==2.10.0" numpy pytest pytest-timeout pytest-benchmark expecttest hypothesis
+	.venv-oldest/bin/python -m pytest tests/ops/test_conformance.py tests/test_isa.py tests/test_dispatch.py -m "not slow"
+
+lint: $(READY)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' | xargs $(dir $(PYTHON))clang-format --dry-run --Werror
+
+format: $(READY)
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' | xargs $(dir $(PYTHON))clang-format -i
+
+bench: setup
+	$(PYTHON) -m fastattn bench attention --quick
+
+clean:
+	rm -rf build fastattn/_C*.so fastattn/_native_build.txt
