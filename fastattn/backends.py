@@ -6,9 +6,11 @@ A backend is a row in BACKENDS; which ops it serves is said by each op (fastattn
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,7 +33,7 @@ class Backend:
 def _probe_native() -> str | None:
     """Loads fastattn._C, whose ops register themselves; says what is wrong when there is none."""
     try:
-        from fastattn import _C  # noqa: F401
+        importlib.import_module("fastattn._C")
     except ImportError as error:
         folder = Path(__file__).parent
         note = folder / "_native_build.txt"
@@ -50,14 +52,12 @@ def _probe_cpu() -> str | None:
     return reason
 
 
-def native_module():
+def native_module() -> Any:
     """fastattn._C; ImportError with the reason when it is not there."""
     reason = _probe_native()
     if reason is not None:
         raise ImportError(f"fastattn._C: {reason}")
-    from fastattn import _C
-
-    return _C
+    return importlib.import_module("fastattn._C")
 
 
 @functools.cache
@@ -67,7 +67,7 @@ def cpu_isa() -> str:
     Raises ValueError when FASTATTN_CPU_ISA names one that is unknown or that this machine does not have,
     ImportError when the native module is not there.
     """
-    return native_module().cpu_isa()
+    return str(native_module().cpu_isa())
 
 
 BACKENDS: dict[str, Backend] = {
