@@ -14,11 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-# libgomp's idle threads spin by default. When the machine is shared, they hold the core that the thread they
-# wait for needs, and a step takes many times longer; sleeping costs a few microseconds. Read when torch loads
-# libgomp.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 from fastattn.train.config import TrainConfig
 from fastattn.version import __version__
 
@@ -67,6 +62,19 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"fastattn: error: {message}\n")
 
 
+def let_idle_threads_sleep() -> None:
+    """Set OMP_WAIT_POLICY=PASSIVE for this process, unless the user has set it.
+
+    libgomp's idle threads spin by default. On a shared machine they hold the core that the thread they wait for
+    needs, and short kernels take a hundred times longer; sleeping costs microseconds. libgomp reads the variable
+    when it is loaded, and ``import fastattn`` loads it with torch: then the process has to start again.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        if "torch" in sys.modules:
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="fastattn", description="Fused transformer kernels, and a GPT that trains on them.")
     parser.add_argument("--version", action="version", version=f"fastattn {__version__}")
@@ -90,9 +98,7 @@ def _add_train(commands: Any) -> None:
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run: checkpoint and log")
     parser.add_argument("--data", nargs="+", metavar="PATH", help="UTF-8 text files, or folders of them")
-    parser.add_argument(
-        "--resume", action="store_true", help="continue the run in --out; needs no other option"
-    )
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out; needs no other option")
     for title, options in TRAIN_OPTIONS.items():
         group = parser.add_argument_group(title)
         for name, meaning in options.items():
@@ -111,16 +117,10 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="folder of a run")
     parser.add_argument("--prompt", default="\n", metavar="TEXT", help="text to continue (a line's end)")
     parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="tokens to add (200)")
-    parser.add_argument(
-        "--temperature", type=float, default=0.8, metavar="X", help="0 takes the likeliest (0.8)"
-    )
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0 takes the likeliest (0.8)")
     parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens")
-    parser.add_argument(
-        "--top-p", type=float, metavar="P", help="sample among the likeliest that reach P together"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="the same seed gives the same text (0)"
-    )
+    parser.add_argument("--top-p", type=float, metavar="P", help="sample among the likeliest that reach P together")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed gives the same text (0)")
     parser.set_defaults(run=_generate)
 
 
@@ -133,9 +133,7 @@ def _add_demo(commands: Any) -> None:
     )
     parser.add_argument("--out", default="runs/demo", metavar="DIR", help="folder of the run (runs/demo)")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument(
-        "--minutes", type=float, metavar="M", help="train for about this long on two cores (2)"
-    )
+    length.add_argument("--minutes", type=float, metavar="M", help="train for about this long on two cores (2)")
     length.add_argument("--steps", type=int, metavar="N", help="train for this many steps")
     parser.set_defaults(run=_demo)
 
@@ -165,8 +163,7 @@ def _train(arguments: dict[str, Any]) -> int:
     except Interrupted as stop:
         return _stopped(stop, f"fastattn train --resume --out {shlex.quote(str(out))}")
     print(
-        f"{progress.step} steps in {progress.seconds:.0f} s, "
-        f"validation {progress.val_bits_per_byte:.4f} bits per byte"
+        f"{progress.step} steps in {progress.seconds:.0f} s, validation {progress.val_bits_per_byte:.4f} bits per byte"
     )
     print(f"sample from it: fastattn generate --checkpoint {shlex.quote(str(out))}")
     return 0
@@ -214,10 +211,13 @@ def _stopped(stop: Any, command: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    """Run one command, by default the one that this process was started with; returns its exit code."""
+    if argv is None:
+        argv = sys.argv[1:]
+        if argv and argv[0] in ("train", "generate", "demo", "bench"):
+            let_idle_threads_sleep()
     try:
-        if argv[:1] == ["bench"]:
+        if argv and argv[0] == "bench":
             return _bench(argv[1:])
         arguments = vars(build_parser().parse_args(argv))
         del arguments["command"]

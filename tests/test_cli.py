@@ -28,7 +28,7 @@ def text_file(tmp_path):
 
 
 def fastattn(*arguments, **options):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-m", "fastattn", *map(str, arguments)],
         env=environment,
@@ -70,14 +70,17 @@ def test_every_setting_has_its_option(capsys):
         assert f"--{name.replace('_', '-')}" in help_text
 
 
-def test_idle_threads_sleep_unless_the_user_says_otherwise():
-    code = "import os, fastattn.cli; print(os.environ['OMP_WAIT_POLICY'])"
-    for given, expected in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
-        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-        if given:
-            environment["OMP_WAIT_POLICY"] = given
-        result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-        assert result.stdout.strip() == expected, result.stderr
+@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_idle_threads_sleep_unless_the_user_says_otherwise(tmp_path, given, expected):
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    if given:
+        environment["OMP_WAIT_POLICY"] = given
+    environment["OMP_DISPLAY_ENV"] = "TRUE"  # libgomp then prints what it has read
+    arguments = [sys.executable, "-m", "fastattn", "generate", "--checkpoint", tmp_path]
+    result = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2
+    policies = re.findall(r"OMP_WAIT_POLICY = '(\w+)'", result.stderr)
+    assert policies[-1] == expected, "of the process that does the work"
 
 
 def test_train_resume_generate(capsys, text_file, tmp_path):
@@ -133,9 +136,7 @@ def test_bad_data(capsys, text_file, tmp_path):
         ("folder", "no files in"),
     ):
         assert message in error_line(capsys, "train", "--data", tmp_path / name, "--out", out)
-    assert "too short" in error_line(
-        capsys, "train", "--data", text_file, "--out", out, *TINY, "--block-size", "9999"
-    )
+    assert "too short" in error_line(capsys, "train", "--data", text_file, "--out", out, *TINY, "--block-size", "9999")
     assert not out.exists()
     assert "not a folder" in error_line(capsys, "train", "--data", text_file, "--out", text_file)
 
