@@ -153,31 +153,22 @@ def _check(
         raise ValueError(f"layer_norm: residual must be floating, got {residual.dtype}")
 
 
-def _parameters(input: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
-    """Parameters as kernels take them: contiguous, all in one dtype, float32 or the input's."""
-    given = [t.dtype for t in tensors if t is not None]
-    if all(d == input.dtype for d in given):
-        dtype = input.dtype
-    else:
-        dtype = accumulation_dtype(input.dtype)
-    return [None if t is None else t.to(dtype).contiguous() for t in tensors]
-
-
 def _canonical(
-    input: Tensor,
-    normalized_shape: Sequence[int] | int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-) -> tuple[Tensor, tuple[int, ...], Tensor | None, Tensor | None, Tensor | None]:
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    _check(input, shape, weight, bias, residual)
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Tensors as kernels take them: input and residual of one dtype; weight and bias contiguous and of one dtype,
+    the input's or float32 (float64 for float64 input)."""
     if residual is not None and residual.dtype != input.dtype:
-        dtype = torch.promote_types(input.dtype, residual.dtype)
-        input, residual = input.to(dtype), residual.to(dtype)
-    if weight is not None or bias is not None:
-        weight, bias = _parameters(input, weight, bias)
-    return input, shape, weight, bias, residual
+        common = torch.promote_types(input.dtype, residual.dtype)
+        input, residual = input.to(common), residual.to(common)
+    dtype = input.dtype
+    if (weight is not None and weight.dtype != dtype) or (bias is not None and bias.dtype != dtype):
+        dtype = accumulation_dtype(dtype)
+    if weight is not None:
+        weight = weight.to(dtype).contiguous()
+    if bias is not None:
+        bias = bias.to(dtype).contiguous()
+    return input, weight, bias, residual
 
 
 def _problem(
@@ -223,15 +214,27 @@ def layer_norm(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
-    x, shape, w, b, r = _canonical(input, normalized_shape, weight, bias, residual)
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     ndim = len(shape)
     if torch.compiler.is_compiling():
+        _check(input, shape, weight, bias, residual)
+        x, w, b, r = _canonical(input, weight, bias, residual)
         bound = OP.resolve(_problem(x, ndim, w, b, r), backend)
     else:
         signature = (
-            x.shape, ndim, x.dtype, x.device, w is None or w.dtype, b is None or b.dtype, r is None,
+            input.shape, shape, input.dtype, input.device,
+            None if weight is None else (weight.shape, weight.dtype, weight.device),
+            None if bias is None else (bias.shape, bias.dtype, bias.device),
+            None if residual is None else (residual.shape, residual.dtype, residual.device),
         )  # fmt: skip
-        bound = OP.resolve_cached(signature, lambda: _problem(x, ndim, w, b, r), backend)
+
+        def problem() -> LayerNormProblem:
+            _check(input, shape, weight, bias, residual)
+            x, w, b, r = _canonical(input, weight, bias, residual)
+            return _problem(x, ndim, w, b, r)
+
+        bound = OP.resolve_cached(signature, problem, backend)
+        x, w, b, r = _canonical(input, weight, bias, residual)
     output, total, _mean, _rstd = bound(x, r, w, b, ndim, float(eps))
     if not prenorm:
         return output
@@ -248,7 +251,9 @@ def _prepare(
     residual: Tensor | None = None,
     **_: Any,
 ) -> tuple[Op, LayerNormProblem]:
-    x, shape, w, b, r = _canonical(input, normalized_shape, weight, bias, residual)
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    _check(input, shape, weight, bias, residual)
+    x, w, b, r = _canonical(input, weight, bias, residual)
     return OP, _problem(x, len(shape), w, b, r)
 
 

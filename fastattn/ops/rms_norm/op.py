@@ -117,22 +117,18 @@ def _check(input: Tensor, normalized_shape: tuple[int, ...], weight: Tensor | No
 
 
 def _canonical(
-    input: Tensor,
-    normalized_shape: Sequence[int] | int,
-    weight: Tensor | None,
-    residual: Tensor | None,
-) -> tuple[Tensor, tuple[int, ...], Tensor | None, Tensor | None]:
-    """Weights as kernels take them: contiguous, float32 or the input's dtype."""
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    _check(input, shape, weight, residual)
+    input: Tensor, weight: Tensor | None, residual: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Tensors as kernels take them: input and residual of one dtype; weight contiguous, of the input's dtype or
+    float32 (float64 for float64 input)."""
     if residual is not None and residual.dtype != input.dtype:
-        dtype = torch.promote_types(input.dtype, residual.dtype)
-        input, residual = input.to(dtype), residual.to(dtype)
+        common = torch.promote_types(input.dtype, residual.dtype)
+        input, residual = input.to(common), residual.to(common)
     if weight is not None:
         if weight.dtype != input.dtype:
             weight = weight.to(accumulation_dtype(input.dtype))
         weight = weight.contiguous()
-    return input, shape, weight, residual
+    return input, weight, residual
 
 
 def _default_eps(input: Tensor) -> float:
@@ -179,13 +175,26 @@ def rms_norm(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
-    x, shape, w, r = _canonical(input, normalized_shape, weight, residual)
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     ndim = len(shape)
     if torch.compiler.is_compiling():
+        _check(input, shape, weight, residual)
+        x, w, r = _canonical(input, weight, residual)
         bound = OP.resolve(_problem(x, ndim, w, r), backend)
     else:
-        signature = (x.shape, ndim, x.dtype, x.device, w is None or w.dtype, r is None)
-        bound = OP.resolve_cached(signature, lambda: _problem(x, ndim, w, r), backend)
+        signature = (
+            input.shape, shape, input.dtype, input.device,
+            None if weight is None else (weight.shape, weight.dtype, weight.device),
+            None if residual is None else (residual.shape, residual.dtype, residual.device),
+        )  # fmt: skip
+
+        def problem() -> RMSNormProblem:
+            _check(input, shape, weight, residual)
+            x, w, r = _canonical(input, weight, residual)
+            return _problem(x, ndim, w, r)
+
+        bound = OP.resolve_cached(signature, problem, backend)
+        x, w, r = _canonical(input, weight, residual)
     output, total, _rstd = bound(x, r, w, ndim, _default_eps(x) if eps is None else float(eps))
     if not prenorm:
         return output
@@ -201,7 +210,9 @@ def _prepare(
     residual: Tensor | None = None,
     **_: Any,
 ) -> tuple[Op, RMSNormProblem]:
-    x, shape, w, r = _canonical(input, normalized_shape, weight, residual)
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    _check(input, shape, weight, residual)
+    x, w, r = _canonical(input, weight, residual)
     return OP, _problem(x, len(shape), w, r)
 
 
