@@ -1,6 +1,7 @@
 // Compiled once for every instruction set (see CMakeLists.txt), with FASTATTN_ISA naming the namespace and
 // FASTATTN_KERNELS the exported table.
 #include "../attention/cpu.inl.h"
+#include "../ceilings/cpu.inl.h"
 #include "../cross_entropy/cpu.inl.h"
 #include "../layer_norm/cpu.inl.h"
 #include "../softmax/cpu.inl.h"
@@ -20,4 +21,5 @@ const fastattn::KernelTable FASTATTN_KERNELS = {
     fastattn::FASTATTN_ISA::kSoftmaxBackward,
     fastattn::FASTATTN_ISA::kCrossEntropyForward,
     fastattn::FASTATTN_ISA::kCrossEntropyBackward,
+    fastattn::FASTATTN_ISA::kCeilingLoops,
 };

@@ -1,6 +1,7 @@
 // What an instruction set offers: one table of kernels, the only symbol that its object file exports.
 #pragma once
 #include "../attention/params.h"
+#include "../ceilings/params.h"
 #include "../cross_entropy/params.h"
 #include "../layer_norm/params.h"
 #include "../softmax/params.h"
@@ -18,6 +19,7 @@ struct KernelTable {
   Kernel<SoftmaxBackward> softmax_backward;
   Kernel<CrossEntropyForward> cross_entropy_forward;
   Kernel<CrossEntropyBackward> cross_entropy_backward;
+  CeilingLoops ceilings;
 };
 
 // The instruction sets of this binary, best first, nullptr at the end.
