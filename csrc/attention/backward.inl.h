@@ -1,0 +1,406 @@
+// Gradients in one pass over the score matrix: a task walks the panels of queries that share one kv head, and the
+// probabilities are recomputed from the saved lse (Dao et al. 2022, appendix B.4):
+//   P = exp(S - lse), dV += P^T dO, dP = dO V^T, dS = P * (dP - delta), dQ = scale * dS K, dK += scale * dS^T Q
+// with delta = rowsum(dO * O) - grad_lse. Tiles are transposed: a row per key, a lane per query.
+#pragma once
+#include "softmax.inl.h"
+
+namespace fastattn::FASTATTN_ISA {
+namespace {
+
+// Per query of a panel.
+struct SavedStatistics {
+  float* lse;    // base 2; +inf for rows that see nothing, so that their probabilities are 0
+  float* rest;   // what is too small to show in lse where that is huge, else 0
+  float* delta;
+
+  static SavedStatistics take(Arena& arena) {
+    return {arena.take<float>(kPanel), arena.take<float>(kPanel), arena.take<float>(kPanel)};
+  }
+};
+
+// The tiles of one panel and one block, as the products that follow read them: fp32 (Single), or bf16 with dS also as
+// pairs of neighbouring keys (Paired).
+template <class G>
+struct GradientTiles {
+  float* probabilities;
+  float* scores;
+  typename G::Step* score_pairs;
+
+  static constexpr int64_t kRowBytes = kPanel * 4 / G::kPack;
+
+  static GradientTiles take(Arena& arena) {
+    return {arena.take<float>(kKeyBlock * kPanel), arena.take<float>(kKeyBlock * kPanel),
+            arena.take<typename G::Step>(G::kPaired ? kKeyBlock / 2 * kPanel : 0)};
+  }
+  Operand rows(const float* tile, int first) const {
+    return {reinterpret_cast<const char*>(tile) + first * kLanes * 4 / G::kPack, kRowBytes};
+  }
+  const typename G::Step* score_columns() const {
+    if constexpr (G::kPaired)
+      return score_pairs;
+    else
+      return scores;
+  }
+  static FASTATTN_INLINE void put(float* tile, int64_t at, F32 x) {
+    if constexpr (G::kPaired)
+      store(reinterpret_cast<bf16*>(tile) + at, x);
+    else
+      store(tile + at, x);
+  }
+};
+
+// P and dS of a range.
+template <class G, int kWide, bool kMasked>
+__attribute__((noinline)) void gradient_rows(Operand keys, Operand values, const PackedRows<G>& query,
+                                             const PackedRows<G>& grad, const Visibility& seen, float unit,
+                                             const Range& range, const SavedStatistics& saved, const float* dropout,
+                                             const GradientTiles<G>& tiles) {
+  constexpr int kRows = tile_rows(kWide);
+  const int64_t offset = range.first * kLanes;
+  F32 lse[kWide], delta[kWide];
+  FASTATTN_UNROLL for (int n = 0; n < kWide; n++) {
+    lse[n] = load(saved.lse + offset + n * kLanes);
+    delta[n] = load(saved.delta + offset + n * kLanes);
+  }
+  for (int64_t row = range.begin; row < range.end; row += kRows) {
+    Tile<kRows, kWide> p, d;
+    clear(p);
+    const char* left = keys.data + row * keys.row;
+    const typename G::Step* right = query.transposed + offset;
+    multiply<G, 0>(p, left, keys.row, sizeof(typename G::Step), right, kPanel, query.steps());
+    FASTATTN_UNROLL for (int m = 0; m < kRows; m++) {
+      FASTATTN_UNROLL for (int n = 0; n < kWide; n++) {
+        if constexpr (kMasked) {
+          Mask visible = sees(seen, row + m, range.first + n);
+          F32 x;
+          if (seen.bias != nullptr) {
+            const F32 bias = load(seen.bias + (row + m) * seen.bias_row + offset + n * kLanes);
+            visible = visible & ~(bias == splat(-kInf));
+            x = fma(p.c[m][n], splat(unit), bias) - lse[n] - load(saved.rest + offset + n * kLanes);
+          } else {
+            x = fms(p.c[m][n], splat(unit), lse[n]);
+          }
+          p.c[m][n] = select(visible, exp2<G::kExpDegree>(x), zero());
+        } else {
+          p.c[m][n] = exp2<G::kExpDegree>(fms(p.c[m][n], splat(unit), lse[n]));
+        }
+      }
+    }
+    clear(d);
+    left = values.data + row * values.row;
+    right = grad.transposed + offset;
+    multiply<G, 0>(d, left, values.row, sizeof(typename G::Step), right, kPanel, grad.steps());
+    FASTATTN_UNROLL for (int m = 0; m < kRows; m++) {
+      FASTATTN_UNROLL for (int n = 0; n < kWide; n++) {
+        const int64_t at = (row + m) * kPanel + offset + n * kLanes;
+        F32 kept = p.c[m][n];
+        if (dropout != nullptr) {
+          const F32 factor = load(dropout + at);
+          kept = kept * factor;
+          d.c[m][n] = d.c[m][n] * factor;
+        }
+        GradientTiles<G>::put(tiles.probabilities, at, kept);
+        d.c[m][n] = p.c[m][n] * (d.c[m][n] - delta[n]);
+        GradientTiles<G>::put(tiles.scores, at, d.c[m][n]);
+      }
+    }
+    if constexpr (G::kPaired) {
+      FASTATTN_UNROLL for (int m = 0; m < kRows; m += 2) {
+        FASTATTN_UNROLL for (int n = 0; n < kWide; n++)
+          G::store_pair(tiles.score_pairs + (row + m) / 2 * kPanel + offset + n * kLanes, d.c[m][n], d.c[m + 1][n]);
+      }
+    }
+  }
+}
+
+template <class G>
+FASTATTN_INLINE void gradient_block(Operand keys, Operand values, const PackedRows<G>& query,
+                                    const PackedRows<G>& grad, const Visibility& seen, float unit, int vectors,
+                                    const SavedStatistics& saved, const float* dropout,
+                                    const GradientTiles<G>& tiles) {
+  for (int i = 0; i < seen.range_count; i++)
+    with_width(vectors - seen.ranges[i].first, [&](auto width) {
+      const auto rows = seen.ranges[i].masked ? gradient_rows<G, width.value, true>
+                                              : gradient_rows<G, width.value, false>;
+      rows(keys, values, query, grad, seen, unit, seen.ranges[i], saved, dropout, tiles);
+    });
+}
+
+// gradient[key] += sum over the panel's queries of tile[key][query] * rows[query].
+template <class G>
+FASTATTN_INLINE void add_key_gradient(const float* tile, const GradientTiles<G>& tiles, const typename G::Step* rows,
+                                      int64_t row, int64_t columns, const Visibility& seen, int vectors,
+                                      float* gradient) {
+  const int64_t gradient_row = padded_columns(columns);
+  const int wide = static_cast<int>(ceil_div(columns, kLanes));
+  for (int i = 0; i < seen.range_count; i++) {
+    const Range& range = seen.ranges[i];
+    const int64_t skipped = range.first * kLanes / G::kPack;
+    const int64_t steps = (vectors - range.first) * kLanes / G::kPack;
+    for (int c = 0; c < wide; c += kVectors)
+      with_width(static_cast<int>(min_of(kVectors, wide - c)), [&](auto width) {
+        add_rows<G, width.value>(tiles.rows(tile, range.first), rows + skipped * row + c * kLanes, row, steps,
+                                 gradient + c * kLanes, gradient_row, range.begin, range.end);
+      });
+  }
+}
+
+template <class T>
+__attribute__((noinline)) void row_dots_of(Operand a, Operand b, int64_t rows, int64_t columns, float* dots) {
+  const int64_t whole = columns - columns % kLanes;
+  for (int64_t i = 0; i < rows; i++) {
+    const T* x = reinterpret_cast<const T*>(a.data + i * a.row);
+    const T* y = reinterpret_cast<const T*>(b.data + i * b.row);
+    F32 sum = zero();
+    for (int64_t c = 0; c < whole; c += kLanes) sum = fma(load(x + c), load(y + c), sum);
+    if (whole < columns) sum = fma(load_first(x + whole, columns - whole), load_first(y + whole, columns - whole), sum);
+    dots[i] = reduce_add(sum);
+  }
+}
+FASTATTN_INLINE void row_dots(DType dtype, Operand a, Operand b, int64_t rows, int64_t columns, float* dots) {
+  if (dtype == DType::f32)
+    row_dots_of<float>(a, b, rows, columns, dots);
+  else if (dtype == DType::bf16)
+    row_dots_of<bf16>(a, b, rows, columns, dots);
+  else
+    row_dots_of<f16>(a, b, rows, columns, dots);
+}
+
+// A panel of queries in the backward pass: everything about it that does not depend on the block of keys.
+template <class G>
+struct BackwardPanel {
+  PackedRows<G> query, grad;
+  SavedStatistics saved;
+  Statistics statistics;  // only where lse cannot tell
+  float *bias, *dropout;  // tiles, nullptr where there is none
+  GradientTiles<G> tiles;
+  int64_t batch, head, first, count;
+  int vectors;
+
+  static BackwardPanel take(Arena& arena, const AttentionProblem& problem) {
+    BackwardPanel panel = {};
+    panel.query = PackedRows<G>::take(arena, problem.head_dim);
+    panel.grad = PackedRows<G>::take(arena, problem.value_dim);
+    panel.saved = SavedStatistics::take(arena);
+    panel.statistics = Statistics::take(arena);
+    panel.bias = problem.mask.data != nullptr ? arena.take<float>(kKeyBlock * kPanel) : nullptr;
+    panel.dropout = problem.dropout.enabled ? arena.take<float>(kKeyBlock * kPanel) : nullptr;
+    panel.tiles = GradientTiles<G>::take(arena);
+    return panel;
+  }
+
+  // `keys` is room for a copy of a block of keys.
+  __attribute__((noinline)) void load_panel(const AttentionBackward& p, int64_t which_batch, int64_t which_head,
+                                            int64_t which_panel, void* keys) {
+    const AttentionProblem& problem = p.problem;
+    batch = which_batch;
+    head = which_head;
+    first = which_panel * kPanel;
+    count = min_of(kPanel, problem.queries - first);
+    vectors = static_cast<int>(ceil_div(count, kLanes));
+    query.pack(problem.dtype, head_rows(p.query, problem.dtype, batch, head, first), count,
+               score_scale(problem.scale).sign);
+    const Operand grads = head_rows(p.grad_output, problem.dtype, batch, head, first);
+    grad.pack(problem.dtype, grads, count);
+    row_dots(problem.dtype, grads, head_rows(p.output, problem.dtype, batch, head, first), count, problem.value_dim,
+             saved.delta);
+    const int64_t row = (batch * problem.heads + head) * problem.queries + first;
+    bool huge = false;
+    for (int64_t at = 0; at < count; at += kLanes) {
+      const int64_t n = min_of(kLanes, count - at);
+      const Mask real = first_lanes(n);
+      const F32 lse = load_first(p.lse + row + at, n);
+      const Mask live = real & ~(lse == splat(-kInf));
+      F32 delta = load(saved.delta + at);
+      if (p.grad_lse != nullptr) delta = delta - load_first(p.grad_lse + row + at, n);
+      store(saved.delta + at, select(live, delta, zero()));
+      store(saved.lse + at, select(live, lse * splat(kLog2e), splat(kInf)));
+      store(saved.rest + at, zero());
+      huge = huge || any(is_huge(lse) & live);
+    }
+    if (huge && bias != nullptr && problem.mask.dtype != DType::boolean) recover_statistics(p, keys);
+  }
+
+  bool look_at(const AttentionProblem& problem, int64_t first_key, Visibility& seen) const {
+    const int64_t keys = min_of(kKeyBlock, problem.keys - first_key);
+    if (!look(problem, batch, head, first, count, first_key, keys, seen, bias)) return false;
+    if (dropout != nullptr) fill_dropout(problem, batch, head, first, first_key, seen, vectors, dropout);
+    return true;
+  }
+
+  // One past the last key that the panel may see.
+  int64_t end(const AttentionProblem& problem) const {
+    return problem.causal ? min_of(problem.keys, first + count + problem.causal_shift) : problem.keys;
+  }
+
+ private:
+  static FASTATTN_INLINE Mask first_lanes(int64_t n) { return fastattn::FASTATTN_ISA::first(n); }
+  static FASTATTN_INLINE Mask is_huge(F32 lse) { return max(lse, zero() - lse) > splat(1024.f); }
+
+  // A row whose every key carries a mask of, say, -1e9 has an lse in which the logarithm of the sum is lost. Its
+  // maximum and its sum are computed again.
+  __attribute__((noinline)) void recover_statistics(const AttentionBackward& p, void* keys) {
+    const AttentionProblem& problem = p.problem;
+    statistics.reset();
+    for (int64_t first_key = 0; first_key < end(problem); first_key += kKeyBlock) {
+      const int64_t n = min_of(kKeyBlock, problem.keys - first_key);
+      Visibility seen;
+      if (!look(problem, batch, head, first, count, first_key, n, seen, bias)) continue;
+      const int64_t kv_head = head / (problem.heads / problem.kv_heads);
+      const Operand block = rows_operand<G>(
+          problem.dtype, head_rows(p.key, problem.dtype, batch, kv_head, first_key), n, problem.head_dim, false, keys);
+      advance_softmax<G>(block, query, seen, score_scale(problem.scale).unit, vectors, nullptr, tiles.probabilities,
+                         tiles.score_pairs, statistics);
+    }
+    for (int64_t at = 0; at < vectors * kLanes; at += kLanes) {
+      const F32 lse = load(saved.lse + at);
+      const Mask huge = is_huge(lse) & (lse < splat(kInf));
+      store(saved.lse + at, select(huge, load(statistics.shift + at), lse));
+      store(saved.rest + at, select(huge, log2(load(statistics.sum + at)), zero()));
+    }
+  }
+};
+
+template <class G>
+struct BackwardScratch {
+  BackwardPanel<G> panel;
+  typename G::Step *query_pairs, *grad_pairs, *key_pairs;
+  float *ones, *grad_query, *rows, *partial;
+  void *keys, *values;
+
+  // Returns the bytes used.
+  int64_t carve(const AttentionBackward& p, char* memory) {
+    const AttentionProblem& problem = p.problem;
+    const uintptr_t start = reinterpret_cast<uintptr_t>(memory);
+    const int64_t key_columns = padded_columns(problem.head_dim), value_columns = padded_columns(problem.value_dim);
+    Arena arena{start};
+    panel = BackwardPanel<G>::take(arena, problem);
+    query_pairs = arena.take<typename G::Step>(G::kPaired ? kPanel / 2 * key_columns : 0);
+    grad_pairs = arena.take<typename G::Step>(G::kPaired ? kPanel / 2 * value_columns : 0);
+    key_pairs = arena.take<typename G::Step>(G::kPaired ? kKeyBlock / 2 * key_columns : 0);
+    ones = arena.take<float>(kPanel);
+    grad_query = arena.take<float>(key_columns * kPanel);
+    rows = arena.take<float>(kPanel * key_columns);
+    keys = arena.take<float>(kKeyBlock * key_columns);
+    values = arena.take<float>(kKeyBlock * value_columns);
+    partial = arena.take<float>(p.parts == 1 ? p.partial_size : 0);
+    return static_cast<int64_t>(arena.next - start);
+  }
+};
+
+template <class G>
+__attribute__((noinline)) void finish_grad_query(const AttentionBackward& p, const BackwardScratch<G>& scratch) {
+  const AttentionProblem& problem = p.problem;
+  const BackwardPanel<G>& panel = scratch.panel;
+  const Operand target = head_rows(p.grad_query, problem.dtype, panel.batch, panel.head, panel.first);
+  const int64_t whole = panel.vectors * kLanes;
+  if (problem.dtype == DType::f32 && panel.count == whole && problem.head_dim % kLanes == 0) {
+    const F32 scale = splat(problem.scale);
+    for (int64_t i = 0; i < problem.head_dim * kPanel; i += kLanes)
+      store(scratch.grad_query + i, load(scratch.grad_query + i) * scale);
+    transpose_from_panel(scratch.grad_query, whole, problem.head_dim,
+                         reinterpret_cast<float*>(const_cast<char*>(target.data)), p.grad_query.row);
+    return;
+  }
+  const int64_t row = padded_columns(problem.head_dim);
+  transpose_from_panel(scratch.grad_query, whole, round_up(problem.head_dim, kLanes), scratch.rows, row);
+  narrow_rows(problem.dtype, scratch.rows, row, panel.count, problem.head_dim, target, problem.scale);
+}
+
+// What one task adds up: gradients of all keys, then of all values, of one kv head.
+struct Partial {
+  float *keys, *values;
+  Partial(const AttentionProblem& problem, float* memory)
+      : keys(memory), values(memory + padded_rows(problem.keys) * padded_columns(problem.head_dim)) {}
+};
+
+template <class G>
+__attribute__((noinline)) void backward_panel(const AttentionBackward& p, int64_t kv_head, const Partial& sums,
+                                              BackwardScratch<G>& scratch) {
+  const AttentionProblem& problem = p.problem;
+  const BackwardPanel<G>& panel = scratch.panel;
+  const float unit = score_scale(problem.scale).unit;
+  const typename G::Step *query_rows, *grad_rows;
+  int64_t query_row, grad_row;
+  if constexpr (G::kPaired) {
+    interleave<G>(panel.query.source, panel.count, problem.head_dim, scratch.query_pairs);
+    interleave<G>(panel.grad.source, panel.count, problem.value_dim, scratch.grad_pairs);
+    query_rows = scratch.query_pairs;
+    grad_rows = scratch.grad_pairs;
+    query_row = padded_columns(problem.head_dim);
+    grad_row = padded_columns(problem.value_dim);
+    // Up to a whole vector of queries.
+    const int64_t filled = ceil_div(panel.count, 2), wanted = panel.vectors * kLanes / 2;
+    memset(scratch.query_pairs + filled * query_row, 0, static_cast<size_t>((wanted - filled) * query_row) * 4);
+    memset(scratch.grad_pairs + filled * grad_row, 0, static_cast<size_t>((wanted - filled) * grad_row) * 4);
+  } else {
+    query_rows = panel.query.rows;
+    grad_rows = panel.grad.rows;
+    query_row = panel.query.row;
+    grad_row = panel.grad.row;
+  }
+  memset(scratch.grad_query, 0, static_cast<size_t>(padded_rows(problem.head_dim) * kPanel) * sizeof(float));
+  for (int64_t i = 0; i < kPanel; i += kLanes) store(scratch.ones + i, splat(1.f));
+
+  for (int64_t first_key = 0; first_key < panel.end(problem); first_key += kKeyBlock) {
+    Visibility seen;
+    if (!panel.look_at(problem, first_key, seen)) continue;
+    const Operand key_rows = head_rows(p.key, problem.dtype, panel.batch, kv_head, first_key);
+    const Operand keys =
+        rows_operand<G>(problem.dtype, key_rows, seen.keys, problem.head_dim, true, scratch.keys);
+    const Operand values =
+        rows_operand<G>(problem.dtype, head_rows(p.value, problem.dtype, panel.batch, kv_head, first_key), seen.keys,
+                        problem.value_dim, false, scratch.values);
+    gradient_block<G>(keys, values, panel.query, panel.grad, seen, unit, panel.vectors, panel.saved, panel.dropout,
+                      panel.tiles);
+    const Operand key_columns =
+        G::kPaired ? columns_operand<G>(problem.dtype, key_rows, seen.keys, problem.head_dim, scratch.key_pairs) : keys;
+    int64_t ends[kVectors];
+    for (int n = 0; n < kVectors; n++) ends[n] = ceil_div(seen.ends[n], G::kPack);
+    with_width(panel.vectors, [&](auto width) {
+      add_columns<G, width.value>(key_columns, padded_rows(problem.head_dim), panel.tiles.score_columns(), ends,
+                                  scratch.grad_query, scratch.ones);
+    });
+    add_key_gradient<G>(panel.tiles.probabilities, panel.tiles, grad_rows, grad_row, problem.value_dim, seen,
+                        panel.vectors, sums.values + first_key * padded_columns(problem.value_dim));
+    add_key_gradient<G>(panel.tiles.scores, panel.tiles, query_rows, query_row, problem.head_dim, seen, panel.vectors,
+                        sums.keys + first_key * padded_columns(problem.head_dim));
+  }
+  finish_grad_query<G>(p, scratch);
+}
+
+// One of `parts` tasks for a (batch, kv head): every parts-th panel of its query heads.
+template <class G>
+__attribute__((noinline)) void backward_task(const AttentionBackward& p, int64_t task, BackwardScratch<G>& scratch) {
+  const AttentionProblem& problem = p.problem;
+  const int64_t pair = task / p.parts, part = task % p.parts;
+  const int64_t batch = pair / problem.kv_heads, kv_head = pair % problem.kv_heads;
+  const int64_t group = problem.heads / problem.kv_heads, panels = ceil_div(problem.queries, kPanel);
+  float* memory = p.parts == 1 ? scratch.partial : p.partial + task * p.partial_size;
+  const Partial sums(problem, memory);
+  memset(memory, 0, static_cast<size_t>(p.partial_size) * sizeof(float));
+  for (int64_t i = part; i < group * panels; i += p.parts) {
+    scratch.panel.load_panel(p, batch, kv_head * group + i / panels, i % panels, scratch.keys);
+    backward_panel<G>(p, kv_head, sums, scratch);
+  }
+  if (p.parts > 1) {
+    if (__atomic_add_fetch(p.arrivals + pair, 1, __ATOMIC_ACQ_REL) != p.parts) return;
+    memory = p.partial + pair * p.parts * p.partial_size;
+    for (int64_t i = 0; i < p.partial_size; i += kLanes) {
+      F32 sum = load(memory + i);
+      for (int64_t other = 1; other < p.parts; other++) sum = sum + load(memory + other * p.partial_size + i);
+      store(memory + i, sum);
+    }
+  }
+  const Partial total(problem, memory);
+  narrow_rows(problem.dtype, total.keys, padded_columns(problem.head_dim), problem.keys, problem.head_dim,
+              head_rows(p.grad_key, problem.dtype, batch, kv_head, 0), __builtin_fabsf(problem.scale));
+  narrow_rows(problem.dtype, total.values, padded_columns(problem.value_dim), problem.keys, problem.value_dim,
+              head_rows(p.grad_value, problem.dtype, batch, kv_head, 0), 1.f);
+}
+
+int64_t backward_pair_tasks(const AttentionBackward& p) { return p.problem.batches * p.problem.kv_heads * p.parts; }
+
+}  // namespace
+}  // namespace fastattn::FASTATTN_ISA

@@ -1,0 +1,51 @@
+// Attention on the CPU: what the kernel table gets.
+//
+//   microkernel.inl.h    products on register tiles, in fp32 (Single) or by bf16 dot products (Paired)
+//   pack.inl.h           rows of the inputs as those products want them
+//   mask.inl.h           who sees whom; dropout
+//   softmax.inl.h        scores and the running softmax
+//   forward.inl.h  backward.inl.h  mask_gradient.inl.h
+#pragma once
+#include "backward.inl.h"
+#include "forward.inl.h"
+#include "mask_gradient.inl.h"
+
+namespace fastattn::FASTATTN_ISA {
+namespace {
+
+int64_t backward_tasks(const AttentionBackward& p) { return backward_pair_tasks(p) + mask_gradient_tasks(p); }
+
+int64_t backward_scratch(const AttentionBackward& p) {
+  const int64_t bytes = p.problem.dtype == DType::bf16 ? BackwardScratch<Paired>{}.carve(p, nullptr)
+                                                       : BackwardScratch<Single>{}.carve(p, nullptr);
+  return p.grad_mask == nullptr ? bytes : max_of(bytes, MaskGradientScratch{}.carve(p, nullptr));
+}
+
+template <class G>
+FASTATTN_INLINE void run_backward_as(const AttentionBackward& p, TaskQueue& queue, char* memory) {
+  const int64_t pair_tasks = backward_pair_tasks(p);
+  for (int64_t task = take_task(queue); task < queue.total; task = take_task(queue)) {
+    if (task < pair_tasks) {
+      BackwardScratch<G> scratch;
+      scratch.carve(p, memory);
+      backward_task<G>(p, task, scratch);
+    } else {
+      MaskGradientScratch scratch;
+      scratch.carve(p, memory);
+      mask_gradient_task(p, task - pair_tasks, scratch);
+    }
+  }
+}
+
+void run_backward(const AttentionBackward& p, TaskQueue& queue, char* memory) {
+  if (p.problem.dtype == DType::bf16)
+    run_backward_as<Paired>(p, queue, memory);
+  else
+    run_backward_as<Single>(p, queue, memory);
+}
+
+constexpr Kernel<AttentionForward> kAttentionForward{forward_tasks, forward_scratch, run_forward};
+constexpr Kernel<AttentionBackward> kAttentionBackward{backward_tasks, backward_scratch, run_backward};
+
+}  // namespace
+}  // namespace fastattn::FASTATTN_ISA

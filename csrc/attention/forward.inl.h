@@ -1,0 +1,181 @@
+// softmax(scale * Q K^T + mask) V, one task for a few panels of queries of one head.
+#pragma once
+#include "softmax.inl.h"
+
+namespace fastattn::FASTATTN_ISA {
+namespace {
+
+constexpr int kMostPanels = 4;
+
+// Panels of a task share each copy of a block of keys and values, where one has to be made.
+FASTATTN_INLINE int64_t forward_panels(const AttentionForward& p) {
+  const AttentionProblem& problem = p.problem;
+  if (problem.dtype == DType::f32 && problem.value_dim % kRowPad == 0) return 1;
+  const int64_t panels = ceil_div(problem.queries, kPanel);
+  int64_t together = kLanes >= 16 ? 2 : kMostPanels;
+  while (together > 1 && problem.batches * problem.heads * ceil_div(panels, together) < 16) together /= 2;
+  return together;
+}
+
+FASTATTN_INLINE int64_t forward_groups(const AttentionForward& p) {
+  return ceil_div(ceil_div(p.problem.queries, kPanel), forward_panels(p));
+}
+
+template <class G>
+struct ForwardScratch {
+  struct Panel {
+    PackedRows<G> query;
+    Statistics statistics;
+    float* output;  // transposed: (padded value_dim, kPanel)
+  };
+  Panel panels[kMostPanels];
+  float *tile, *bias, *dropout, *rows;
+  typename G::Step* pairs;
+  void *keys, *values;
+
+  // Returns the bytes used.
+  int64_t carve(const AttentionForward& p, char* memory) {
+    const AttentionProblem& problem = p.problem;
+    const uintptr_t start = reinterpret_cast<uintptr_t>(memory);
+    const int64_t key_columns = padded_columns(problem.head_dim), value_columns = padded_columns(problem.value_dim);
+    Arena arena{start};
+    for (int64_t i = 0; i < forward_panels(p); i++) {
+      panels[i].query = PackedRows<G>::take(arena, problem.head_dim);
+      panels[i].statistics = Statistics::take(arena);
+      panels[i].output = arena.take<float>(value_columns * kPanel);
+    }
+    tile = arena.take<float>(kKeyBlock * kPanel);
+    pairs = arena.take<typename G::Step>(G::kPaired ? kKeyBlock / 2 * kPanel : 0);
+    bias = arena.take<float>(problem.mask.data != nullptr ? kKeyBlock * kPanel : 0);
+    dropout = problem.dropout.enabled ? arena.take<float>(kKeyBlock * kPanel) : nullptr;
+    keys = arena.take<float>(kKeyBlock * key_columns);
+    values = arena.take<float>(kKeyBlock * value_columns);
+    rows = arena.take<float>(kPanel * value_columns);
+    return static_cast<int64_t>(arena.next - start);
+  }
+};
+
+// out = O / sum and lse = max + log(sum).
+template <class G>
+__attribute__((noinline)) void finish_panel(const AttentionForward& p, const typename ForwardScratch<G>::Panel& panel,
+                                            int64_t batch, int64_t head, int64_t first, int64_t count, float* rows) {
+  const AttentionProblem& problem = p.problem;
+  float* lse = p.lse + (batch * problem.heads + head) * problem.queries + first;
+  const int64_t columns = padded_rows(problem.value_dim);
+  for (int64_t at = 0; at < count; at += kLanes) {
+    const F32 sum = load(panel.statistics.sum + at), largest = load(panel.statistics.max + at);
+    const Mask live = load(panel.statistics.live + at) > zero();
+    const F32 factor = splat(1.f) / sum;
+    for (int64_t d = 0; d < columns; d++) {
+      float* o = panel.output + d * kPanel + at;
+      store(o, select(live, load(o) * factor, zero()));
+    }
+    // A mask as low as finfo.min, times log2(e), was clamped: back to what it was.
+    F32 value = select(largest == splat(-kMaxFloat), largest, (largest + log2(sum)) * splat(kLn2));
+    // Visible keys, but no score above -inf: 0 / 0, as the output.
+    value = select(sum == zero(), zero() * factor, value);
+    value = select(live, value, splat(-kInf));
+    if (count - at >= kLanes)
+      store(lse + at, value);
+    else
+      store_first(lse + at, value, count - at);
+  }
+  const Operand target = head_rows(p.output, problem.dtype, batch, head, first);
+  const int64_t whole = round_up(count, kLanes);
+  if (problem.dtype == DType::f32 && count == whole && problem.value_dim % kLanes == 0) {
+    transpose_from_panel(panel.output, whole, problem.value_dim,
+                         reinterpret_cast<float*>(const_cast<char*>(target.data)), p.output.row);
+    return;
+  }
+  const int64_t row = padded_columns(problem.value_dim);
+  transpose_from_panel(panel.output, whole, round_up(problem.value_dim, kLanes), rows, row);
+  narrow_rows(problem.dtype, rows, row, count, problem.value_dim, target, 1.f);
+}
+
+template <class G>
+__attribute__((noinline)) void forward_task(const AttentionForward& p, int64_t task, ForwardScratch<G>& scratch) {
+  const AttentionProblem& problem = p.problem;
+  const int64_t together = forward_panels(p), groups = forward_groups(p);
+  const int64_t batch = task / groups / problem.heads, head = task / groups % problem.heads;
+  const int64_t kv_head = head / (problem.heads / problem.kv_heads);
+  // Causal: the longest first.
+  const int64_t group_first = (groups - 1 - task % groups) * together * kPanel;
+  const int64_t group_end = min_of(problem.queries, group_first + together * kPanel);
+  const int panels = static_cast<int>(ceil_div(group_end - group_first, kPanel));
+  const ScoreScale scale = score_scale(problem.scale);
+
+  for (int i = 0; i < panels; i++) {
+    auto& panel = scratch.panels[i];
+    const int64_t first = group_first + i * kPanel;
+    panel.query.pack(problem.dtype, head_rows(p.query, problem.dtype, batch, head, first),
+                     min_of(kPanel, group_end - first), scale.sign);
+    panel.statistics.reset();
+    memset(panel.output, 0, static_cast<size_t>(padded_rows(problem.value_dim) * kPanel) * sizeof(float));
+  }
+
+  const int64_t end = problem.causal ? min_of(problem.keys, group_end + problem.causal_shift) : problem.keys;
+  for (int64_t first_key = 0; first_key < end; first_key += kKeyBlock) {
+    const int64_t count = min_of(kKeyBlock, problem.keys - first_key);
+    bool ready = false;
+    Operand keys = {}, values = {};
+    for (int i = 0; i < panels; i++) {
+      auto& panel = scratch.panels[i];
+      const int64_t first = group_first + i * kPanel, queries = min_of(kPanel, group_end - first);
+      const int vectors = static_cast<int>(ceil_div(queries, kLanes));
+      Visibility seen;
+      if (!look(problem, batch, head, first, queries, first_key, count, seen, scratch.bias)) continue;
+      if (!ready) {
+        keys = rows_operand<G>(problem.dtype, head_rows(p.key, problem.dtype, batch, kv_head, first_key), count,
+                               problem.head_dim, false, scratch.keys);
+        values = columns_operand<G>(problem.dtype, head_rows(p.value, problem.dtype, batch, kv_head, first_key), count,
+                                    problem.value_dim, scratch.values);
+        ready = true;
+      }
+      if (scratch.dropout != nullptr)
+        fill_dropout(problem, batch, head, first, first_key, seen, vectors, scratch.dropout);
+      advance_softmax<G>(keys, panel.query, seen, scale.unit, vectors, scratch.dropout, scratch.tile, scratch.pairs,
+                         panel.statistics);
+      int64_t ends[kVectors];
+      for (int n = 0; n < kVectors; n++) ends[n] = ceil_div(seen.ends[n], G::kPack);
+      const typename G::Step* probabilities;
+      if constexpr (G::kPaired)
+        probabilities = scratch.pairs;
+      else
+        probabilities = scratch.tile;
+      with_width(vectors, [&](auto width) {
+        add_columns<G, width.value>(values, padded_rows(problem.value_dim), probabilities, ends, panel.output,
+                                    panel.statistics.alpha);
+      });
+    }
+  }
+  for (int i = 0; i < panels; i++) {
+    const int64_t first = group_first + i * kPanel;
+    finish_panel<G>(p, scratch.panels[i], batch, head, first, min_of(kPanel, group_end - first), scratch.rows);
+  }
+}
+
+int64_t forward_tasks(const AttentionForward& p) {
+  return p.problem.batches * p.problem.heads * forward_groups(p);
+}
+
+template <class G>
+FASTATTN_INLINE void run_forward_as(const AttentionForward& p, TaskQueue& queue, char* memory) {
+  ForwardScratch<G> scratch;
+  scratch.carve(p, memory);
+  for (int64_t task = take_task(queue); task < queue.total; task = take_task(queue)) forward_task<G>(p, task, scratch);
+}
+
+int64_t forward_scratch(const AttentionForward& p) {
+  if (p.problem.dtype == DType::bf16) return ForwardScratch<Paired>{}.carve(p, nullptr);
+  return ForwardScratch<Single>{}.carve(p, nullptr);
+}
+
+void run_forward(const AttentionForward& p, TaskQueue& queue, char* memory) {
+  if (p.problem.dtype == DType::bf16)
+    run_forward_as<Paired>(p, queue, memory);
+  else
+    run_forward_as<Single>(p, queue, memory);
+}
+
+}  // namespace
+}  // namespace fastattn::FASTATTN_ISA

@@ -1,0 +1,165 @@
+// Small matrix products on register tiles. Queries (or head dimensions) lie in the lanes, the other operand is
+// broadcast one element at a time from wherever it is, so that only Q^T and dO^T ever need another layout.
+#pragma once
+#include "../cpu/simd/simd.h"
+
+namespace fastattn::FASTATTN_ISA {
+namespace {
+
+constexpr int kVectors = kRegisters >= 32 ? 4 : 3;
+constexpr int64_t kPanel = kVectors * kLanes;  // queries worked on together
+constexpr int64_t kKeyBlock = 64;              // keys worked on together
+constexpr int64_t kRowPad = 8;                 // rows come in groups of this many, a multiple of every tile_rows()
+
+// Rows of a register tile that is `vectors` wide: enough sums in flight to hide the latency of a multiply-add.
+constexpr int tile_rows(int vectors) {
+  return vectors >= 3 ? 4 : kRegisters >= 32 || vectors == 1 ? 8 : 4;
+}
+
+// The two kinds of arithmetic. A Step is what one lane consumes of the inner dimension at a time.
+struct Single {
+  using Step = float;
+  using Vector = F32;
+  static constexpr int64_t kPack = 1;
+  static constexpr bool kPaired = false;
+  static constexpr int kExpDegree = 5;
+  static FASTATTN_INLINE Vector load(const Step* p) { return fastattn::FASTATTN_ISA::load(p); }
+  static FASTATTN_INLINE Vector broadcast(const char* p) {
+    float x;
+    memcpy(&x, p, sizeof(x));
+    return splat(x);
+  }
+  static FASTATTN_INLINE F32 multiply_add(Vector a, Vector b, F32 sum) { return fma(a, b, sum); }
+};
+
+#if defined(FASTATTN_ISA_AVX512_BF16)
+struct Paired {
+  using Step = uint32_t;  // two bf16
+  using Vector = Pairs;
+  static constexpr int64_t kPack = 2;
+  static constexpr bool kPaired = true;
+  static constexpr int kExpDegree = 3;
+  static FASTATTN_INLINE Vector load(const Step* p) { return load_pairs(p); }
+  static FASTATTN_INLINE Vector broadcast(const char* p) {
+    uint32_t pair;
+    memcpy(&pair, p, sizeof(pair));
+    return splat_pair(pair);
+  }
+  static FASTATTN_INLINE F32 multiply_add(Vector a, Vector b, F32 sum) { return dot2(sum, a, b); }
+  static FASTATTN_INLINE void store_pair(Step* p, F32 low, F32 high) { store_pairs(p, pack_pairs(low, high)); }
+  static FASTATTN_INLINE void interleave(const bf16* low, const bf16* high, int64_t n, Step* out) {
+    interleave_rows(low, high, n, out);
+  }
+};
+#else
+using Paired = Single;  // bf16 is widened to fp32
+#endif
+
+// A matrix in memory, read one element (Single) or pair of neighbours in a row (Paired) at a time.
+struct Operand {
+  const char* data;
+  int64_t row;  // bytes from one row to the next
+};
+
+template <int kRows, int kWide>
+struct Tile {
+  F32 c[kRows][kWide];
+};
+
+template <int kRows, int kWide>
+FASTATTN_INLINE void clear(Tile<kRows, kWide>& tile) {
+  FASTATTN_UNROLL for (int m = 0; m < kRows; m++) {
+    FASTATTN_UNROLL for (int n = 0; n < kWide; n++) tile.c[m][n] = zero();
+  }
+}
+
+// tile[m][n] += sum over k < steps of a[m * a_row + k * a_step] * b[k * b_row + n], for vectors n >= kFirst.
+// Leaves a and b behind the last step.
+template <class G, int kFirst, int kRows, int kWide>
+FASTATTN_INLINE void multiply(Tile<kRows, kWide>& tile, const char*& a, int64_t a_row, int64_t a_step,
+                              const typename G::Step*& b, int64_t b_row, int64_t steps) {
+  for (int64_t k = 0; k < steps; k++) {
+    typename G::Vector right[kWide];
+    FASTATTN_UNROLL for (int n = kFirst; n < kWide; n++) right[n] = G::load(b + n * kLanes);
+    FASTATTN_UNROLL for (int m = 0; m < kRows; m++) {
+      const typename G::Vector left = G::broadcast(a + m * a_row);
+      FASTATTN_UNROLL for (int n = kFirst; n < kWide; n++)
+        tile.c[m][n] = G::multiply_add(left, right[n], tile.c[m][n]);
+    }
+    a += a_step;
+    b += b_row;
+  }
+}
+
+// The same with an end of its own for every vector (not decreasing): a staircase of steps.
+template <class G, int kFirst, int kRows, int kWide>
+FASTATTN_INLINE void multiply_stairs(Tile<kRows, kWide>& tile, const char*& a, int64_t a_row, int64_t a_step,
+                                     const typename G::Step*& b, int64_t b_row, int64_t done, const int64_t* ends) {
+  multiply<G, kFirst>(tile, a, a_row, a_step, b, b_row, ends[kFirst] - done);
+  if constexpr (kFirst + 1 < kWide)
+    multiply_stairs<G, kFirst + 1>(tile, a, a_row, a_step, b, b_row, ends[kFirst], ends);
+}
+
+// C^T[row][lane] = alpha[lane] * C^T[row][lane] + sum over k of A[k][row] * B[k][lane], where vector n of the lanes has
+// ends[n] steps. The block is summed by itself before it joins C: two short sums round less than one long one.
+template <class G, int kWide>
+__attribute__((noinline)) void add_columns(Operand a, int64_t rows, const typename G::Step* b, const int64_t* ends,
+                                           float* c, const float* alpha) {
+  constexpr int kRows = tile_rows(kWide);
+  for (int64_t row = 0; row < rows; row += kRows) {
+    Tile<kRows, kWide> tile;
+    clear(tile);
+    const char* left = a.data + row * static_cast<int64_t>(sizeof(typename G::Step));
+    const typename G::Step* right = b;
+    multiply_stairs<G, 0>(tile, left, sizeof(typename G::Step), a.row, right, kPanel, 0, ends);
+    float* out = c + row * kPanel;
+    FASTATTN_UNROLL for (int n = 0; n < kWide; n++) {
+      const F32 scale = load(alpha + n * kLanes);
+      FASTATTN_UNROLL for (int m = 0; m < kRows; m++) {
+        float* p = out + m * kPanel + n * kLanes;
+        store(p, fma(scale, load(p), tile.c[m][n]));
+      }
+    }
+  }
+}
+
+// C[row][lane] += sum over k < steps of A[row][k] * B[k][lane] for rows [begin, end).
+template <class G, int kWide>
+__attribute__((noinline)) void add_rows(Operand a, const typename G::Step* b, int64_t b_row, int64_t steps, float* c,
+                                        int64_t c_row, int64_t begin, int64_t end) {
+  constexpr int kRows = tile_rows(kWide);
+  for (int64_t row = begin; row < end; row += kRows) {
+    Tile<kRows, kWide> tile;
+    clear(tile);
+    const char* left = a.data + row * a.row;
+    const typename G::Step* right = b;
+    multiply<G, 0>(tile, left, a.row, sizeof(typename G::Step), right, b_row, steps);
+    FASTATTN_UNROLL for (int m = 0; m < kRows; m++) {
+      float* p = c + (row + m) * c_row;
+      FASTATTN_UNROLL for (int n = 0; n < kWide; n++)
+        store(p + n * kLanes, load(p + n * kLanes) + tile.c[m][n]);
+    }
+  }
+}
+
+// Calls f with the compile-time constant that equals `count` (1 .. kVectors).
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+template <class F>
+FASTATTN_INLINE void with_width(int count, F f) {
+  switch (count) {
+    case 1:
+      return f(Constant<1>{});
+    case 2:
+      return f(Constant<2>{});
+    case 3:
+      return f(Constant<3>{});
+    default:
+      return f(Constant<kVectors>{});
+  }
+}
+
+}  // namespace
+}  // namespace fastattn::FASTATTN_ISA

@@ -1,0 +1,201 @@
+// Rows of the inputs in the form that the register tiles take: copied only where a conversion or a ragged end asks
+// for it. Copies are zero beyond the real rows and columns.
+#pragma once
+#include "../cpu/simd/simd.h"
+#include "microkernel.inl.h"
+#include "params.h"
+
+namespace fastattn::FASTATTN_ISA {
+namespace {
+
+// Deals out scratch memory in cache lines; with base 0 it only adds up how much that will be.
+struct Arena {
+  uintptr_t next;
+  template <class T>
+  T* take(int64_t count) {
+    T* p = reinterpret_cast<T*>(next);
+    next += static_cast<uintptr_t>(round_up(count * static_cast<int64_t>(sizeof(T)), 64));
+    return p;
+  }
+};
+
+FASTATTN_INLINE int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::boolean ? 1 : 2; }
+FASTATTN_INLINE int64_t padded_columns(int64_t columns) { return round_up(columns, kAttentionColumnPad); }
+FASTATTN_INLINE int64_t padded_rows(int64_t rows) { return round_up(rows, kRowPad); }
+
+// Rows `first`.. of one head.
+FASTATTN_INLINE Operand head_rows(const AttentionInput& input, DType dtype, int64_t batch, int64_t head,
+                                  int64_t first) {
+  const int64_t offset = batch * input.batch + head * input.head + first * input.row;
+  return {static_cast<const char*>(input.data) + offset * size_of(dtype), input.row * size_of(dtype)};
+}
+FASTATTN_INLINE Operand head_rows(const AttentionResult& result, DType dtype, int64_t batch, int64_t head,
+                                  int64_t first) {
+  return head_rows(AttentionInput{result.data, result.batch, result.head, result.row}, dtype, batch, head, first);
+}
+
+template <class T>
+__attribute__((noinline)) void widen_rows_of(Operand source, int64_t rows, int64_t columns, float* target,
+                                             int64_t target_row, int64_t target_rows, float factor) {
+  const F32 scale = splat(factor);
+  const int64_t whole = columns - columns % kLanes;
+  for (int64_t i = 0; i < rows; i++) {
+    const T* from = reinterpret_cast<const T*>(source.data + i * source.row);
+    float* to = target + i * target_row;
+    for (int64_t c = 0; c < whole; c += kLanes) store(to + c, load(from + c) * scale);
+    if (whole < columns) store(to + whole, load_first(from + whole, columns - whole) * scale);
+    for (int64_t c = round_up(columns, kLanes); c < target_row; c += kLanes) store(to + c, zero());
+  }
+  if (rows < target_rows)
+    memset(target + rows * target_row, 0, static_cast<size_t>((target_rows - rows) * target_row) * sizeof(float));
+}
+
+// fp32 copies of rows of any dtype, times `factor`. target_row is a multiple of kLanes.
+FASTATTN_INLINE void widen_rows(DType dtype, Operand source, int64_t rows, int64_t columns, float* target,
+                                int64_t target_row, int64_t target_rows, float factor = 1.f) {
+  if (dtype == DType::f32)
+    widen_rows_of<float>(source, rows, columns, target, target_row, target_rows, factor);
+  else if (dtype == DType::bf16)
+    widen_rows_of<bf16>(source, rows, columns, target, target_row, target_rows, factor);
+  else
+    widen_rows_of<f16>(source, rows, columns, target, target_row, target_rows, factor);
+}
+
+template <class T>
+__attribute__((noinline)) void narrow_rows_of(const float* source, int64_t source_row, int64_t rows, int64_t columns,
+                                              Operand target, float factor) {
+  const F32 scale = splat(factor);
+  const int64_t whole = columns - columns % kLanes;
+  for (int64_t i = 0; i < rows; i++) {
+    const float* from = source + i * source_row;
+    T* to = reinterpret_cast<T*>(const_cast<char*>(target.data) + i * target.row);
+    for (int64_t c = 0; c < whole; c += kLanes) store(to + c, load(from + c) * scale);
+    if (whole < columns) store_first(to + whole, load(from + whole) * scale, columns - whole);
+  }
+}
+
+// Padded fp32 rows, times `factor`, to rows of any dtype.
+FASTATTN_INLINE void narrow_rows(DType dtype, const float* source, int64_t source_row, int64_t rows, int64_t columns,
+                                 Operand target, float factor) {
+  if (dtype == DType::f32)
+    narrow_rows_of<float>(source, source_row, rows, columns, target, factor);
+  else if (dtype == DType::bf16)
+    narrow_rows_of<bf16>(source, source_row, rows, columns, target, factor);
+  else
+    narrow_rows_of<f16>(source, source_row, rows, columns, target, factor);
+}
+
+FASTATTN_INLINE void copy_halves(Operand source, int64_t rows, int64_t columns, bf16* target, int64_t target_row,
+                                 int64_t target_rows) {
+  for (int64_t i = 0; i < rows; i++) {
+    memcpy(target + i * target_row, source.data + i * source.row, static_cast<size_t>(columns) * sizeof(bf16));
+    memset(target + i * target_row + columns, 0, static_cast<size_t>(target_row - columns) * sizeof(bf16));
+  }
+  if (rows < target_rows)
+    memset(target + rows * target_row, 0, static_cast<size_t>((target_rows - rows) * target_row) * sizeof(bf16));
+}
+
+// d[c][r] = s[r][c], `rows` and `columns` multiples of kLanes; d has rows of kPanel.
+__attribute__((noinline)) void transpose_to_panel(const float* s, int64_t s_row, int64_t rows, int64_t columns,
+                                                  float* d) {
+  for (int64_t c = 0; c < columns; c += kLanes)
+    for (int64_t r = 0; r < rows; r += kLanes) transpose_tile(s + r * s_row + c, s_row, d + c * kPanel + r, kPanel);
+}
+__attribute__((noinline)) void transpose_from_panel(const float* s, int64_t rows, int64_t columns, float* d,
+                                                    int64_t d_row) {
+  for (int64_t c = 0; c < columns; c += kLanes)
+    for (int64_t r = 0; r < rows; r += kLanes) transpose_tile(s + c * kPanel + r, kPanel, d + r * d_row + c, d_row);
+}
+
+// Rows for a product along the columns: in place if the tiles can read them there, else copied to `copy`.
+// `by_column`: the same rows are also read as columns (Single only), whole tiles at a time.
+template <class G>
+FASTATTN_INLINE Operand rows_operand(DType dtype, Operand rows, int64_t count, int64_t columns, bool by_column,
+                                     void* copy) {
+  const int64_t copy_row = padded_columns(columns);
+  if constexpr (G::kPaired) {
+    if (count % kRowPad == 0 && columns % 2 == 0) return rows;
+    copy_halves(rows, count, columns, static_cast<bf16*>(copy), copy_row, padded_rows(count));
+    return {static_cast<const char*>(copy), copy_row * static_cast<int64_t>(sizeof(bf16))};
+  } else {
+    if (dtype == DType::f32 && count % kRowPad == 0 && !(by_column && columns % kRowPad != 0)) return rows;
+    widen_rows(dtype, rows, count, columns, static_cast<float*>(copy), copy_row, padded_rows(count));
+    return {static_cast<const char*>(copy), copy_row * static_cast<int64_t>(sizeof(float))};
+  }
+}
+
+// Pairs of neighbouring bf16 rows; an odd last one has a partner of zeros.
+template <class G>
+FASTATTN_INLINE void interleave(Operand rows, int64_t count, int64_t columns, typename G::Step* to) {
+  const int64_t to_row = padded_columns(columns);
+  for (int64_t r = 0; r < count; r += 2, to += to_row) {
+    const auto* low = reinterpret_cast<const bf16*>(rows.data + r * rows.row);
+    const auto* high = r + 1 < count ? reinterpret_cast<const bf16*>(rows.data + (r + 1) * rows.row) : nullptr;
+    for (int64_t c = 0; c < columns; c += 32)
+      G::interleave(low + c, high == nullptr ? nullptr : high + c, columns - c, to + c);
+  }
+}
+
+// Rows for a product along the rows: pairs of neighbouring rows (Paired), else as above, where a ragged count is fine.
+template <class G>
+FASTATTN_INLINE Operand columns_operand(DType dtype, Operand rows, int64_t count, int64_t columns, void* copy) {
+  const int64_t copy_row = padded_columns(columns);
+  if constexpr (G::kPaired) {
+    interleave<G>(rows, count, columns, static_cast<typename G::Step*>(copy));
+  } else {
+    if (dtype == DType::f32 && columns % kRowPad == 0) return rows;
+    widen_rows(dtype, rows, count, columns, static_cast<float*>(copy), copy_row, count);
+  }
+  return {static_cast<const char*>(copy), copy_row * static_cast<int64_t>(sizeof(typename G::Step))};
+}
+
+// A panel of rows of queries (or of anything shaped like them), as they are and transposed.
+template <class G>
+struct PackedRows {
+  typename G::Step* transposed;  // (steps, kPanel)
+  const float* rows;             // Single: `row` floats apart, zero up to a whole panel
+  int64_t row;
+  Operand source;                // Paired: the bf16 rows, not padded
+  int64_t columns;
+  float* copy;
+
+  static PackedRows take(Arena& arena, int64_t columns) {
+    PackedRows packed = {};
+    const int64_t padded = padded_columns(columns);
+    packed.transposed = arena.take<typename G::Step>(padded / G::kPack * kPanel);
+    packed.copy = arena.take<float>(kPanel * padded / G::kPack);
+    packed.columns = columns;
+    return packed;
+  }
+
+  int64_t steps() const { return ceil_div(columns, G::kPack); }
+
+  // Multiplies by `sign`, which is 1, -1 or 0.
+  void pack(DType dtype, Operand from, int64_t count, float sign = 1.f) {
+    constexpr int64_t kWord = sizeof(float);  // a pair moves through the transpose like one fp32 word
+    const int64_t padded = padded_columns(columns) / G::kPack;
+    const int64_t padded_count = round_up(count, kLanes);
+    source = from;
+    if (sign == 1.f && count == padded_count && steps() % kLanes == 0 && columns % G::kPack == 0 &&
+        from.row % kWord == 0 && dtype == (G::kPaired ? DType::bf16 : DType::f32)) {
+      rows = reinterpret_cast<const float*>(from.data);
+      row = from.row / kWord;
+    } else {
+      rows = copy;
+      row = padded;
+      if constexpr (G::kPaired) {
+        auto* halves = reinterpret_cast<bf16*>(copy);
+        copy_halves(from, count, columns, halves, 2 * padded, padded_count);
+        if (sign != 1.f)
+          for (int64_t i = 0; i < count * 2 * padded; i += kLanes) store(halves + i, load(halves + i) * splat(sign));
+        source = {reinterpret_cast<const char*>(copy), padded * kWord};
+      } else {
+        widen_rows(dtype, from, count, columns, copy, padded, padded_count, sign);
+      }
+    }
+    transpose_to_panel(rows, row, padded_count, round_up(steps(), kLanes), reinterpret_cast<float*>(transposed));
+  }
+};
+
+}  // namespace
+}  // namespace fastattn::FASTATTN_ISA

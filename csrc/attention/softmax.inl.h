@@ -1,0 +1,156 @@
+// Scores of a panel of queries against a block of keys, and the running softmax over the blocks (Milakov and
+// Gimelshein 2018; Dao et al. 2022), all in base 2 and all transposed: a row per key, a lane per query.
+#pragma once
+#include "../cpu/math.h"
+#include "mask.inl.h"
+#include "microkernel.inl.h"
+#include "pack.inl.h"
+
+namespace fastattn::FASTATTN_ISA {
+namespace {
+
+// Score tiles without a bias hold q.k, and `unit` * q.k are the base-2 logarithms; with one they hold the logarithms.
+// The unit must be positive for the maximum of one to be the maximum of the other, so queries carry the scale's sign.
+struct ScoreScale {
+  float sign;  // 1, -1, or 0 for scale == 0
+  float unit;  // |scale| * log2(e), or 1 for scale == 0
+};
+FASTATTN_INLINE ScoreScale score_scale(float scale) {
+  if (scale == 0.f) return {0.f, 1.f};
+  return scale > 0.f ? ScoreScale{1.f, scale * kLog2e} : ScoreScale{-1.f, -scale * kLog2e};
+}
+
+// Per query of a panel.
+struct Statistics {
+  float* max;    // largest score so far; -inf: none
+  float* sum;    // of exp2(score - max)
+  float* alpha;  // what the last block has scaled the sums before it by
+  float* shift;  // max, or 0 where max is -inf: what scores are taken relative to
+  float* block;  // largest score of the last block, as it stands in the tile
+  float* live;   // 1 where some key is visible, else 0
+
+  static Statistics take(Arena& arena) {
+    Statistics s;
+    s.max = arena.take<float>(kPanel);
+    s.sum = arena.take<float>(kPanel);
+    s.alpha = arena.take<float>(kPanel);
+    s.shift = arena.take<float>(kPanel);
+    s.block = arena.take<float>(kPanel);
+    s.live = arena.take<float>(kPanel);
+    return s;
+  }
+  void reset() const {
+    for (int64_t i = 0; i < kPanel; i += kLanes) {
+      store(max + i, splat(-kInf));
+      store(sum + i, zero());
+      store(live + i, zero());
+    }
+  }
+};
+
+// Scores of a range, their maximum and who sees anything at all.
+template <class G, int kWide, bool kMasked>
+__attribute__((noinline)) void score_rows(Operand keys, const typename G::Step* query, int64_t steps,
+                                          const Visibility& seen, float unit, const Range& range, float* tile,
+                                          const Statistics& statistics) {
+  constexpr int kRows = tile_rows(kWide);
+  const int64_t offset = range.first * kLanes;
+  F32 largest[kWide], live[kWide];
+  FASTATTN_UNROLL for (int n = 0; n < kWide; n++) {
+    largest[n] = load(statistics.block + offset + n * kLanes);
+    live[n] = kMasked ? load(statistics.live + offset + n * kLanes) : splat(1.f);
+  }
+  for (int64_t row = range.begin; row < range.end; row += kRows) {
+    Tile<kRows, kWide> s;
+    clear(s);
+    const char* left = keys.data + row * keys.row;
+    const typename G::Step* right = query + offset;
+    multiply<G, 0>(s, left, keys.row, sizeof(typename G::Step), right, kPanel, steps);
+    FASTATTN_UNROLL for (int m = 0; m < kRows; m++) {
+      float* out = tile + (row + m) * kPanel + offset;
+      FASTATTN_UNROLL for (int n = 0; n < kWide; n++) {
+        F32 x = s.c[m][n];
+        if constexpr (kMasked) {
+          Mask visible = sees(seen, row + m, range.first + n);
+          if (seen.bias != nullptr) {
+            const F32 bias = load(seen.bias + (row + m) * seen.bias_row + offset + n * kLanes);
+            visible = visible & ~(bias == splat(-kInf));
+            x = fma(x, splat(unit), bias);
+          }
+          x = select(visible, x, splat(-kInf));
+          live[n] = select(visible, splat(1.f), live[n]);
+        }
+        store(out + n * kLanes, x);
+        largest[n] = max(largest[n], x);
+      }
+    }
+  }
+  FASTATTN_UNROLL for (int n = 0; n < kWide; n++) {
+    store(statistics.block + offset + n * kLanes, largest[n]);
+    store(statistics.live + offset + n * kLanes, live[n]);
+  }
+}
+
+// Scores become probabilities (relative to the running maximum): in place, or as pairs of neighbouring keys.
+template <class G, int kWide>
+__attribute__((noinline)) void exponentiate_rows(float* tile, typename G::Step* pairs, const float* dropout, float unit,
+                                                 const Range& range, const Statistics& statistics) {
+  const int64_t offset = range.first * kLanes;
+  F32 shift[kWide], sum[kWide];
+  FASTATTN_UNROLL for (int n = 0; n < kWide; n++) {
+    shift[n] = load(statistics.shift + offset + n * kLanes);
+    sum[n] = zero();
+  }
+  for (int64_t row = range.begin; row < range.end; row += G::kPack) {
+    FASTATTN_UNROLL for (int n = 0; n < kWide; n++) {
+      F32 p[G::kPack];
+      FASTATTN_UNROLL for (int m = 0; m < G::kPack; m++) {
+        const int64_t at = (row + m) * kPanel + offset + n * kLanes;
+        p[m] = exp2<G::kExpDegree>(fms(load(tile + at), splat(unit), shift[n]));
+        sum[n] = sum[n] + p[m];
+        if (dropout != nullptr) p[m] = p[m] * load(dropout + at);
+      }
+      if constexpr (G::kPaired) {
+        G::store_pair(pairs + row / 2 * kPanel + offset + n * kLanes, p[0], p[1]);
+      } else {
+        store(tile + row * kPanel + offset + n * kLanes, p[0]);
+      }
+    }
+  }
+  FASTATTN_UNROLL for (int n = 0; n < kWide; n++) {
+    float* total = statistics.sum + offset + n * kLanes;
+    store(total, load(total) + sum[n]);
+  }
+}
+
+// One more block of keys: its probabilities in `tile` (Single) or `pairs` (Paired), the statistics brought up to date.
+template <class G>
+FASTATTN_INLINE void advance_softmax(Operand keys, const PackedRows<G>& query, const Visibility& seen, float unit,
+                                     int vectors, const float* dropout, float* tile, typename G::Step* pairs,
+                                     const Statistics& statistics) {
+  for (int n = 0; n < vectors; n++) store(statistics.block + n * kLanes, splat(-kInf));
+  for (int i = 0; i < seen.range_count; i++)
+    with_width(vectors - seen.ranges[i].first, [&](auto width) {
+      const auto rows = seen.ranges[i].masked ? score_rows<G, width.value, true> : score_rows<G, width.value, false>;
+      rows(keys, query.transposed, query.steps(), seen, unit, seen.ranges[i], tile, statistics);
+    });
+  const float tile_unit = seen.bias != nullptr ? 1.f : unit;
+  for (int n = 0; n < vectors; n++) {
+    const int64_t at = n * kLanes;
+    const F32 before = load(statistics.max + at);
+    const F32 now = max(before, load(statistics.block + at) * splat(tile_unit));
+    const F32 shift = select(now == splat(-kInf), zero(), now);
+    const F32 alpha = exp2(before - shift);
+    store(statistics.max + at, now);
+    store(statistics.shift + at, shift);
+    store(statistics.alpha + at, alpha);
+    store(statistics.sum + at, load(statistics.sum + at) * alpha);
+  }
+  for (int i = 0; i < seen.range_count; i++)
+    with_width(vectors - seen.ranges[i].first, [&](auto width) {
+      exponentiate_rows<G, width.value>(tile, pairs, dropout, tile_unit, seen.ranges[i], statistics);
+    });
+}
+
+}  // namespace
+}  // namespace fastattn::FASTATTN_ISA
