@@ -96,6 +96,14 @@ FASTATTN_INLINE F32 scale2(F32 x, F32 n) {
   return {_mm256_andnot_ps(dead.v, y.v)};
 }
 
+FASTATTN_INLINE F32 split_exponent(F32 x, F32& mantissa) {
+  const __m256i u = _mm256_castps_si256(x.v);
+  const __m256i fraction = _mm256_and_si256(u, _mm256_set1_epi32(0x7fffff));
+  const F32 keep_nan = x * zero();
+  mantissa = F32{_mm256_castsi256_ps(_mm256_or_si256(fraction, _mm256_set1_epi32(0x3f800000)))} + keep_nan;
+  return {_mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(u, 23), _mm256_set1_epi32(127)))};
+}
+
 FASTATTN_INLINE F32 load(const float* p) { return {_mm256_loadu_ps(p)}; }
 FASTATTN_INLINE F32 widen_bf16(__m128i h) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))};
@@ -126,12 +134,16 @@ FASTATTN_INLINE Mask load_bool_first(const uint8_t* p, int64_t n) {
   return bool_mask(_mm_load_si128(reinterpret_cast<const __m128i*>(buffer)));
 }
 
-FASTATTN_INLINE __m128i narrow_bf16(F32 x) {
+// The bf16 in the upper half of each lane; the lower half is undefined.
+FASTATTN_INLINE __m256i round_to_bf16(F32 x) {
   const __m256i u = _mm256_castps_si256(x.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-  __m256i r = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd), 16);
+  const __m256i r = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q));
-  r = _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc0), nan);
+  return _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc00000), nan);
+}
+FASTATTN_INLINE __m128i narrow_bf16(F32 x) {
+  const __m256i r = _mm256_srli_epi32(round_to_bf16(x), 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
 }
 FASTATTN_INLINE __m128i narrow_f16(F32 x) { return _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT); }
@@ -148,6 +160,27 @@ FASTATTN_INLINE void store_first_halves(void* p, __m128i x, int64_t n) {
 }
 FASTATTN_INLINE void store_first(bf16* p, F32 x, int64_t n) { store_first_halves(p, narrow_bf16(x), n); }
 FASTATTN_INLINE void store_first(f16* p, F32 x, int64_t n) { store_first_halves(p, narrow_f16(x), n); }
+
+// The even elements in a, the odd ones in b: half the work of widening them in order.
+FASTATTN_INLINE void load_two(const bf16* p, F32& a, F32& b) {
+  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  a.v = _mm256_castsi256_ps(_mm256_slli_epi32(h, 16));
+  b.v = _mm256_castsi256_ps(_mm256_and_si256(h, _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u))));
+}
+FASTATTN_INLINE void store_two(bf16* p, F32 a, F32 b) {
+  const __m256i lo = _mm256_srli_epi32(round_to_bf16(a), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(lo, round_to_bf16(b), 0xaa));
+}
+FASTATTN_INLINE void split_two(F32& a, F32& b) {
+  const __m256 lo = _mm256_permute2f128_ps(a.v, b.v, 0x20), hi = _mm256_permute2f128_ps(a.v, b.v, 0x31);
+  a.v = _mm256_shuffle_ps(lo, hi, 0x88);
+  b.v = _mm256_shuffle_ps(lo, hi, 0xdd);
+}
+FASTATTN_INLINE void join_two(F32& a, F32& b) {
+  const __m256 lo = _mm256_unpacklo_ps(a.v, b.v), hi = _mm256_unpackhi_ps(a.v, b.v);
+  a.v = _mm256_permute2f128_ps(lo, hi, 0x20);
+  b.v = _mm256_permute2f128_ps(lo, hi, 0x31);
+}
 
 FASTATTN_INLINE void transpose_tile(const float* s, int64_t ls, float* d, int64_t ld) {
   __m256 r[8], t[8];

@@ -33,6 +33,10 @@ FASTATTN_INLINE F32 min(F32 a, F32 b) { return {_mm512_min_ps(a.v, b.v)}; }
 FASTATTN_INLINE F32 sqrt(F32 a) { return {_mm512_sqrt_ps(a.v)}; }
 FASTATTN_INLINE F32 round_nearest(F32 a) { return {_mm512_roundscale_ps(a.v, 8)}; }
 FASTATTN_INLINE F32 scale2(F32 x, F32 n) { return {_mm512_scalef_ps(x.v, n.v)}; }
+FASTATTN_INLINE F32 split_exponent(F32 x, F32& mantissa) {
+  mantissa.v = _mm512_getmant_ps(x.v, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero);
+  return {_mm512_getexp_ps(x.v)};
+}
 FASTATTN_INLINE float reduce_add(F32 a) { return _mm512_reduce_add_ps(a.v); }
 FASTATTN_INLINE float reduce_max(F32 a) { return _mm512_reduce_max_ps(a.v); }
 
@@ -89,18 +93,20 @@ FASTATTN_INLINE Mask load_bool_first(const uint8_t* p, int64_t n) {
   return {_mm_test_epi8_mask(b, b)};
 }
 
-FASTATTN_INLINE __m256i narrow_bf16(F32 x) {
 #if defined(FASTATTN_ISA_AVX512_BF16)
-  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v));
+// The instruction takes subnormals for zero.
+FASTATTN_INLINE __m256i narrow_bf16(F32 x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v)); }
 #else
+// The bf16 in the upper half of each lane; the lower half is undefined.
+FASTATTN_INLINE __m512i round_to_bf16(F32 x) {
   const __m512i u = _mm512_castps_si512(x.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  __m512i r = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd), 16);
+  const __m512i r = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
   const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
-  r = _mm512_mask_mov_epi32(r, nan, _mm512_set1_epi32(0x7fc0));
-  return _mm512_cvtepi32_epi16(r);
-#endif
+  return _mm512_mask_mov_epi32(r, nan, _mm512_set1_epi32(0x7fc00000));
 }
+FASTATTN_INLINE __m256i narrow_bf16(F32 x) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_to_bf16(x), 16)); }
+#endif
 FASTATTN_INLINE __m256i narrow_f16(F32 x) { return _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT); }
 FASTATTN_INLINE void store(float* p, F32 x) { _mm512_storeu_ps(p, x.v); }
 FASTATTN_INLINE void store(bf16* p, F32 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(x)); }
@@ -110,6 +116,19 @@ FASTATTN_INLINE void store_first(bf16* p, F32 x, int64_t n) {
   _mm256_mask_storeu_epi16(p, first(n).v, narrow_bf16(x));
 }
 FASTATTN_INLINE void store_first(f16* p, F32 x, int64_t n) { _mm256_mask_storeu_epi16(p, first(n).v, narrow_f16(x)); }
+
+FASTATTN_INLINE void split_two(F32& a, F32& b) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512 e = _mm512_permutex2var_ps(a.v, even, b.v);
+  b.v = _mm512_permutex2var_ps(a.v, _mm512_add_epi32(even, _mm512_set1_epi32(1)), b.v);
+  a.v = e;
+}
+FASTATTN_INLINE void join_two(F32& a, F32& b) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512 l = _mm512_permutex2var_ps(a.v, low, b.v);
+  b.v = _mm512_permutex2var_ps(a.v, _mm512_add_epi32(low, _mm512_set1_epi32(8)), b.v);
+  a.v = l;
+}
 
 FASTATTN_INLINE void transpose_tile(const float* s, int64_t ls, float* d, int64_t ld) {
   __m512 r[16], t[16];
@@ -175,6 +194,21 @@ FASTATTN_INLINE void interleave_rows(const bf16* low, const bf16* high, int64_t 
 #else
 constexpr bool kHasDot2 = false;
 #endif
+
+// The even elements in a, the odd ones in b: half the work of widening them in order.
+FASTATTN_INLINE void load_two(const bf16* p, F32& a, F32& b) {
+  const __m512i h = _mm512_loadu_si512(p);
+  a.v = _mm512_castsi512_ps(_mm512_slli_epi32(h, 16));
+  b.v = _mm512_castsi512_ps(_mm512_and_si512(h, _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u))));
+}
+FASTATTN_INLINE void store_two(bf16* p, F32 a, F32 b) {
+#if defined(FASTATTN_ISA_AVX512_BF16)
+  _mm512_storeu_si512(p, pack_pairs(a, b).v);
+#else
+  const __m512i lo = _mm512_srli_epi32(round_to_bf16(a), 16);
+  _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaau, lo, round_to_bf16(b)));
+#endif
+}
 
 }  // namespace
 }  // namespace fastattn::FASTATTN_ISA

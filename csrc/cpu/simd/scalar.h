@@ -109,6 +109,10 @@ FASTATTN_INLINE uint32_t bits_of(float f) {
   memcpy(&u, &f, 4);
   return u;
 }
+FASTATTN_INLINE F32 split_exponent(F32 x, F32& mantissa) {
+  mantissa = lanes<F32>([&](int i) { return float_of((bits_of(x.v[i]) & 0x7fffffu) | 0x3f800000u) + x.v[i] * 0.f; });
+  return lanes<F32>([&](int i) { return static_cast<float>(static_cast<int>(bits_of(x.v[i]) >> 23) - 127); });
+}
 FASTATTN_INLINE float widen(float x) { return x; }
 FASTATTN_INLINE float widen(bf16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 FASTATTN_INLINE float widen(f16 x) {
@@ -160,6 +164,17 @@ template <class T>
 FASTATTN_INLINE void store_first(T* p, F32 x, int64_t n) {
   for (int i = 0; i < kLanes && i < n; i++) narrow(x.v[i], p + i);
 }
+
+FASTATTN_INLINE void load_two(const bf16* p, F32& a, F32& b) {
+  a = load(p);
+  b = load(p + kLanes);
+}
+FASTATTN_INLINE void store_two(bf16* p, F32 a, F32 b) {
+  store(p, a);
+  store(p + kLanes, b);
+}
+FASTATTN_INLINE void split_two(F32&, F32&) {}
+FASTATTN_INLINE void join_two(F32&, F32&) {}
 
 FASTATTN_INLINE void transpose_tile(const float* s, int64_t ls, float* d, int64_t ld) {
   for (int r = 0; r < kLanes; r++)
