@@ -1,0 +1,211 @@
+// fastattn::attention on the CPU.
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "launch.h"
+
+namespace fastattn {
+namespace {
+
+constexpr int64_t kMostColumns = 512;
+constexpr int64_t kMostRows = (int64_t{1} << 31) - 1;  // rows, columns and heads are words of the dropout counter
+// With fewer (batch, kv head) pairs than this, a backward pass deals out the queries of each.
+constexpr int64_t kFewPairs = 8;
+constexpr int64_t kPartQueries = 128;                       // a part has at least this many
+constexpr int64_t kMostPartialBytes = int64_t{256} << 20;  // of all parts together
+
+void check_rows(const char* what, const Tensor& tensor, ScalarType type, int64_t batches, int64_t heads, int64_t rows,
+                int64_t columns) {
+  STD_TORCH_CHECK(tensor.dim() == 4 && tensor.size(0) == batches && tensor.size(1) == heads && tensor.size(2) == rows &&
+                      tensor.size(3) == columns && tensor.scalar_type() == type,
+                  "attention: ", what, " must have shape (", batches, ", ", heads, ", ", rows, ", ", columns,
+                  ") and the dtype of query");
+  STD_TORCH_CHECK(tensor.stride(3) == 1 || columns <= 1, "attention: ", what, " must have a last stride of 1, got ",
+                  tensor.stride(3));
+}
+
+AttentionInput input_of(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+AttentionResult result_of(const Tensor& tensor) {
+  return {tensor.mutable_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+// A fresh (batch, head, row, column) tensor, with rows outside heads in memory where `like` has them so.
+Tensor empty_like_order(int64_t batches, int64_t heads, int64_t rows, int64_t columns, const Tensor& like) {
+  if (like.stride(1) < like.stride(2))
+    return torch::stable::transpose(empty({batches, rows, heads, columns}, like.scalar_type()), 1, 2);
+  return empty({batches, heads, rows, columns}, like.scalar_type());
+}
+
+// Checks the inputs and describes them; everything but dropout.
+AttentionProblem problem_of(const Tensor& query, const Tensor& key, const Tensor& value,
+                            const std::optional<Tensor>& mask, double scale, bool is_causal, bool bottom_right) {
+  STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
+                  "attention: query, key and value must have 4 dimensions");
+  const ScalarType type = query.scalar_type();
+  STD_TORCH_CHECK(type != ScalarType::Bool, "attention: query must be float32, bfloat16 or float16");
+  AttentionProblem p{};
+  p.dtype = dtype_of(type);
+  p.batches = query.size(0);
+  p.heads = query.size(1);
+  p.kv_heads = key.size(1);
+  p.queries = query.size(2);
+  p.keys = key.size(2);
+  p.head_dim = query.size(3);
+  p.value_dim = value.size(3);
+  check_rows("query", query, type, p.batches, p.heads, p.queries, p.head_dim);
+  check_rows("key", key, type, p.batches, p.kv_heads, p.keys, p.head_dim);
+  check_rows("value", value, type, p.batches, p.kv_heads, p.keys, p.value_dim);
+  STD_TORCH_CHECK(p.kv_heads == 0 ? p.heads == 0 : p.heads % p.kv_heads == 0,
+                  "attention: query heads must be a multiple of key heads, got ", p.heads, " and ", p.kv_heads);
+  STD_TORCH_CHECK(p.head_dim >= 1 && p.head_dim <= kMostColumns && p.value_dim >= 1 && p.value_dim <= kMostColumns,
+                  "attention: head dims must be in [1, ", kMostColumns, "], got ", p.head_dim, " and ", p.value_dim);
+  STD_TORCH_CHECK(p.queries <= kMostRows && p.keys <= kMostRows, "attention: at most ", kMostRows,
+                  " queries and keys, got ", p.queries, " and ", p.keys);
+  STD_TORCH_CHECK(std::isfinite(scale), "attention: scale must be finite, got ", scale);
+  p.scale = static_cast<float>(scale);
+  p.causal = is_causal;
+  p.causal_shift = bottom_right ? p.keys - p.queries : 0;
+  if (mask) {
+    const int64_t full[4] = {p.batches, p.heads, p.queries, p.keys};
+    bool fits = mask->dim() == 4;
+    for (int64_t i = 0; fits && i < 4; i++) fits = mask->size(i) == 1 || mask->size(i) == full[i];
+    STD_TORCH_CHECK(fits, "attention: every dimension of mask must be 1 or that of (", full[0], ", ", full[1], ", ",
+                    full[2], ", ", full[3], ")");
+    const ScalarType mask_type = mask->scalar_type();
+    STD_TORCH_CHECK(mask_type == ScalarType::Bool || mask_type == ScalarType::Float || mask_type == type,
+                    "attention: mask must be bool, float32 or of the dtype of query");
+    const auto stride = [&](int64_t i) { return mask->size(i) == 1 ? 0 : mask->stride(i); };
+    p.mask = {mask->const_data_ptr(), dtype_of(mask_type), stride(0), stride(1), stride(2), stride(3)};
+  }
+  return p;
+}
+
+AttentionDropout dropout_of(const std::optional<Tensor>& philox, double p) {
+  STD_TORCH_CHECK(p >= 0.0 && p <= 1.0, "attention: dropout_p must be in [0, 1], got ", p);
+  AttentionDropout dropout{};
+  if (p == 0.0) return dropout;
+  STD_TORCH_CHECK(philox && philox->scalar_type() == ScalarType::Long && philox->numel() == 2 && philox->is_contiguous(),
+                  "attention: dropout needs philox, two int64 numbers: seed and offset");
+  const auto* words = static_cast<const int64_t*>(philox->const_data_ptr());
+  const auto seed = static_cast<uint64_t>(words[0]);
+  dropout.enabled = true;
+  // p = 1 keeps nothing: its threshold is one more than a word can hold, its keep_scale 0.
+  dropout.threshold = p == 1.0 ? ~uint32_t{0} : static_cast<uint32_t>(std::floor(p * 4294967296.0));
+  dropout.seed[0] = static_cast<uint32_t>(seed);
+  dropout.seed[1] = static_cast<uint32_t>(seed >> 32);
+  dropout.offset = static_cast<uint32_t>(static_cast<uint64_t>(words[1]));
+  dropout.keep_scale = p == 1.0 ? 0.f : static_cast<float>(1.0 / (1.0 - p));
+  return dropout;
+}
+
+// Of the forward pass on one thread: two products, at 100 GF/s in fp32.
+double nanoseconds_of(const AttentionProblem& p) {
+  const double products = static_cast<double>(p.batches * p.heads) * static_cast<double>(p.queries) *
+                          static_cast<double>(p.keys) * static_cast<double>(p.head_dim + p.value_dim);
+  return products * 2.0 / (p.dtype == DType::bf16 ? 200.0 : 100.0) * (p.causal ? 0.5 : 1.0);
+}
+
+std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask,
+                                             std::optional<Tensor> philox, double scale, bool is_causal,
+                                             bool bottom_right, double dropout_p) {
+  AttentionForward p{};
+  p.problem = problem_of(query, key, value, mask, scale, is_causal, bottom_right);
+  p.problem.dropout = dropout_of(philox, dropout_p);
+  const AttentionProblem& problem = p.problem;
+  Tensor output = empty_like_order(problem.batches, problem.heads, problem.queries, problem.value_dim, query);
+  Tensor lse = empty({problem.batches, problem.heads, problem.queries}, ScalarType::Float);
+  p.query = input_of(query);
+  p.key = input_of(key);
+  p.value = input_of(value);
+  p.output = result_of(output);
+  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  launch(kernels().attention_forward, p, nanoseconds_of(problem));
+  return {output, lse};
+}
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Into how many parts the queries of each (batch, kv head) go: a matter of the problem only, so that sums are the same
+// on every machine.
+int64_t parts_of(const AttentionProblem& p, int64_t partial_size) {
+  const int64_t pairs = p.batches * p.kv_heads;
+  if (pairs == 0 || pairs >= kFewPairs) return 1;
+  const int64_t wanted = (kFewPairs + pairs - 1) / pairs;
+  const int64_t queries = p.heads / p.kv_heads * round_up(p.queries, kPartQueries) / kPartQueries;
+  const int64_t affordable = kMostPartialBytes / std::max<int64_t>(1, pairs * partial_size * int64_t{sizeof(float)});
+  return std::max<int64_t>(1, std::min({wanted, queries, affordable}));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
+    Tensor grad_output, std::optional<Tensor> grad_lse, Tensor query, Tensor key, Tensor value,
+    std::optional<Tensor> mask, std::optional<Tensor> philox, Tensor output, Tensor lse, double scale, bool is_causal,
+    bool bottom_right, double dropout_p, bool mask_grad) {
+  AttentionBackward p{};
+  p.problem = problem_of(query, key, value, mask, scale, is_causal, bottom_right);
+  p.problem.dropout = dropout_of(philox, dropout_p);
+  const AttentionProblem& problem = p.problem;
+  const ScalarType type = query.scalar_type();
+  check_rows("grad_output", grad_output, type, problem.batches, problem.heads, problem.queries, problem.value_dim);
+  check_rows("output", output, type, problem.batches, problem.heads, problem.queries, problem.value_dim);
+  const auto statistic = [&](const char* what, const Tensor& tensor) {
+    STD_TORCH_CHECK(tensor.dim() == 3 && tensor.size(0) == problem.batches && tensor.size(1) == problem.heads &&
+                        tensor.size(2) == problem.queries && tensor.scalar_type() == ScalarType::Float,
+                    "attention: ", what, " must be float32 of shape (", problem.batches, ", ", problem.heads, ", ",
+                    problem.queries, ")");
+    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  };
+  lse = statistic("lse", lse);
+  if (grad_lse) grad_lse = statistic("grad_lse", *grad_lse);
+
+  const auto like = [](const Tensor& t) { return empty_like_order(t.size(0), t.size(1), t.size(2), t.size(3), t); };
+  Tensor grad_query = like(query), grad_key = like(key), grad_value = like(value);
+  p.grad_output = input_of(grad_output);
+  p.query = input_of(query);
+  p.key = input_of(key);
+  p.value = input_of(value);
+  p.output = input_of(output);
+  p.lse = static_cast<const float*>(lse.const_data_ptr());
+  p.grad_lse = grad_lse ? static_cast<const float*>(grad_lse->const_data_ptr()) : nullptr;
+  p.grad_query = result_of(grad_query);
+  p.grad_key = result_of(grad_key);
+  p.grad_value = result_of(grad_value);
+
+  p.partial_size = round_up(problem.keys, kAttentionRowPad) * (round_up(problem.head_dim, kAttentionColumnPad) +
+                                                               round_up(problem.value_dim, kAttentionColumnPad));
+  p.parts = parts_of(problem, p.partial_size);
+  std::optional<Tensor> partial;
+  std::vector<int32_t> arrivals;
+  if (p.parts > 1) {
+    const int64_t pairs = problem.batches * problem.kv_heads;
+    partial = empty({pairs * p.parts * p.partial_size}, ScalarType::Float);
+    arrivals.resize(static_cast<size_t>(pairs));
+    p.partial = static_cast<float*>(partial->mutable_data_ptr());
+    p.arrivals = arrivals.data();
+  }
+
+  STD_TORCH_CHECK(!mask_grad || (mask && problem.mask.dtype != DType::boolean),
+                  "attention: only an additive mask has a gradient");
+  Tensor grad_mask = mask_grad ? empty(mask->sizes(), mask->scalar_type()) : empty({0}, ScalarType::Float);
+  if (mask_grad && grad_mask.numel() > 0) {
+    p.grad_mask = grad_mask.mutable_data_ptr();
+    p.grad_mask_batches = mask->size(0);
+    p.grad_mask_heads = mask->size(1);
+    p.grad_mask_queries = mask->size(2);
+    p.grad_mask_keys = mask->size(3);
+  }
+  launch(kernels().attention_backward, p, nanoseconds_of(problem) * 2.5);
+  return {grad_query, grad_key, grad_value, grad_mask};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
+  m.impl("attention.cpu", TORCH_BOX(&attention_forward));
+  m.impl("attention_forward.cpu", TORCH_BOX(&attention_forward));
+  m.impl("attention_backward.cpu", TORCH_BOX(&attention_backward));
+}
+
+}  // namespace fastattn
