@@ -27,8 +27,8 @@ def _scores(
     batch, heads, queries, _ = query.shape
     kv_heads, keys = key.shape[1:3]
     dtype = accumulation_dtype(query.dtype)
-    grouped = query.to(dtype).reshape(batch, kv_heads, heads // kv_heads, queries, -1)
-    scores = (grouped * scale) @ key.to(dtype).transpose(-1, -2).unsqueeze(2)
+    grouped = query.to(dtype).reshape(batch, kv_heads, heads // max(kv_heads, 1), queries, query.shape[3])
+    scores = (grouped @ key.to(dtype).transpose(-1, -2).unsqueeze(2)) * scale
     if mask is not None:
         grouped_mask = mask.expand(batch, heads, queries, keys).reshape(scores.shape)
         if mask.dtype == torch.bool:
@@ -50,10 +50,13 @@ def _dropout(philox: Tensor | None, dropout_p: float, scores: Tensor) -> Tensor 
     return keep.view(scores.shape).to(scores.dtype) * kept
 
 
-def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
-    """exp(scores - lse), 0 in dead rows. lse (B, Hkv, G, Sq, 1)."""
-    dead = lse == -torch.inf
-    return torch.exp(scores - lse.masked_fill(dead, 0.0)).masked_fill(dead, 0.0)
+def _probabilities(scores: Tensor) -> Tensor:
+    """softmax of the scores, 0 in dead rows.
+
+    Not exp(scores - lse): where a mask holds the smallest number of its dtype, lse has no bits left for the scores.
+    """
+    dead = (scores == -torch.inf).all(-1, keepdim=True)
+    return torch.softmax(scores.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0)
 
 
 def _like(tensor: Tensor, pattern: Tensor) -> Tensor:
@@ -76,13 +79,13 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(output, lse): softmax(scale * Q K^T + mask) V and the natural log of its denominator."""
     scores = _scores(query, key, mask, scale, is_causal, bottom_right)
-    lse = torch.logsumexp(scores, dim=-1, keepdim=True)
-    weights = _probabilities(scores, lse)
+    weights = _probabilities(scores)
+    lse = torch.logsumexp(scores, dim=-1)
     dropout = _dropout(philox, dropout_p, scores)
     if dropout is not None:
         weights = weights * dropout
     output = (weights @ value.to(weights.dtype).unsqueeze(2)).flatten(1, 2)
-    return _like(output.to(query.dtype), query), lse.squeeze(-1).flatten(1, 2).contiguous()
+    return _like(output.to(query.dtype), query), lse.flatten(1, 2).contiguous()
 
 
 def _sum_to(tensor: Tensor, shape: torch.Size) -> Tensor:
@@ -116,9 +119,9 @@ def backward(
     dtype = scores.dtype
 
     def grouped(tensor: Tensor) -> Tensor:
-        return tensor.to(dtype).reshape(batch, kv_heads, groups, queries, -1)
+        return tensor.to(dtype).reshape(batch, kv_heads, groups, queries, tensor.shape[3])
 
-    weights = _probabilities(scores, grouped(lse))
+    weights = _probabilities(scores)
     grad, q = grouped(grad_output), grouped(query)
     k, v = key.to(dtype).unsqueeze(2), value.to(dtype).unsqueeze(2)
     grad_weights = grad @ v.transpose(-1, -2)
@@ -128,7 +131,7 @@ def backward(
     if dropout is not None:
         grad_weights = grad_weights * dropout
     if grad_lse is not None:
-        delta = delta - grouped(grad_lse)
+        delta = delta - grouped(grad_lse.unsqueeze(3))
     grad_scores = weights * (grad_weights - delta)
     grad_query = (grad_scores @ k).flatten(1, 2) * scale
     grad_key = (grad_scores.transpose(-1, -2) @ q).sum(2) * scale

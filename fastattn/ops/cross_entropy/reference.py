@@ -52,8 +52,9 @@ def forward(
     x = input.to(accumulation_dtype(input.dtype))
     lse = torch.logsumexp(x, dim=1) if x.shape[1] else x.new_full(x.shape[:1], -torch.inf)
     a, divisor = _coefficients(input, target, weight, ignore_index, label_smoothing)
-    # 0 * inf: a class that does not count adds nothing, however impossible it is.
-    terms = (a * (lse[:, None] - x)).masked_fill(a == 0.0, 0.0)
+    # Not lse - x: far from zero that would cancel. 0 * inf: a class that does not count adds nothing, however
+    # impossible it is.
+    terms = (a * -torch.log_softmax(x, dim=1)).masked_fill(a == 0.0, 0.0)
     loss, total = terms.sum(1), divisor.sum()
     if reduction == 1:
         loss = loss.sum() / total
@@ -76,10 +77,8 @@ def backward(
     """(softmax(x) * sum(a) - a) * grad, grad divided by the total for the mean."""
     a, _ = _coefficients(input, target, weight, ignore_index, label_smoothing)
     per_row = grad[:, None] if reduction == 0 else (grad / total if reduction == 1 else grad)
-    x = input.to(lse.dtype)
-    if torch.is_grad_enabled() and x.shape[1]:  # a second derivative: lse depends on the input
-        lse = torch.logsumexp(x, dim=1)
-    probabilities = (x - lse[:, None]).exp()
+    # Not exp(x - lse): the rounding of a large lse would be an error of the whole row.
+    probabilities = torch.softmax(input.to(lse.dtype), dim=1)
     counted = (a != 0.0).any(1, keepdim=True)
     gradient = (probabilities * a.sum(1, keepdim=True) - a) * per_row
     return gradient.masked_fill(~counted, 0.0).to(input.dtype).contiguous()

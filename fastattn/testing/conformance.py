@@ -1,0 +1,238 @@
+"""One case, one function, one verdict: forward and gradients against fp64 beside torch's own error."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastattn.ops
+from fastattn.cases import Arguments, Case, Sampler, Suite
+from fastattn.numerics import Error, error, geometric_mean, same_nonfinite, violation
+
+Results = dict[str, Tensor]
+
+
+class ConformanceError(AssertionError):
+    """A result that breaks the contract or the accuracy law; the message lists everything that is wrong."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How far one result ("output", "gradient of query", ...) and torch's are from the truth."""
+
+    result: str
+    dtype: torch.dtype
+    ours: Error
+    torchs: Error
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every measurement of a case and everything that is wrong with its results, in words."""
+
+    measurements: tuple[Measurement, ...]
+    violations: tuple[str, ...]
+
+
+@functools.cache
+def suites() -> dict[str, Suite]:
+    """The suites of all ops by name, found by convention: SUITES in fastattn/ops/<op>/cases.py."""
+    found: dict[str, Suite] = {}
+    for op in pkgutil.iter_modules(fastattn.ops.__path__):
+        module = importlib.import_module(f"fastattn.ops.{op.name}.cases")
+        found |= {suite.name: suite for suite in module.SUITES}
+    return found
+
+
+def map_tensors(arguments: Arguments, change: Callable[[str, Tensor], Tensor]) -> Arguments:
+    """The arguments with every tensor changed; a tensor that is passed twice stays one tensor."""
+    changed: dict[int, Tensor] = {}
+
+    def one(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in changed:
+            changed[id(value)] = change(name, value)
+        return changed[id(value)]
+
+    return {name: one(name, value) for name, value in arguments.items()}
+
+
+def _as_tuple(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def evaluate(
+    function: Callable[..., Any],
+    arguments: Arguments,
+    differentiated: tuple[str, ...],
+    results: tuple[str, ...],
+    cotangents: Callable[[str, Tensor], Tensor],
+) -> Results:
+    """What a function returns, by name, and "gradient of <argument>" for the arguments differentiated.
+
+    cotangents: the gradient that flows into a result, by its name and value. An argument that no result depends on
+    has no entry.
+    """
+
+    def leaf(name: str, tensor: Tensor) -> Tensor:
+        wanted = name in differentiated or any(arguments[other] is tensor for other in differentiated)
+        return tensor.detach().requires_grad_(wanted)
+
+    leaves = map_tensors(arguments, leaf)
+    outputs = _as_tuple(function(**leaves))
+    found = dict(zip(results, outputs, strict=False))
+    flowing = {name: output for name, output in found.items() if output.requires_grad}
+    if differentiated and flowing:
+        gradients = torch.autograd.grad(
+            list(flowing.values()),
+            [leaves[name] for name in differentiated],
+            [cotangents(name, output) for name, output in flowing.items()],
+            allow_unused=True,
+        )
+        for name, gradient in zip(differentiated, gradients, strict=True):
+            if gradient is not None:
+                found[f"gradient of {name}"] = gradient
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """One draw of a case: its arguments, the gradients that flow in, the truth and torch's results."""
+
+    arguments: Arguments
+    differentiated: tuple[str, ...]
+    cotangents: dict[str, Tensor]
+    truth: Results
+    torchs: Results
+
+
+@functools.lru_cache(maxsize=16)
+def _expected(suite: Suite, case: Case, device: str, dtype: torch.dtype, draw: int) -> _Expected:
+    arguments = suite.arguments(case, device, dtype, draw)
+    differentiated = suite.differentiated(case, arguments)
+    cotangents: dict[str, Tensor] = {}
+
+    def sample(name: str, output: Tensor) -> Tensor:
+        sampler = Sampler(f"{suite.name}/{case.name}/{draw}/{name}", device, output.dtype)
+        cotangents[name] = sampler.normal(*output.shape)
+        return cotangents[name]
+
+    torchs = evaluate(suite.peer, arguments, differentiated, suite.results, sample)
+    upcast = map_tensors(arguments, lambda _, t: t.double() if t.is_floating_point() else t)
+    truth = evaluate(
+        suite.truth, upcast, differentiated, suite.results, lambda name, output: cotangents[name].to(output.dtype)
+    )
+    return _Expected(arguments, differentiated, cotangents, truth, torchs)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same bits, NaN and the sign of zero included."""
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(_bits(a), _bits(b))
+
+
+def _run(function: Callable[..., Any], suite: Suite, expected: _Expected) -> tuple[Results, list[str]]:
+    """A function's results on one draw, and what it did that it must not do."""
+
+    def cotangents(name: str, output: Tensor) -> Tensor:
+        given = expected.cotangents.get(name)
+        return torch.zeros_like(output) if given is None else given.to(output.dtype)
+
+    arguments, differentiated = expected.arguments, expected.differentiated
+    before = {name: value.clone() for name, value in arguments.items() if isinstance(value, Tensor)}
+    ours = evaluate(function, arguments, differentiated, suite.results, cotangents)
+    wrong = [f"{name} was modified" for name, value in before.items() if not same_bits(value, arguments[name])]
+    again = evaluate(function, arguments, differentiated, suite.results, cotangents)
+    wrong += [f"{name} has other bits in a second run" for name in ours if not same_bits(ours[name], again[name])]
+    for name in sorted(expected.truth.keys() ^ ours.keys()):
+        wrong.append(f"{name} is missing" if name in expected.truth else f"{name} should not be there")
+    for name in ours.keys() & expected.truth.keys():
+        result, torchs = ours[name], expected.torchs[name]
+        if result.shape != torchs.shape or result.dtype != torchs.dtype:
+            wrong.append(
+                f"{name} is {result.dtype} {tuple(result.shape)}, torch's is {torchs.dtype} {tuple(torchs.shape)}"
+            )
+        elif not same_nonfinite(result, expected.truth[name]):
+            wrong.append(f"{name} is not NaN and infinite exactly where the truth is")
+    return ours, wrong
+
+
+def examine(
+    function: Callable[..., Any],
+    suite: Suite,
+    case: Case,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Report:
+    """Runs a case forward and backward, twice, and holds the results to the contract and the accuracy law.
+
+    function: takes the suite's arguments by name. dtype: of the tensors drawn. Checked are dtypes, shapes, positions
+    of NaN and infinities, errors against fp64 beside torch's, that inputs are left alone and that the second run
+    gives the same bits.
+    """
+    expected = [_expected(suite, case, str(device), dtype, draw) for draw in range(case.draws)]
+    ours, violations = [], []
+    for one in expected:
+        results, wrong = _run(function, suite, one)
+        ours.append(results)
+        violations += wrong
+    measurements = []
+    if not violations:
+        for name in sorted(ours[0]):
+            together = [torch.cat([r[name].reshape(-1) for r in results]) for results in (
+                ours, [e.truth for e in expected], [e.torchs for e in expected]
+            )]  # fmt: skip
+            result, truth, torchs = together
+            measurement = Measurement(name, result.dtype, error(result, truth), error(torchs, truth))
+            measurements.append(measurement)
+            broken = violation(
+                measurement.ours,
+                measurement.torchs,
+                result.dtype,
+                norm_factor=case.norm_factor,
+                element_factor=case.element_factor,
+            )
+            if broken is not None:
+                violations.append(f"{name}: {broken}")
+    return Report(tuple(measurements), tuple(violations))
+
+
+def check(
+    function: Callable[..., Any],
+    suite: Suite,
+    case: Case,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Report:
+    """`examine`, raising ConformanceError when anything is wrong."""
+    report = examine(function, suite, case, dtype=dtype, device=device)
+    if report.violations:
+        lines = "\n  ".join(report.violations)
+        raise ConformanceError(f"{suite.name}, case {case.name!r}, {dtype}:\n  {lines}")
+    return report
+
+
+def geometric_mean_ratio(reports: Iterable[Report]) -> float:
+    """Geometric mean over all results of our norm error over torch's; the law wants at most 1.1."""
+    by_dtype: dict[torch.dtype, list[tuple[Error, Error]]] = {}
+    for report in reports:
+        for m in report.measurements:
+            by_dtype.setdefault(m.dtype, []).append((m.ours, m.torchs))
+    total = sum(len(pairs) for pairs in by_dtype.values())
+    product = 1.0
+    for dtype, pairs in by_dtype.items():
+        product *= geometric_mean(pairs, dtype) ** (len(pairs) / total)
+    return product

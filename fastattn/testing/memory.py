@@ -1,0 +1,107 @@
+"""Memory that bites: uninitialised memory full of NaN, and tensors that end where the address space does."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.utils.deterministic as deterministic
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_PAGE = mmap.PAGESIZE
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_PROT_NONE = 0
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Within the block torch fills every uninitialised tensor with NaN (integers: the largest), C++ ops' outputs too.
+
+    Turns on torch.use_deterministic_algorithms, which that filling depends on.
+    """
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+class _Fenced:
+    """Anonymous memory with an inaccessible page on either side."""
+
+    def __init__(self, size: int) -> None:
+        pages = max(-(-size // _PAGE), 1)
+        self.length = pages * _PAGE
+        self.map = mmap.mmap(-1, self.length + 2 * _PAGE)
+        self.start = ctypes.addressof(ctypes.c_char.from_buffer(self.map)) + _PAGE
+        for fence in (self.start - _PAGE, self.start + self.length):
+            if _libc.mprotect(fence, _PAGE, _PROT_NONE) != 0:
+                raise OSError(ctypes.get_errno(), "mprotect failed")
+
+
+def _fenced_storage(elements: int, dtype: torch.dtype, at_end: bool) -> Tensor:
+    """A 1-D tensor that ends right before an inaccessible page, or starts right behind one. Its memory is never freed:
+    tests use little of it, and a use after free would be a fault of the test and not of the kernel."""
+    size = elements * dtype.itemsize
+    fenced = _Fenced(size)
+    _kept.append(fenced)
+    address = fenced.start + (fenced.length - size if at_end else 0)
+    return torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=dtype)
+
+
+_kept: list[_Fenced] = []
+
+
+def guarded(tensor: Tensor, *, at_end: bool = True) -> Tensor:
+    """A copy of a CPU tensor, strides kept, whose last byte (or first: at_end=False) touches an inaccessible page.
+
+    A kernel that reads or writes one element too far is killed by the operating system.
+    """
+    if tensor.numel() == 0:
+        return tensor.detach().clone()
+    span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    storage = _fenced_storage(span, tensor.dtype, at_end)
+    storage.copy_(tensor.detach().as_strided((span,), (1,)))
+    return storage.as_strided(tensor.shape, tensor.stride())
+
+
+class GuardedOutputs(TorchDispatchMode):
+    """Within the block, contiguous CPU tensors that C++ kernels allocate end at an inaccessible page, too.
+
+    Call kernels by `redispatch` (see `run_guarded`), so that the mode sees their allocations and not the op itself.
+    """
+
+    def __init__(self, *, at_end: bool = True) -> None:
+        super().__init__()
+        self.at_end = at_end
+        self.served = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.empty.memory_format:
+            shape = list(args[0])
+            dtype = kwargs.get("dtype") or torch.get_default_dtype()
+            elements = torch.Size(shape).numel()
+            if elements:
+                self.served += 1
+                storage = _fenced_storage(elements, dtype, self.at_end)
+                if dtype.is_floating_point:
+                    storage.fill_(torch.nan)
+                return storage.view(shape)
+        return func(*args, **kwargs)
+
+    def run(self, overload: Any, *args: Any) -> Any:
+        """The CPU kernel of a torch op with its outputs guarded."""
+        with self:
+            return overload.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args)
