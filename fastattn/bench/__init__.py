@@ -1,0 +1,80 @@
+"""`fastattn bench`: the kernels beside torch's, right first and then fast.
+
+cases (what is run) -> contenders (who runs) -> trial (the calls and the truth) -> gate (the accuracy law) ->
+measure (times and memory) -> runner (rows) -> report (the table and the JSON). See docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+OPS = ("attention", "layer_norm", "rms_norm", "softmax", "log_softmax", "cross_entropy")
+
+QUICK_SECONDS, QUICK_SAMPLES = 0.25, 3
+FULL_SECONDS, FULL_SAMPLES = 1.0, 7
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `fastattn bench`."""
+    parser.add_argument("op", choices=OPS, help="what to time")
+    parser.add_argument("--quick", action="store_true", help="a few workloads and short measurements")
+    parser.add_argument(
+        "--shape",
+        action="append",
+        default=[],
+        metavar="SIZES",
+        help="instead of the op's own workloads: B,H,S,D for attention, ROWS,COLUMNS for the others; repeatable",
+    )
+    parser.add_argument("--dtype", metavar="NAMES", help="fp32, bf16, fp16; several with commas (fp32,bf16)")
+    parser.add_argument("--threads", type=int, metavar="N", help="torch's threads (as many as torch would take)")
+    parser.add_argument(
+        "--contenders",
+        metavar="NAMES",
+        help="with commas: eager (attention), compile, flex (attention, forward only); fastattn and torch always run",
+    )
+    parser.add_argument(
+        "--min-time",
+        type=float,
+        metavar="SECONDS",
+        help=f"time spent on every contender of every row, at least ({FULL_SECONDS}; quick: {QUICK_SECONDS})",
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the JSON document to this file")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints tables as they are measured and the JSON document as the last line.
+
+    Returns 0 when every result was within the accuracy law, else 1. ValueError for options that cannot be served.
+    """
+    import torch
+
+    from fastattn.bench import cases, contenders, report, runner
+
+    threads = torch.get_num_threads() if args.threads is None else args.threads
+    if not 1 <= threads <= 1024:
+        raise ValueError(f"--threads must be 1 to 1024, got {threads}")
+    seconds = args.min_time if args.min_time is not None else QUICK_SECONDS if args.quick else FULL_SECONDS
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"--min-time must be a number of seconds, 0 or more, got {seconds}")
+    if args.out is not None and (args.out.is_dir() or not args.out.absolute().parent.is_dir()):
+        raise ValueError(f"--out {args.out}: a file in a folder that exists is needed")
+    wanted = None if args.contenders is None else tuple(args.contenders.split(","))
+    settings = runner.Settings(threads, seconds, QUICK_SAMPLES if args.quick else FULL_SAMPLES, wanted)
+    selected = cases.select(
+        args.op, quick=args.quick, shapes=args.shape, dtypes=args.dtype.split(",") if args.dtype else None
+    )
+    contenders.names(cases.suite_of(args.op), wanted)
+
+    print(report.header(args.op, settings), flush=True)
+    rows = []
+    for row in runner.run_cases(selected, settings):
+        rows.append(row)
+        print(report.block(row), flush=True)
+    print(report.closing(rows, settings), flush=True)
+    text = report.to_json(report.document(args.op, rows, settings))
+    if args.out is not None:
+        report.write_atomically(args.out, text + "\n")
+    print(text)
+    return 1 if any(row.violations for row in rows) else 0

@@ -1,0 +1,198 @@
+"""What people read while it runs, and the one JSON document at the end.
+
+Schema of the document: docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from fastattn import backends, ceilings, machine
+from fastattn.bench import measure
+from fastattn.bench.contenders import OURS
+from fastattn.bench.runner import Entry, Row, Settings, geometric_mean
+from fastattn.numerics import Error
+
+SCHEMA = "fastattn-bench-1"
+MIB = 2**20
+
+
+def header(op: str, settings: Settings) -> str:
+    """What is measured, on what, against which ceilings."""
+    hardware, versions, commit = machine.hardware(), machine.versions(), machine.commit()
+    clock = measure.clock_for(settings.threads)[0].replace("_", " ")
+    threads = f"{settings.threads} thread" + ("s" if settings.threads > 1 else "")
+    lines = [
+        f"{op} on {hardware['cpu']}, {hardware['cores']} cores, load {hardware['load_average'][0]:.2f}; "
+        f"{threads}, {clock} time; torch {versions['torch']}, fastattn {versions['fastattn']}"
+        + (f" at {commit}" if commit else ""),
+    ]
+    ceiling = ceilings.summary(settings.threads)
+    if ceiling is None:
+        lines.append(f"no ceilings and no cpu backend: {backends.probe('cpu')}")
+    else:
+        dot = "" if ceiling["dot"] is None else f", bf16 dot {ceiling['dot'] / 1e9:.0f} GF/s"
+        copy = ", ".join(f"{level} {rate / 1e9:.0f}" for level, rate in ceiling["copy"].items())
+        lines.append(
+            f"ceilings of {ceiling['isa']}: fp32 multiply-add {ceiling['fma'] / 1e9:.0f} GF/s{dot}; copy {copy} GB/s"
+        )
+    return "\n".join(lines)
+
+
+def block(row: Row) -> str:
+    """A row as a small table, one line for each contender."""
+    case = row.case
+    bound = "" if row.roof is None else f", bound by {row.roof.bound}"
+    lines = [
+        "",
+        f"{case.suite.name} {case.workload.name} {case.dtype_name} {row.direction} (backend {row.backend}{bound})",
+    ]
+    if row.violations:
+        lines += [f"  FAILED {violation}" for violation in row.violations]
+        return "\n".join(lines)
+    lines.append(
+        f"  {'':10}{'median ms':>11}{'p20':>10}{'p80':>10}{'n':>6}{'x ours':>8}{'ceiling':>9}{'extra MiB':>11}  error"
+    )
+    lines += [f"  {name:10}" + _line(row, name, entry) for name, entry in row.entries.items()]
+    if row.speedup is not None:
+        lines.append(f"  {'ahead' if row.ahead else 'behind'} of {row.best_peer}: {row.speedup:.2f} x")
+    return "\n".join(lines)
+
+
+def _line(row: Row, name: str, entry: Entry) -> str:
+    times, ours = entry.times, row.entries[OURS].times
+    if times is None or ours is None:
+        return f" {entry.unavailable}"
+    share = row.share(name)
+    low, high = (measure.quantile(times.seconds, q) for q in (0.2, 0.8))
+    return (
+        f"{1e3 * times.median:11.3f}{1e3 * low:10.3f}{1e3 * high:10.3f}{len(times.seconds):6}"
+        f"{times.median / ours.median:8.2f}"
+        + (f"{'-':>9}" if share is None else f"{100 * share:8.1f}%")
+        + (f"{'-':>11}" if entry.memory is None else f"{entry.memory / MIB:11.1f}")
+        + f"  {_errors(entry.errors)}"
+    )
+
+
+def _errors(errors: dict[str, Error]) -> str:
+    """Norm errors: of the outputs, and the largest one of the gradients."""
+    gradients = [error.norm for name, error in errors.items() if name.startswith("grad_")]
+    outputs = [error.norm for name, error in errors.items() if not name.startswith("grad_")]
+    text = f"{max(outputs, default=0.0):.1e}"
+    return f"{text}, gradients {max(gradients):.1e}" if gradients else text
+
+
+def summary(rows: Sequence[Row], settings: Settings) -> dict[str, Any]:
+    """How many rows are ahead, by how much at least and on average, and where the gate was red."""
+    timed = [(row, row.speedup) for row in rows if row.speedup is not None]
+    behind = [_name(row) for row, _ in timed if not row.ahead]
+    busy = [times.cpu / times.wall for row in rows if (times := row.entries[OURS].times) is not None]
+    return {
+        "rows": len(rows),
+        "failed": [_name(row) for row in rows if row.violations],
+        "ahead": len(timed) - len(behind),
+        "behind": behind,
+        "least_speedup": min((s for _, s in timed), default=None),
+        "mean_speedup": geometric_mean([s for _, s in timed]) if timed else None,
+        "cores_busy": sum(busy) / len(busy) if busy else None,
+    }
+
+
+def closing(rows: Sequence[Row], settings: Settings) -> str:
+    """The summary in words."""
+    found = summary(rows, settings)
+    lines = [""]
+    if found["least_speedup"] is not None:
+        timed = found["ahead"] + len(found["behind"])
+        lines.append(
+            f"ahead of the best peer in {found['ahead']} of {timed} rows: {found['least_speedup']:.2f} x at least, "
+            f"{found['mean_speedup']:.2f} x in the geometric mean"
+        )
+        lines += [f"  behind: {name}" for name in found["behind"]]
+    lines.append(
+        f"accuracy: {len(rows) - len(found['failed'])} of {len(rows)} rows within the law"
+        + "".join(f"\n  FAILED: {name}" for name in found["failed"])
+    )
+    if found["cores_busy"] is not None and settings.threads > 1 and found["cores_busy"] < 0.9 * settings.threads:
+        lines.append(
+            f"the machine was busy: our calls had {found['cores_busy']:.2f} of {settings.threads} cores, so these wall "
+            "times are the neighbours' as well; --threads 1 counts one thread's CPU time instead"
+        )
+    return "\n".join(lines)
+
+
+def _name(row: Row) -> str:
+    return f"{row.case.suite.name} {row.case.workload.name} {row.case.dtype_name} {row.direction}"
+
+
+def document(op: str, rows: Sequence[Row], settings: Settings) -> dict[str, Any]:
+    """Everything, for machines."""
+    return {
+        "schema": SCHEMA,
+        "op": op,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": machine.commit(),
+        "versions": machine.versions(),
+        "machine": {**machine.hardware(), "threads": settings.threads},
+        "allocator": machine.allocator(),
+        "environment": machine.environment(),
+        "clock": measure.clock_for(settings.threads)[0],
+        "ceilings": ceilings.summary(settings.threads),
+        "summary": summary(rows, settings),
+        "rows": [_row(row) for row in rows],
+    }
+
+
+def _row(row: Row) -> dict[str, Any]:
+    return {
+        "workload": row.case.workload.name,
+        "dtype": row.case.dtype_name,
+        "direction": row.direction,
+        "backend": row.backend,
+        "violations": list(row.violations),
+        "roof": None if row.roof is None else asdict(row.roof),
+        "best_peer": row.best_peer,
+        "speedup": row.speedup,
+        "ahead": row.ahead,
+        "contenders": {name: _entry(row, name, entry) for name, entry in row.entries.items()},
+    }
+
+
+def _entry(row: Row, name: str, entry: Entry) -> dict[str, Any]:
+    if entry.unavailable is not None:
+        return {"unavailable": entry.unavailable}
+    found: dict[str, Any] = {
+        "errors": {result: {"norm": e.norm, "largest": e.largest} for result, e in entry.errors.items()}
+    }
+    if entry.times is not None:
+        found |= {**entry.times.summary(), "ceiling_share": row.share(name), "extra_bytes": entry.memory}
+    return found
+
+
+def rounded(value: Any) -> Any:
+    """The document with floats to six digits; what is not a number becomes null, so that every parser reads it."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if value - value == 0 else None
+    return value
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Readers see the old file or the whole new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def to_json(found: dict[str, Any]) -> str:
+    """On one line."""
+    return json.dumps(rounded(found), allow_nan=False)
