@@ -1,4 +1,5 @@
-// Plain C++ for any machine: four lanes in a loop, which a compiler turns into whatever the baseline has.
+// No instruction set in particular: four lanes in the compiler's own vector types, which become whatever the
+// machine's baseline has (SSE2 on x86-64, or single instructions one after the other).
 #pragma once
 
 namespace fastattn::FASTATTN_ISA {
@@ -9,160 +10,147 @@ constexpr int kRegisters = 16;
 constexpr bool kFusedFma = false;
 constexpr bool kHasDot2 = false;
 
+typedef float Floats __attribute__((vector_size(16)));
+typedef int32_t Ints __attribute__((vector_size(16)));
+typedef uint32_t Words __attribute__((vector_size(16)));
+
 struct F32 {
-  float v[kLanes];
+  Floats v;
 };
 struct I32 {
-  int32_t v[kLanes];
+  Ints v;
 };
 struct Mask {
-  bool v[kLanes];
+  Ints v;  // -1 or 0
 };
 
-template <class R, class F>
-FASTATTN_INLINE R lanes(F f) {
-  R r;
-  FASTATTN_UNROLL for (int i = 0; i < kLanes; i++) r.v[i] = f(i);
-  return r;
-}
-
-FASTATTN_INLINE F32 splat(float x) { return lanes<F32>([&](int) { return x; }); }
-FASTATTN_INLINE F32 zero() { return splat(0.f); }
-FASTATTN_INLINE F32 operator+(F32 a, F32 b) { return lanes<F32>([&](int i) { return a.v[i] + b.v[i]; }); }
-FASTATTN_INLINE F32 operator-(F32 a, F32 b) { return lanes<F32>([&](int i) { return a.v[i] - b.v[i]; }); }
-FASTATTN_INLINE F32 operator*(F32 a, F32 b) { return lanes<F32>([&](int i) { return a.v[i] * b.v[i]; }); }
-FASTATTN_INLINE F32 operator/(F32 a, F32 b) { return lanes<F32>([&](int i) { return a.v[i] / b.v[i]; }); }
-FASTATTN_INLINE F32 fma(F32 a, F32 b, F32 c) { return a * b + c; }
-FASTATTN_INLINE F32 fms(F32 a, F32 b, F32 c) { return a * b - c; }
-FASTATTN_INLINE F32 fnma(F32 a, F32 b, F32 c) { return c - a * b; }
-FASTATTN_INLINE F32 max(F32 a, F32 b) {
-  return lanes<F32>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
-}
-FASTATTN_INLINE F32 min(F32 a, F32 b) {
-  return lanes<F32>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
-}
-FASTATTN_INLINE F32 sqrt(F32 a) { return lanes<F32>([&](int i) { return __builtin_sqrtf(a.v[i]); }); }
-FASTATTN_INLINE F32 round_nearest(F32 a) { return lanes<F32>([&](int i) { return __builtin_nearbyintf(a.v[i]); }); }
-FASTATTN_INLINE F32 scale2(F32 x, F32 n) {
-  return lanes<F32>([&](int i) {
-    if (n.v[i] == -__builtin_inff()) return 0.f;
-    const float clamped = n.v[i] > 300.f ? 300.f : n.v[i] < -300.f ? -300.f : n.v[i];
-    return clamped != clamped ? clamped : __builtin_scalbnf(x.v[i], static_cast<int>(clamped));
-  });
+FASTATTN_INLINE F32 splat(float x) { return {Floats{x, x, x, x}}; }
+FASTATTN_INLINE F32 zero() { return {Floats{}}; }
+FASTATTN_INLINE F32 operator+(F32 a, F32 b) { return {a.v + b.v}; }
+FASTATTN_INLINE F32 operator-(F32 a, F32 b) { return {a.v - b.v}; }
+FASTATTN_INLINE F32 operator*(F32 a, F32 b) { return {a.v * b.v}; }
+FASTATTN_INLINE F32 operator/(F32 a, F32 b) { return {a.v / b.v}; }
+FASTATTN_INLINE F32 fma(F32 a, F32 b, F32 c) { return {a.v * b.v + c.v}; }
+FASTATTN_INLINE F32 fms(F32 a, F32 b, F32 c) { return {a.v * b.v - c.v}; }
+FASTATTN_INLINE F32 fnma(F32 a, F32 b, F32 c) { return {c.v - a.v * b.v}; }
+FASTATTN_INLINE F32 max(F32 a, F32 b) { return {a.v > b.v ? a.v : b.v}; }
+FASTATTN_INLINE F32 min(F32 a, F32 b) { return {a.v < b.v ? a.v : b.v}; }
+FASTATTN_INLINE F32 sqrt(F32 a) {
+  return {Floats{__builtin_sqrtf(a.v[0]), __builtin_sqrtf(a.v[1]), __builtin_sqrtf(a.v[2]), __builtin_sqrtf(a.v[3])}};
 }
 FASTATTN_INLINE float reduce_add(F32 a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 FASTATTN_INLINE float reduce_max(F32 a) {
-  float m = a.v[0];
-  FASTATTN_UNROLL for (int i = 1; i < kLanes; i++) m = m > a.v[i] ? m : a.v[i];
-  return m;
+  const float even = a.v[0] > a.v[2] ? a.v[0] : a.v[2], odd = a.v[1] > a.v[3] ? a.v[1] : a.v[3];
+  return even > odd ? even : odd;
 }
 
-FASTATTN_INLINE Mask first(int64_t n) { return lanes<Mask>([&](int i) { return i < n; }); }
-FASTATTN_INLINE Mask operator<(F32 a, F32 b) { return lanes<Mask>([&](int i) { return a.v[i] < b.v[i]; }); }
-FASTATTN_INLINE Mask operator>(F32 a, F32 b) { return lanes<Mask>([&](int i) { return a.v[i] > b.v[i]; }); }
-FASTATTN_INLINE Mask operator>=(F32 a, F32 b) { return lanes<Mask>([&](int i) { return a.v[i] >= b.v[i]; }); }
-FASTATTN_INLINE Mask operator==(F32 a, F32 b) { return lanes<Mask>([&](int i) { return a.v[i] == b.v[i]; }); }
-FASTATTN_INLINE Mask operator&(Mask a, Mask b) { return lanes<Mask>([&](int i) { return a.v[i] && b.v[i]; }); }
-FASTATTN_INLINE Mask operator|(Mask a, Mask b) { return lanes<Mask>([&](int i) { return a.v[i] || b.v[i]; }); }
-FASTATTN_INLINE Mask operator~(Mask a) { return lanes<Mask>([&](int i) { return !a.v[i]; }); }
-FASTATTN_INLINE bool any(Mask a) { return a.v[0] || a.v[1] || a.v[2] || a.v[3]; }
-FASTATTN_INLINE bool all(Mask a) { return a.v[0] && a.v[1] && a.v[2] && a.v[3]; }
-FASTATTN_INLINE F32 select(Mask m, F32 a, F32 b) {
-  return lanes<F32>([&](int i) { return m.v[i] ? a.v[i] : b.v[i]; });
-}
-FASTATTN_INLINE I32 select(Mask m, I32 a, I32 b) {
-  return lanes<I32>([&](int i) { return m.v[i] ? a.v[i] : b.v[i]; });
-}
-
-FASTATTN_INLINE I32 splat_int(int32_t x) { return lanes<I32>([&](int) { return x; }); }
-FASTATTN_INLINE I32 iota() { return lanes<I32>([](int i) { return i; }); }
-FASTATTN_INLINE int32_t wrap(uint32_t x) { return static_cast<int32_t>(x); }
-FASTATTN_INLINE uint32_t bits(int32_t x) { return static_cast<uint32_t>(x); }
-FASTATTN_INLINE I32 operator+(I32 a, I32 b) {
-  return lanes<I32>([&](int i) { return wrap(bits(a.v[i]) + bits(b.v[i])); });
-}
-FASTATTN_INLINE I32 operator-(I32 a, I32 b) {
-  return lanes<I32>([&](int i) { return wrap(bits(a.v[i]) - bits(b.v[i])); });
-}
-FASTATTN_INLINE I32 operator^(I32 a, I32 b) { return lanes<I32>([&](int i) { return a.v[i] ^ b.v[i]; }); }
-FASTATTN_INLINE I32 operator&(I32 a, I32 b) { return lanes<I32>([&](int i) { return a.v[i] & b.v[i]; }); }
-FASTATTN_INLINE Mask operator>=(I32 a, I32 b) { return lanes<Mask>([&](int i) { return a.v[i] >= b.v[i]; }); }
-FASTATTN_INLINE Mask operator<(I32 a, I32 b) { return lanes<Mask>([&](int i) { return a.v[i] < b.v[i]; }); }
-FASTATTN_INLINE Mask unsigned_ge(I32 a, I32 b) {
-  return lanes<Mask>([&](int i) { return bits(a.v[i]) >= bits(b.v[i]); });
-}
+FASTATTN_INLINE I32 splat_int(int32_t x) { return {Ints{x, x, x, x}}; }
+FASTATTN_INLINE I32 iota() { return {Ints{0, 1, 2, 3}}; }
+// Sums wrap around, as the lanes of every other instruction set do.
+FASTATTN_INLINE I32 operator+(I32 a, I32 b) { return {(Ints)((Words)a.v + (Words)b.v)}; }
+FASTATTN_INLINE I32 operator-(I32 a, I32 b) { return {(Ints)((Words)a.v - (Words)b.v)}; }
+FASTATTN_INLINE I32 operator^(I32 a, I32 b) { return {a.v ^ b.v}; }
+FASTATTN_INLINE I32 operator&(I32 a, I32 b) { return {a.v & b.v}; }
+FASTATTN_INLINE Mask operator>=(I32 a, I32 b) { return {a.v >= b.v}; }
+FASTATTN_INLINE Mask operator<(I32 a, I32 b) { return {a.v < b.v}; }
+FASTATTN_INLINE Mask unsigned_ge(I32 a, I32 b) { return {(Words)a.v >= (Words)b.v}; }
 FASTATTN_INLINE void mul_wide(I32 a, I32 b, I32& hi, I32& lo) {
-  FASTATTN_UNROLL for (int i = 0; i < kLanes; i++) {
-    const uint64_t product = static_cast<uint64_t>(bits(a.v[i])) * bits(b.v[i]);
-    hi.v[i] = wrap(static_cast<uint32_t>(product >> 32));
-    lo.v[i] = wrap(static_cast<uint32_t>(product));
+  for (int i = 0; i < kLanes; i++) {
+    const uint64_t product =
+        static_cast<uint64_t>(static_cast<uint32_t>(a.v[i])) * static_cast<uint64_t>(static_cast<uint32_t>(b.v[i]));
+    hi.v[i] = static_cast<int32_t>(static_cast<uint32_t>(product >> 32));
+    lo.v[i] = static_cast<int32_t>(static_cast<uint32_t>(product));
   }
 }
 
-FASTATTN_INLINE float float_of(uint32_t u) {
-  float f;
-  memcpy(&f, &u, 4);
-  return f;
+FASTATTN_INLINE Mask first(int64_t n) { return iota() < splat_int(static_cast<int32_t>(n > kLanes ? kLanes : n)); }
+FASTATTN_INLINE Mask operator<(F32 a, F32 b) { return {a.v < b.v}; }
+FASTATTN_INLINE Mask operator>(F32 a, F32 b) { return {a.v > b.v}; }
+FASTATTN_INLINE Mask operator>=(F32 a, F32 b) { return {a.v >= b.v}; }
+FASTATTN_INLINE Mask operator==(F32 a, F32 b) { return {a.v == b.v}; }
+FASTATTN_INLINE Mask operator&(Mask a, Mask b) { return {a.v & b.v}; }
+FASTATTN_INLINE Mask operator|(Mask a, Mask b) { return {a.v | b.v}; }
+FASTATTN_INLINE Mask operator~(Mask a) { return {~a.v}; }
+FASTATTN_INLINE bool any(Mask a) { return (a.v[0] | a.v[1] | a.v[2] | a.v[3]) != 0; }
+FASTATTN_INLINE bool all(Mask a) { return (a.v[0] & a.v[1] & a.v[2] & a.v[3]) != 0; }
+FASTATTN_INLINE F32 select(Mask m, F32 a, F32 b) { return {m.v ? a.v : b.v}; }
+FASTATTN_INLINE I32 select(Mask m, I32 a, I32 b) { return {m.v ? a.v : b.v}; }
+
+// Adding and taking away 1.5 * 2^23 rounds to an integer; larger numbers are integers already.
+FASTATTN_INLINE F32 round_nearest(F32 a) {
+  const F32 magic = splat(12582912.f), rounded = (a + magic) - magic, limit = splat(4194304.f);
+  return select((a < limit) & (a > zero() - limit), rounded, a);
 }
-FASTATTN_INLINE uint32_t bits_of(float f) {
-  uint32_t u;
-  memcpy(&u, &f, 4);
-  return u;
+// Two factors, so that results as small as the subnormals come out right; n beyond +-252 saturates.
+FASTATTN_INLINE F32 scale2(F32 x, F32 n) {
+  const F32 number = select(n == n, n, zero());  // where n is NaN, so is x
+  const F32 clamped = min(splat(252.f), max(splat(-252.f), number));
+  const Ints whole = __builtin_convertvector(clamped.v, Ints), half = whole >> 1;
+  const F32 a = {(Floats)((half + 127) << 23)}, b = {(Floats)((whole - half + 127) << 23)};
+  return select(n == splat(-__builtin_inff()), zero(), x * a * b);
 }
 FASTATTN_INLINE F32 split_exponent(F32 x, F32& mantissa) {
-  mantissa = lanes<F32>([&](int i) { return float_of((bits_of(x.v[i]) & 0x7fffffu) | 0x3f800000u) + x.v[i] * 0.f; });
-  return lanes<F32>([&](int i) { return static_cast<float>(static_cast<int>(bits_of(x.v[i]) >> 23) - 127); });
+  const Words bits = (Words)x.v;
+  mantissa.v = (Floats)((bits & 0x7fffffu) | 0x3f800000u) + x.v * 0.f;
+  return {__builtin_convertvector((Ints)(bits >> 23) - 127, Floats)};
 }
-FASTATTN_INLINE float widen(float x) { return x; }
-FASTATTN_INLINE float widen(bf16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
-FASTATTN_INLINE float widen(f16 x) {
-  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
-  const uint32_t magnitude = x.bits & 0x7fffu;
-  if (magnitude >= 0x7c00u) return float_of(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
+
+FASTATTN_INLINE F32 widen(const float* p) { return {Floats{p[0], p[1], p[2], p[3]}}; }
+FASTATTN_INLINE F32 widen(const bf16* p) {
+  return {(Floats)(Words{p[0].bits, p[1].bits, p[2].bits, p[3].bits} << 16)};
+}
+FASTATTN_INLINE F32 widen(const f16* p) {
+  const Words half = {p[0].bits, p[1].bits, p[2].bits, p[3].bits};
+  const Words sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu;
   // 2^112 lifts the exponent from fp16's bias to fp32's, and normalises subnormals on the way.
-  const float f = float_of(magnitude << 13) * float_of(0x77800000u);
-  return float_of(bits_of(f) | sign);
+  const Words lift = {0x77800000u, 0x77800000u, 0x77800000u, 0x77800000u};
+  const Words finite = (Words)((Floats)(magnitude << 13) * (Floats)lift);
+  const Words strange = 0x7f800000u | ((magnitude & 0x3ffu) << 13);
+  return {(Floats)(sign | (magnitude >= 0x7c00u ? strange : finite))};
 }
-FASTATTN_INLINE void narrow(float x, float* p) { *p = x; }
-FASTATTN_INLINE void narrow(float x, bf16* p) {
-  const uint32_t u = bits_of(x);
-  p->bits = x != x ? 0x7fc0 : static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+FASTATTN_INLINE Words narrow(const bf16*, F32 x) {
+  const Words u = (Words)x.v, rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return x.v == x.v ? rounded : Words{0x7fc0u, 0x7fc0u, 0x7fc0u, 0x7fc0u};
 }
-FASTATTN_INLINE void narrow(float x, f16* p) {
-  const uint32_t u = bits_of(x);
-  const uint32_t sign = (u >> 16) & 0x8000u;
-  const uint32_t magnitude = u & 0x7fffffffu;
-  uint32_t h;
-  if (magnitude > 0x7f800000u) {
-    h = 0x7e00u;
-  } else if (magnitude >= 0x477ff000u) {  // 65520 and more round to infinity
-    h = 0x7c00u;
-  } else if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 rounds the subnormal to a multiple of 2^-24
-    h = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
-  } else {
-    h = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  }
-  p->bits = static_cast<uint16_t>(sign | h);
+FASTATTN_INLINE Words narrow(const f16*, F32 x) {
+  const Words u = (Words)x.v, sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
+  const Words normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Below 2^-14: adding 0.5 rounds to a multiple of 2^-24, the distance of subnormals.
+  const Words subnormal = (Words)((Floats)magnitude + 0.5f) - 0x3f000000u;
+  const Words infinite = {0x7c00u, 0x7c00u, 0x7c00u, 0x7c00u}, nan = {0x7e00u, 0x7e00u, 0x7e00u, 0x7e00u};
+  Words half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? infinite : half;  // 65520 and more
+  half = magnitude > 0x7f800000u ? nan : half;
+  return sign | half;
 }
+
 template <class T>
 FASTATTN_INLINE F32 load(const T* p) {
-  return lanes<F32>([&](int i) { return widen(p[i]); });
+  return widen(p);
 }
 template <class T>
 FASTATTN_INLINE F32 load_first(const T* p, int64_t n) {
-  return lanes<F32>([&](int i) { return i < n ? widen(p[i]) : 0.f; });
+  T some[kLanes] = {};
+  for (int i = 0; i < kLanes && i < n; i++) some[i] = p[i];
+  return widen(some);
 }
-FASTATTN_INLINE Mask load_bool(const uint8_t* p) { return lanes<Mask>([&](int i) { return p[i] != 0; }); }
+FASTATTN_INLINE Mask load_bool(const uint8_t* p) { return {Ints{p[0], p[1], p[2], p[3]} != 0}; }
 FASTATTN_INLINE Mask load_bool_first(const uint8_t* p, int64_t n) {
-  return lanes<Mask>([&](int i) { return i < n && p[i] != 0; });
+  uint8_t some[kLanes] = {};
+  for (int i = 0; i < kLanes && i < n; i++) some[i] = p[i];
+  return load_bool(some);
 }
-template <class T>
-FASTATTN_INLINE void store(T* p, F32 x) {
-  FASTATTN_UNROLL for (int i = 0; i < kLanes; i++) narrow(x.v[i], p + i);
+FASTATTN_INLINE void store_first(float* p, F32 x, int64_t n) {
+  for (int i = 0; i < kLanes && i < n; i++) p[i] = x.v[i];
 }
 template <class T>
 FASTATTN_INLINE void store_first(T* p, F32 x, int64_t n) {
-  for (int i = 0; i < kLanes && i < n; i++) narrow(x.v[i], p + i);
+  const Words bits = narrow(p, x);
+  for (int i = 0; i < kLanes && i < n; i++) p[i].bits = static_cast<uint16_t>(bits[i]);
+}
+template <class T>
+FASTATTN_INLINE void store(T* p, F32 x) {
+  store_first(p, x, kLanes);
 }
 
 FASTATTN_INLINE void load_two(const bf16* p, F32& a, F32& b) {
