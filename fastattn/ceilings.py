@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy
@@ -34,10 +33,11 @@ WAKE_SECONDS = 5e-4
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
-def _native() -> ModuleType | None:
+def _native() -> Any:
+    """fastattn._C, or None: the package works without it, and backends.probe tells people why it is not there."""
     try:
         from fastattn import _C
-    except ImportError:  # the package works without it, and backends.probe tells people why it is not there
+    except ImportError:
         return None
     return _C
 
@@ -64,7 +64,6 @@ def _together(threads: int, measure: Callable[[int, float], Any]) -> list[Any]:
         return list(pool.map(run, range(threads)))
 
 
-@functools.cache
 def fma(threads: int = 1, isa: str | None = None) -> float | None:
     """fp32 multiply-add operations per second of `threads` threads together.
 
@@ -72,21 +71,20 @@ def fma(threads: int = 1, isa: str | None = None) -> float | None:
     """
     _check(threads)
     native = _native()
-    if native is None:
-        return None
-    name = isa or native.cpu_isa()
-    return sum(_together(threads, lambda _, start_at: native.ceiling_fma(name, COMPUTE_SECONDS, start_at)))
+    return None if native is None else _rate("ceiling_fma", isa or native.cpu_isa(), threads)
 
 
-@functools.cache
 def dot(threads: int = 1, isa: str | None = None) -> float | None:
     """bf16 dot-product operations per second; None also where the instruction set has no such instruction."""
     _check(threads)
     native = _native()
-    if native is None:
-        return None
-    name = isa or native.cpu_isa()
-    rates = _together(threads, lambda _, start_at: native.ceiling_dot(name, COMPUTE_SECONDS, start_at))
+    return None if native is None else _rate("ceiling_dot", isa or native.cpu_isa(), threads)
+
+
+@functools.cache
+def _rate(loop: str, isa: str, threads: int) -> float | None:
+    measure = getattr(_native(), loop)
+    rates = _together(threads, lambda _, start_at: measure(isa, COMPUTE_SECONDS, start_at))
     return None if rates[0] is None else sum(rates)
 
 
@@ -97,35 +95,39 @@ def arithmetic(dtype: torch.dtype, threads: int = 1) -> float | None:
     return fma(threads)
 
 
-@functools.cache
 def read_bandwidth(size: int, threads: int = 1) -> float | None:
     """Bytes per second read from a warm working set of `size` bytes, shared out among the threads."""
     _check(threads, size)
     native = _native()
-    if native is None:
-        return None
-    isa = native.cpu_isa()
+    return None if native is None else _read(native.cpu_isa(), size, threads)
+
+
+@functools.cache
+def _read(isa: str, size: int, threads: int) -> float:
+    loop = _native().ceiling_read
     sources = [_buffer(_share(size, threads)) for _ in range(threads)]
 
     def measure(passes: int) -> list[tuple[float, float]]:
-        return _together(threads, lambda t, start_at: native.ceiling_read(isa, sources[t], passes, start_at))
+        return _together(threads, lambda t, start_at: loop(isa, sources[t], passes, start_at))
 
     return sum(s.nbytes for s in sources) / _seconds_of_a_pass(measure)
 
 
-@functools.cache
 def copy_bandwidth(size: int, threads: int = 1) -> float | None:
     """Bytes per second, read and written together, of a warm copy that moves `size` bytes (half of them read)."""
     _check(threads, size)
     native = _native()
-    if native is None:
-        return None
-    isa = native.cpu_isa()
+    return None if native is None else _copy(native.cpu_isa(), size, threads)
+
+
+@functools.cache
+def _copy(isa: str, size: int, threads: int) -> float:
+    loop = _native().ceiling_copy
     each = _share((size + 1) // 2, threads)
     pairs = [(_buffer(each), _buffer(each)) for _ in range(threads)]
 
     def measure(passes: int) -> list[tuple[float, float]]:
-        return _together(threads, lambda t, start_at: native.ceiling_copy(isa, *pairs[t], passes, start_at))
+        return _together(threads, lambda t, start_at: loop(isa, *pairs[t], passes, start_at))
 
     return 2 * each * threads / _seconds_of_a_pass(measure)
 

@@ -66,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
         args.op, quick=args.quick, shapes=args.shape, dtypes=args.dtype.split(",") if args.dtype else None
     )
     contenders.names(cases.suite_of(args.op), wanted)
+    for case in selected:
+        runner.check_memory(case)
 
     print(report.header(args.op, settings), flush=True)
     rows = []

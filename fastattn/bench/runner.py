@@ -99,7 +99,6 @@ def run_cases(cases: Sequence[BenchCase], settings: Settings) -> Iterator[Row]:
 
 
 def _run_case(case: BenchCase, settings: Settings) -> Iterator[Row]:
-    _check_memory(case)
     makers = contenders.choices(case.suite)
     taking_part = {name: makers[name]() for name in contenders.names(case.suite, settings.contenders)}
     trial = Trial(case.suite, case.workload, case.dtype)
@@ -147,7 +146,7 @@ def _physical_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _check_memory(case: BenchCase) -> None:
+def check_memory(case: BenchCase) -> None:
     """ValueError for a workload whose tensors alone, gradients and results among them, this machine cannot hold."""
     needed = 3 * case.workload.bytes(case.dtype, backward=True)
     if needed > _physical_memory():

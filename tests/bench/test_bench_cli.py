@@ -1,0 +1,200 @@
+"""`fastattn bench`: what it prints, what its last line holds, how it ends."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from fastattn import backends
+from fastattn.bench import OPS, cases, contenders, runner
+from fastattn.bench.contenders import OURS, TORCH, Contender
+from fastattn.cli import main
+
+TINY = ("--shape", "1,2,24,8", "--contenders", "eager", "--min-time", "0")
+
+
+def bench(capsys, *arguments):
+    """(exit code, lines on stdout, document on the last one)."""
+    code = main(["bench", *arguments])
+    lines = capsys.readouterr().out.splitlines()
+    return code, lines[:-1], json.loads(lines[-1])
+
+
+def error_line(capsys, *arguments):
+    try:
+        code = main(["bench", *arguments])
+    except SystemExit as exit_:
+        code = exit_.code
+    captured = capsys.readouterr()
+    assert code == 2, captured.err
+    assert captured.out == ""
+    assert re.fullmatch(r"fastattn: error: [^\n]+\n", captured.err), captured.err
+    return captured.err
+
+
+def test_attention(capsys, tmp_path):
+    out = tmp_path / "results.json"
+    threads = torch.get_num_threads()
+    code, lines, found = bench(capsys, "attention", *TINY, "--threads", "1", "--out", str(out))
+    assert code == 0
+    assert torch.get_num_threads() == threads
+    assert json.loads(out.read_text()) == found
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+    assert found["schema"] == "fastattn-bench-1"
+    assert found["op"] == "attention"
+    assert found["clock"] == "thread_cpu"
+    assert found["machine"]["threads"] == 1
+    assert len(found["machine"]["load_average"]) == 3
+    assert found["versions"]["torch"] == torch.__version__
+    assert {"date", "commit", "allocator", "environment", "ceilings", "summary"} <= set(found)
+    rows = found["rows"]
+    assert [(r["workload"], r["dtype"], r["direction"]) for r in rows] == [
+        (workload, dtype, direction)
+        for workload in ("1x2x24x8 causal", "1x2x24x8")
+        for dtype in ("fp32", "bf16")
+        for direction in ("forward", "forward+backward")
+    ]
+    for row in rows:
+        assert row["violations"] == []
+        assert set(row["contenders"]) == {"fastattn", "torch", "eager"}
+        assert row["best_peer"] in ("torch", "eager")
+        times = {name: entry["median_s"] for name, entry in row["contenders"].items()}
+        assert row["speedup"] == pytest.approx(times[row["best_peer"]] / times["fastattn"], rel=1e-4)
+        assert row["ahead"] == (row["speedup"] > 1)
+        for entry in row["contenders"].values():
+            assert 0 < entry["min_s"] <= entry["p20_s"] <= entry["median_s"] <= entry["p80_s"]
+            assert entry["n"] >= 7
+            expected = {"output"} | (
+                {"grad_query", "grad_key", "grad_value"} if "backward" in row["direction"] else set()
+            )
+            assert set(entry["errors"]) == expected
+    assert found["summary"]["rows"] == 8
+    assert found["summary"]["ahead"] + len(found["summary"]["behind"]) == 8
+    text = "\n".join(lines)
+    assert "attention 1x2x24x8 causal bf16 forward+backward" in text
+    assert "8 of 8 rows within the law" in text
+
+
+def test_shares_of_the_ceiling(capsys, skip_without_native):
+    _, _, found = bench(capsys, "attention", *TINY, "--dtype", "fp32", "--threads", "1")
+    assert found["ceilings"]["isa"] == backends.cpu_isa()
+    for row in found["rows"]:
+        roof, ours = row["roof"], row["contenders"]["fastattn"]
+        assert roof["bound"] in ("compute", "memory")
+        assert ours["ceiling_share"] == pytest.approx(roof["seconds"] / ours["median_s"], rel=1e-4)
+        assert 0 < ours["ceiling_share"] < 1
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op != "attention"])
+def test_other_ops(capsys, op):
+    arguments = (op, "--shape", "6,40", "--contenders", "torch", "--min-time", "0", "--dtype", "bf16")
+    code, _, found = bench(capsys, *arguments)
+    assert code == 0
+    assert [row["direction"] for row in found["rows"]] == ["forward", "forward+backward"]
+    assert all(set(row["contenders"]) == {"fastattn", "torch"} for row in found["rows"])
+
+
+def test_quick_selects_the_shapes_of_the_contract():
+    selected = cases.select("attention", quick=True, shapes=(), dtypes=None)
+    shapes = ("8x12x128x64", "1x12x1024x64", "1x8x4096x64", "1x8x4096x128")
+    assert {(case.workload.name, case.dtype_name) for case in selected} == {
+        (shape + mask, dtype) for shape in shapes for mask in ("", " causal") for dtype in ("fp32", "bf16")
+    }
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_has_workloads(op):
+    quick = cases.select(op, quick=True, shapes=(), dtypes=None)
+    full = cases.select(op, quick=False, shapes=(), dtypes=["fp16"])
+    assert quick
+    assert {case.workload.name for case in quick} <= {case.workload.name for case in full}
+
+
+def wrong(monkeypatch, function):
+    choices = contenders.choices
+    monkeypatch.setattr(contenders, "choices", lambda suite: choices(suite) | {OURS: lambda: Contender(OURS, function)})
+
+
+def test_a_wrong_kernel_is_not_timed(capsys, monkeypatch):
+    wrong(monkeypatch, lambda **call: torch.nn.functional.scaled_dot_product_attention(**call) * 1.001)
+    code, lines, found = bench(capsys, "attention", *TINY, "--dtype", "fp32")
+    assert code == 1
+    assert len(found["summary"]["failed"]) == found["summary"]["rows"] == 4
+    assert found["summary"]["ahead"] == 0
+    for row in found["rows"]:
+        assert "output: norm error" in row["violations"][0]
+        assert row["speedup"] is None
+        assert not row["ahead"]
+        assert "median_s" not in row["contenders"]["fastattn"]
+        assert row["contenders"]["fastattn"]["errors"]["output"]["norm"] > 1e-4
+    assert sum("FAILED output: norm error" in line for line in lines) == 4
+
+
+def test_a_kernel_that_raises_fails_its_row(capsys, monkeypatch):
+    def broken(**call):
+        raise RuntimeError("no such luck\nand more")
+
+    wrong(monkeypatch, broken)
+    code, _, found = bench(capsys, "attention", *TINY, "--dtype", "fp32")
+    assert code == 1
+    assert all(row["violations"] == ["raised: no such luck"] for row in found["rows"])
+
+
+def test_a_kernel_that_is_right_without_gradients_only(capsys, monkeypatch):
+    def half_right(**call):
+        output = torch.nn.functional.scaled_dot_product_attention(**call)
+        return output * 1.001 if torch.is_grad_enabled() else output
+
+    wrong(monkeypatch, half_right)
+    code, _, found = bench(capsys, "attention", *TINY, "--dtype", "fp32")
+    assert code == 1
+    assert [bool(row["violations"]) for row in found["rows"]] == [False, True] * 2
+
+
+def test_a_peer_that_cannot_is_said_to(capsys, monkeypatch):
+    monkeypatch.setattr(runner, "_physical_memory", lambda: 100_000)
+    code, lines, found = bench(capsys, "attention", "--shape", "1,1,200,2", *TINY[2:], "--dtype", "fp32")
+    assert code == 0
+    assert found["rows"][0]["contenders"]["eager"] == {"unavailable": "needs about 0 GiB"}
+    assert found["rows"][0]["best_peer"] == TORCH
+    assert any(re.fullmatch(r"  eager +needs about 0 GiB", line) for line in lines)
+
+
+@pytest.mark.slow
+def test_compiled_contenders(capsys):
+    arguments = ("attention", "--shape", "1,2,64,32", "--contenders", "compile,flex", "--min-time", "0")
+    code, _, found = bench(capsys, *arguments)
+    assert code == 0
+    for row in found["rows"]:
+        assert "median_s" in row["contenders"]["compile"]
+        backward = "backward" in row["direction"]
+        assert row["contenders"]["flex"].get("unavailable") == ("has no backward" if backward else None)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("conv",), "invalid choice: 'conv'"),
+        ((), "required: op"),
+        (("attention", "--shape", "1,2,3"), "--shape of attention is B,H,S,D in whole numbers, got '1,2,3'"),
+        (("attention", "--shape", "1,2,x,4"), "got '1,2,x,4'"),
+        (("attention", "--shape", "1,2,0,4"), "sizes are 1 or more"),
+        (("softmax", "--shape", "1,2,3,4"), "--shape of softmax is ROWS,COLUMNS"),
+        (("attention", "--shape", "1000000,1000,100000,64"), "their product at most 2**40"),
+        (("attention", "--shape", "1024,1024,1024,1024"), "GiB, the machine has"),
+        (("attention", "--dtype", "fp8"), "--dtype fp8: there are fp32, bf16, fp16"),
+        (("attention", "--threads", "0"), "--threads must be 1 to 1024, got 0"),
+        (("attention", "--threads", "two"), "invalid int value: 'two'"),
+        (("attention", "--min-time", "nan"), "--min-time must be a number of seconds, 0 or more, got nan"),
+        (("attention", "--min-time", "-1"), "got -1.0"),
+        (("attention", "--contenders", "cudnn"), "no contender 'cudnn'"),
+        (("softmax", "--contenders", "eager"), "no contender 'eager'"),
+        (("attention", "--out", "/no/such/folder/x.json"), "a file in a folder that exists is needed"),
+        (("attention", "--out", "."), "a file in a folder that exists is needed"),
+        (("attention", "--quik"), "unrecognized arguments: --quik"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_is_measured(capsys, arguments, message):
+    assert message in error_line(capsys, *arguments)
