@@ -22,12 +22,16 @@ OURS, TORCH, EAGER, COMPILE, FLEX = "fastattn", "torch", "eager", "compile", "fl
 
 @dataclass(frozen=True)
 class Contender:
-    """function(**adapt(arguments)) is the call that is timed. backward: whether it has one. needs: bytes, roughly."""
+    """function(**adapt(arguments)) is the call that is timed.
+
+    backward: whether it has one. compiles: at its first call, which is not like the others. needs: bytes, roughly.
+    """
 
     name: str
     function: Callable[..., Any]
     adapt: Callable[[Arguments], Arguments] = dict
     backward: bool = True
+    compiles: bool = False
     needs: Callable[[Arguments], int] = lambda arguments: 0
 
 
@@ -118,13 +122,15 @@ def _attention(suite: Suite) -> dict[str, Callable[[], Contender]]:
         from torch.nn.attention.flex_attention import flex_attention
 
         # On CPU it has no backward.
-        return Contender(FLEX, _compiled(flex_attention), _block_mask, backward=False)
+        return Contender(FLEX, _compiled(flex_attention), _block_mask, backward=False, compiles=True)
 
     return {
         OURS: lambda: Contender(OURS, suite.function),
         TORCH: lambda: Contender(TORCH, F.scaled_dot_product_attention),
         EAGER: lambda: Contender(EAGER, attention_eager, additive_mask, needs=_scores_bytes),
-        COMPILE: lambda: Contender(COMPILE, _compiled(attention_written_out), additive_mask, needs=_scores_bytes),
+        COMPILE: lambda: Contender(
+            COMPILE, _compiled(attention_written_out), additive_mask, compiles=True, needs=_scores_bytes
+        ),
         FLEX: flex,
     }
 
@@ -133,7 +139,7 @@ def _rowwise(suite: Suite) -> dict[str, Callable[[], Contender]]:
     return {
         OURS: lambda: Contender(OURS, suite.function),
         TORCH: lambda: Contender(TORCH, suite.peer),
-        COMPILE: lambda: Contender(COMPILE, _compiled(suite.peer)),
+        COMPILE: lambda: Contender(COMPILE, _compiled(suite.peer), compiles=True),
     }
 
 

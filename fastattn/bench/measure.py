@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 Call = Callable[[], Any]
 
 #: A contender's turn lasts at least this long, and shorter calls are repeated within it.
@@ -19,6 +20,8 @@ TURN_SECONDS = 5e-3
 #: Calls shorter than this feel what the one before left in the caches: a turn then begins with one that does not count.
 COLD_SECONDS = 20e-3
 MOST_SAMPLES = 2000
+#: Who takes this many times as long as the fastest is not in the race, and this many samples are enough.
+HOPELESS, HOPELESS_SAMPLES = 2.0, 2
 
 
 @dataclass
@@ -81,7 +84,7 @@ def clock_for(threads: int) -> tuple[str, Callable[[], float]]:
 def interleave(
     calls: Mapping[str, Call], clock: Callable[[], float], min_seconds: float, min_samples: int = 3
 ) -> dict[str, Times]:
-    """Calls every contender in turn until each has `min_samples` samples and `min_seconds` of time.
+    """Calls every contender in turn until each has `min_samples` samples (HOPELESS ones fewer) and `min_seconds`.
 
     Who goes first changes from round to round. Results are dropped before the next call and outside the times, so
     every call makes its outputs anew, from whatever the allocator has, as users' calls do. A contender that has
@@ -92,7 +95,11 @@ def interleave(
 
     def enough(name: str) -> bool:
         t = times[name]
-        return len(t.seconds) >= MOST_SAMPLES or (len(t.seconds) >= min_samples and t.total >= min_seconds)
+        if not t.seconds or len(t.seconds) >= MOST_SAMPLES:
+            return bool(t.seconds)
+        fastest = min(min(other.seconds, default=math.inf) for other in times.values())
+        samples = HOPELESS_SAMPLES if min(t.seconds) > HOPELESS * fastest else min_samples
+        return len(t.seconds) >= samples and t.total >= min_seconds
 
     gc.collect()
     gc.disable()
@@ -141,25 +148,22 @@ def _faults() -> int:
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def peak_memory(call: Call) -> int | None:
-    """Bytes by which resident memory rises at most during one call, its results included.
+def peak_memory(call: Callable[[], T]) -> tuple[T, int | None]:
+    """The result of a call, and the bytes by which resident memory rose at most during it, the result included.
 
     Counts everything that the process touches, whoever allocated it. Memory that the allocator holds is returned to
     the system first. None where the system cannot tell (needs Linux's /proc).
     """
-    try:
-        CLEAR_REFS.write_text("5")  # resets the high-water mark
-    except OSError:
-        return None
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
-    CLEAR_REFS.write_text("5")
+    try:
+        CLEAR_REFS.write_text("5")  # resets the high-water mark
+    except OSError:
+        return call(), None
     before = _resident("VmRSS")
     result = call()
-    peak = _resident("VmHWM")
-    del result
-    return max(peak - before, 0)
+    return result, max(_resident("VmHWM") - before, 0)
 
 
 def _resident(name: str) -> int:

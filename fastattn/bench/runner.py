@@ -114,7 +114,9 @@ def _run_case(case: BenchCase, settings: Settings) -> Iterator[Row]:
             try:
                 _check_contender(contender, trial, direction)
                 calls[name] = trial.call(contender, direction)
-                results[name] = calls[name]()
+                if contender.compiles:
+                    calls[name]()
+                results[name], entries[name].memory = measure.peak_memory(calls[name])
             except BackendUnsupported:
                 raise
             except RuntimeError as error:
@@ -130,16 +132,11 @@ def _run_case(case: BenchCase, settings: Settings) -> Iterator[Row]:
         for name, errors in judged.errors.items():
             entries[name].errors = errors
         if not judged.violations:
-            _measure(calls, entries, settings)
+            _, clock = measure.clock_for(settings.threads)
+            times = measure.interleave(calls, clock, settings.min_seconds, settings.min_samples)
+            for name in times:
+                entries[name].times = times[name]
         yield Row(case, direction, backend, _roof(case, direction, settings.threads), entries, judged.violations)
-
-
-def _measure(calls: dict[str, measure.Call], entries: dict[str, Entry], settings: Settings) -> None:
-    for name, call in calls.items():
-        entries[name].memory = measure.peak_memory(call)
-    _, clock = measure.clock_for(settings.threads)
-    for name, times in measure.interleave(calls, clock, settings.min_seconds, settings.min_samples).items():
-        entries[name].times = times
 
 
 def _physical_memory() -> int:

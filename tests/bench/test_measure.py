@@ -46,6 +46,13 @@ def test_who_has_enough_drops_out_but_the_first_stays():
     assert log[-1] == "ours"
 
 
+def test_who_is_far_behind_needs_fewer_samples():
+    clock, log = Clock(), []
+    calls = {name: clock.call(name, seconds, log) for name, seconds in {"a": 1.0, "b": 1.9, "c": 2.1}.items()}
+    times = measure.interleave(calls, clock, min_seconds=0.0, min_samples=4)
+    assert {name: len(t.seconds) for name, t in times.items()} == {"a": 4, "b": 4, "c": 2}
+
+
 def test_short_calls_begin_with_one_that_does_not_count():
     clock, log = Clock(), []
     times = measure.Times()
@@ -113,10 +120,12 @@ def test_peak_memory_counts_what_is_freed_within_the_call():
         small = large[: 8 << 20].clone()
         return small
 
-    assert measure.peak_memory(call) == pytest.approx(32 << 20, rel=0.15)
-    assert measure.peak_memory(lambda: None) < 1 << 20
+    result, extra = measure.peak_memory(call)
+    assert result.shape == (8 << 20,)
+    assert extra == pytest.approx(32 << 20, rel=0.15)
+    assert measure.peak_memory(lambda: None)[1] < 1 << 20
 
 
 def test_peak_memory_is_none_where_the_system_cannot_tell(monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "CLEAR_REFS", tmp_path / "missing" / "clear_refs")
-    assert measure.peak_memory(lambda: None) is None
+    assert measure.peak_memory(lambda: "result") == ("result", None)
