@@ -55,8 +55,8 @@ def time_steps(
     *,
     dtype: str,
     dropout: float,
-    rounds: int = 15,
-    budget_seconds: float = 12.0,
+    rounds: int = 11,
+    budget_seconds: float = 10.0,
 ) -> StepTimes:
     """Time whole training steps (forward, backward, clipping, AdamW) of both sides from the model's weights.
 

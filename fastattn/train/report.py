@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 
+from fastattn import machine
 from fastattn.train.checkpoint import write_atomically
 from fastattn.train.compare import StepTimes
 from fastattn.train.config import TrainConfig
-from fastattn.version import __version__
 
 REPORT_JSON = "report.json"
 REPORT_MD = "report.md"
@@ -63,40 +59,6 @@ class Findings:
         return next(times.speedup for times in self.times if times.dtype == dtype and times.dropout == 0.0)
 
 
-def machine() -> dict[str, Any]:
-    """The hardware and system behind the numbers."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "load_average": [round(load, 2) for load in os.getloadavg()],
-    }
-
-
-def commit() -> str | None:
-    """The commit of the source tree in use, with ``+`` when files differ from it; None outside a git
-    checkout."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None  # no git program, no commit yet, or somebody else's checkout
-
-
 def to_json(findings: Findings) -> dict[str, Any]:
     """The contents of report.json."""
     return {
@@ -122,13 +84,10 @@ def to_json(findings: Findings) -> dict[str, Any]:
         "corpus": findings.corpus,
         "validation_bytes": findings.validation_bytes,
         "config": findings.config.to_dict(),
-        "machine": machine(),
-        "commit": commit(),
-        "versions": {
-            "fastattn": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "machine": machine.hardware(),
+        "environment": machine.environment(),
+        "commit": machine.commit(),
+        "versions": machine.versions(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "sample": findings.sample,
     }
@@ -186,6 +145,7 @@ def _plot_steps(path: Path, timed: Sequence[StepTimes]) -> None:
         [f"{times.dtype}, dropout {times.dropout:g}\n{times.speedup:.2f}x" for times in timed],
     )
     axes.set_ylabel("training step (ms, median, whiskers: quartiles)")
+    axes.margins(y=0.12)
     axes.legend()
     figure.savefig(path, dpi=130)
 
