@@ -5,9 +5,6 @@
 
 namespace fastattn {
 
-// At most this many row chunks share out a backward pass; each leaves one partial sum per column.
-constexpr int64_t kNormChunks = 64;
-
 struct NormForward {
   const void* input;
   const void* residual;  // nullptr: none; else the norm is taken of sum = input + residual, rounded to `dtype`
@@ -37,16 +34,16 @@ struct NormBackward {
   void* grad_input;
   void* grad_weight;  // nullptr: not wanted
   void* grad_bias;    // nullptr: not wanted
-  float* partials;    // (chunks, 2 for LayerNorm | 1 for RMSNorm, columns); nullptr if neither is wanted
+  float* partials;    // (max(chunks, 1), 2 for LayerNorm | 1 for RMSNorm, columns); nullptr if neither is wanted
   int64_t rows;
   int64_t columns;
   int64_t grad_output_stride;
   int64_t grad_sum_stride;
   int64_t input_stride;
-  int64_t chunks;        // fixed by the problem: how rows are shared out, <= kNormChunks
-  DType dtype;           // of grad_output, grad_sum, input, grad_input
-  DType affine_dtype;    // of weight, grad_weight, grad_bias
-  bool centred;          // LayerNorm, else RMSNorm
+  int64_t chunk_rows;  // fixed by the problem: each chunk of so many rows leaves one partial sum per column
+  DType dtype;         // of grad_output, grad_sum, input, grad_input
+  DType affine_dtype;  // of weight, grad_weight, grad_bias
+  bool centred;        // LayerNorm, else RMSNorm
 };
 
 }  // namespace fastattn

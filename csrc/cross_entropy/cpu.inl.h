@@ -1,0 +1,236 @@
+// Cross entropy, forward and backward, fp32 inside. With coefficients
+//   a_c = weight_c * ((1 - smoothing) * t_c + smoothing / C),  t the class probabilities or the one-hot of the target,
+// a row's loss is sum_c(a_c * (lse - x_c)) and its gradient softmax(x)_c * sum(a) - a_c. A class with a_c = 0 adds
+// nothing, however impossible it is. lse - x_c is taken as log(sum) - (x_c - max), so that a large offset costs nothing.
+#pragma once
+#include "../cpu/logsumexp.h"
+#include "params.h"
+
+namespace fastattn::FASTATTN_ISA {
+namespace {
+
+constexpr int64_t kCrossEntropyTaskElements = 16384;
+
+FASTATTN_INLINE int64_t cross_entropy_rows_per_task(int64_t columns) {
+  return max_of(kCrossEntropyTaskElements / max_of(columns, 1), 1);
+}
+
+template <class T>
+FASTATTN_INLINE float element(const T* p) {
+  alignas(64) float lanes_of[kLanes];
+  store(lanes_of, load_first(p, 1));
+  return lanes_of[0];
+}
+
+// ---- forward ----
+
+// sum_c(a_c * -logp_c) over all columns, with a_c = weight_c * (share * t_c + spread); t = nullptr: 0.
+template <class T, class Target>
+float soft_loss(const T* x, int64_t columns, const Target* t, const float* weight, float share, float spread,
+                Exponentials e) {
+  const F32x2 top = splat2(e.max), log_sum = splat2(logf(e.sum));
+  F32x2 sums[2] = {splat2(0.f), splat2(0.f)};
+  for_columns<2>(columns, [&](int64_t c, int i, auto where) FASTATTN_LAMBDA {
+    F32x2 a = splat2(spread);
+    if (t != nullptr) a = fma(splat2(share), get(t + c, Natural{}, where), a);
+    if (weight != nullptr) a = a * get(weight + c, Natural{}, where);
+    const F32x2 term = a * (log_sum - (get(x + c, Natural{}, where) - top));
+    sums[i] = sums[i] + keep(select(a == splat2(0.f), splat2(0.f), term), zero(), where);
+  });
+  return reduce_add(sums[0] + sums[1]);
+}
+
+template <class T>
+void cross_entropy_forward_row(const CrossEntropyForward& p, int64_t row) {
+  const T* const x = static_cast<const T*>(p.input) + row * p.input_stride;
+  const Exponentials e = sum_exponentials(x, p.columns, x + p.input_stride);
+  const float log_sum = logf(e.sum);
+  p.lse[row] = e.max + log_sum;
+  const float spread = p.columns > 0 ? p.label_smoothing / static_cast<float>(p.columns) : 0.f;
+  const float share = 1.f - p.label_smoothing;
+  float loss = 0.f;
+  if (p.probabilities != nullptr) {
+    if (p.probabilities_dtype == DType::f32) {
+      const float* t = static_cast<const float*>(p.probabilities) + row * p.probabilities_stride;
+      loss = soft_loss(x, p.columns, t, p.weight, share, spread, e);
+    } else {
+      const T* t = static_cast<const T*>(p.probabilities) + row * p.probabilities_stride;
+      loss = soft_loss(x, p.columns, t, p.weight, share, spread, e);
+    }
+  } else if (p.target[row] != p.ignore_index) {
+    const int64_t target = p.target[row];
+    const float a = share * (p.weight != nullptr ? p.weight[target] : 1.f);
+    if (a != 0.f) loss = a * (log_sum - (element(x + target) - e.max));
+    if (spread != 0.f) loss += soft_loss<T, T>(x, p.columns, nullptr, p.weight, 0.f, spread, e);
+  }
+  p.row_loss[row] = loss;
+}
+
+// Losses in doubles, row by row: the same whoever computed them.
+void cross_entropy_reduce(const CrossEntropyForward& p) {
+  double loss = 0.0, total = 0.0;
+  for (int64_t row = 0; row < p.rows; row++) {
+    loss += static_cast<double>(p.row_loss[row]);
+    if (p.probabilities != nullptr)
+      total += 1.0;
+    else if (p.target[row] != p.ignore_index)
+      total += p.weight != nullptr ? static_cast<double>(p.weight[p.target[row]]) : 1.0;
+  }
+  *p.total = static_cast<float>(total);
+  if (p.reduction == Reduction::mean) *p.loss = static_cast<float>(loss / total);
+  if (p.reduction == Reduction::sum) *p.loss = static_cast<float>(loss);
+}
+
+template <class T>
+void cross_entropy_forward(const CrossEntropyForward& p, TaskQueue& queue) {
+  const int64_t rows_per_task = cross_entropy_rows_per_task(p.columns);
+  for (int64_t task; (task = take_task(queue)) < queue.total;) {
+    const int64_t end = min_of((task + 1) * rows_per_task, p.rows);
+    for (int64_t row = task * rows_per_task; row < end; row++) cross_entropy_forward_row<T>(p, row);
+    if (finish_task(queue)) cross_entropy_reduce(p);
+  }
+}
+
+void run_cross_entropy_forward(const CrossEntropyForward& p, TaskQueue& queue, char*) {
+  switch (p.dtype) {
+    case DType::bf16:
+      return cross_entropy_forward<bf16>(p, queue);
+    case DType::f16:
+      return cross_entropy_forward<f16>(p, queue);
+    default:
+      return cross_entropy_forward<float>(p, queue);
+  }
+}
+
+// ---- backward ----
+
+// The rounding of lse is an error of the whole row's softmax, so where lse is large the sum is taken again.
+template <class T>
+constexpr float kTrustedLse = sizeof(T) == sizeof(float) ? 16.f : 1024.f;
+
+template <class T>
+float softmax_correction(const T* x, int64_t columns, float lse) {
+  if (!(__builtin_fabsf(lse) > kTrustedLse<T>)) return 1.f;
+  const F32x2 shift = splat2(lse);
+  F32x2 sums[2] = {splat2(0.f), splat2(0.f)};
+  for_columns<2>(columns, [&](int64_t c, int i, auto where) FASTATTN_LAMBDA {
+    sums[i] = sums[i] + keep(exp(get(x + c, Cheapest{}, where) - shift), zero(), where);
+  });
+  return 1.f / reduce_add(sums[0] + sums[1]);
+}
+
+// softmax * total - weight * spread
+template <class T>
+void hard_gradient(const T* x, T* dx, int64_t columns, const float* weight, float lse, float total, float spread) {
+  constexpr const T* kind = nullptr;
+  const F32x2 shift = splat2(lse), all = splat2(total), base = splat2(-spread);
+  if (weight == nullptr || spread == 0.f) {
+    for_columns<2>(columns, [&](int64_t c, int, auto where) FASTATTN_LAMBDA {
+      put(dx + c, fma(exp_for(kind, get(x + c, Cheapest{}, where) - shift), all, base), Cheapest{}, where);
+    });
+  } else {
+    for_columns<2>(columns, [&](int64_t c, int, auto where) FASTATTN_LAMBDA {
+      const F32x2 p = exp_for(kind, get(x + c, Natural{}, where) - shift);
+      put(dx + c, fma(p, all, base * get(weight + c, Natural{}, where)), Natural{}, where);
+    });
+  }
+}
+
+// softmax * sum(a) - a, a_c = grad * weight_c * (share * t_c + spread)
+template <class T, class Target>
+void soft_gradient(const T* x, T* dx, int64_t columns, const Target* t, const float* weight, float lse, float scale,
+                   float grad, float share, float spread) {
+  constexpr const T* kind = nullptr;
+  const auto coefficient = [&](int64_t c, auto where) FASTATTN_LAMBDA {
+    F32x2 a = fma(splat2(share), get(t + c, Natural{}, where), splat2(spread));
+    if (weight != nullptr) a = a * get(weight + c, Natural{}, where);
+    return a * splat2(grad);
+  };
+  F32x2 sums[2] = {splat2(0.f), splat2(0.f)};
+  for_columns<2>(columns, [&](int64_t c, int i, auto where)
+                              FASTATTN_LAMBDA { sums[i] = sums[i] + keep(coefficient(c, where), zero(), where); });
+  const F32x2 shift = splat2(lse), all = splat2(reduce_add(sums[0] + sums[1]) * scale);
+  for_columns<2>(columns, [&](int64_t c, int, auto where) FASTATTN_LAMBDA {
+    const F32x2 p = exp_for(kind, get(x + c, Natural{}, where) - shift);
+    put(dx + c, p * all - coefficient(c, where), Natural{}, where);
+  });
+}
+
+template <class T>
+void cross_entropy_backward_row(const CrossEntropyBackward& p, int64_t row, float weight_sum) {
+  const T* const x = static_cast<const T*>(p.input) + row * p.input_stride;
+  T* const dx = static_cast<T*>(p.grad_input) + row * p.columns;
+  const float lse = p.lse[row];
+  const float grad = p.reduction == Reduction::none   ? p.grad[row]
+                     : p.reduction == Reduction::mean ? *p.grad / *p.total
+                                                      : *p.grad;
+  const float spread = p.label_smoothing / static_cast<float>(p.columns);
+  const float share = 1.f - p.label_smoothing;
+  if (p.probabilities != nullptr) {
+    const float scale = softmax_correction(x, p.columns, lse);
+    if (p.probabilities_dtype == DType::f32) {
+      const float* t = static_cast<const float*>(p.probabilities) + row * p.probabilities_stride;
+      soft_gradient(x, dx, p.columns, t, p.weight, lse, scale, grad, share, spread);
+    } else {
+      const T* t = static_cast<const T*>(p.probabilities) + row * p.probabilities_stride;
+      soft_gradient(x, dx, p.columns, t, p.weight, lse, scale, grad, share, spread);
+    }
+    return;
+  }
+  const int64_t target = p.target[row];
+  if (target == p.ignore_index) {
+    memset(dx, 0, static_cast<size_t>(p.columns) * sizeof(T));
+    return;
+  }
+  const float weight = p.weight != nullptr ? p.weight[target] : 1.f;
+  const float scale = softmax_correction(x, p.columns, lse);
+  const float total = grad * (share * weight + spread * weight_sum) * scale;
+  hard_gradient(x, dx, p.columns, p.weight, lse, total, grad * spread);
+  // The target's own column again, with the rest of its coefficient.
+  const F32x2 own = exp_for(dx, get(x + target, Natural{}, Part{1}) - splat2(lse));
+  const float coefficient = grad * weight * (share + spread);
+  put(dx + target, fma(own, splat2(total), splat2(-coefficient)), Natural{}, Part{1});
+}
+
+template <class T>
+void cross_entropy_backward(const CrossEntropyBackward& p, TaskQueue& queue) {
+  double weight_sum = static_cast<double>(p.columns);
+  if (p.weight != nullptr && p.label_smoothing != 0.f) {
+    weight_sum = 0.0;
+    for (int64_t c = 0; c < p.columns; c++) weight_sum += static_cast<double>(p.weight[c]);
+  }
+  const int64_t rows_per_task = cross_entropy_rows_per_task(p.columns);
+  for (int64_t task; (task = take_task(queue)) < queue.total;) {
+    const int64_t end = min_of((task + 1) * rows_per_task, p.rows);
+    for (int64_t row = task * rows_per_task; row < end; row++)
+      cross_entropy_backward_row<T>(p, row, static_cast<float>(weight_sum));
+  }
+}
+
+void run_cross_entropy_backward(const CrossEntropyBackward& p, TaskQueue& queue, char*) {
+  switch (p.dtype) {
+    case DType::bf16:
+      return cross_entropy_backward<bf16>(p, queue);
+    case DType::f16:
+      return cross_entropy_backward<f16>(p, queue);
+    default:
+      return cross_entropy_backward<float>(p, queue);
+  }
+}
+
+int64_t cross_entropy_forward_tasks(const CrossEntropyForward& p) {
+  return max_of(ceil_div(p.rows, cross_entropy_rows_per_task(p.columns)), 1);  // no rows have a loss, too
+}
+int64_t cross_entropy_forward_scratch(const CrossEntropyForward&) { return 0; }
+int64_t cross_entropy_backward_tasks(const CrossEntropyBackward& p) {
+  return p.columns == 0 ? 0 : ceil_div(p.rows, cross_entropy_rows_per_task(p.columns));
+}
+int64_t cross_entropy_backward_scratch(const CrossEntropyBackward&) { return 0; }
+
+constexpr Kernel<CrossEntropyForward> kCrossEntropyForward{cross_entropy_forward_tasks, cross_entropy_forward_scratch,
+                                                           run_cross_entropy_forward};
+constexpr Kernel<CrossEntropyBackward> kCrossEntropyBackward{
+    cross_entropy_backward_tasks, cross_entropy_backward_scratch, run_cross_entropy_backward};
+
+}  // namespace
+}  // namespace fastattn::FASTATTN_ISA

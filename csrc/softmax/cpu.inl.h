@@ -1,0 +1,280 @@
+// softmax and log_softmax, forward and backward, fp32 inside.
+//
+// Rows (inner == 1): maximum, exponentials and their sum, result; the row sits in cache between the sweeps, the
+// exponentials in the output or, widened, in scratch. Rows too long for that are read twice instead: sums of
+// exponentials online, then exp(x - max) / sum.
+// Columns (inner > 1): the same online sums with `inner` in the lanes; nothing is transposed.
+#pragma once
+#include "../cpu/logsumexp.h"
+#include "params.h"
+
+namespace fastattn::FASTATTN_ISA {
+namespace {
+
+constexpr int64_t kSoftmaxLongRow = 65536;  // columns: with the exponentials, half a megabyte
+constexpr int64_t kSoftmaxTaskElements = 16384;
+constexpr int kSoftmaxWidth = 2;  // pairs of registers across `inner`
+
+template <class A, class B>
+struct OrderOf {
+  using type = Natural;
+};
+template <class T>
+struct OrderOf<T, T> {
+  using type = Cheapest;
+};
+
+template <class In, class Out, bool Log>
+void softmax_row(const In* x, Out* y, int64_t columns, const In* ahead, float* scratch) {
+  using Order = typename OrderOf<In, Out>::type;
+  constexpr const Out* kind = nullptr;
+  if (Log || columns > kSoftmaxLongRow) {
+    const Exponentials e = sum_exponentials(x, columns, Log ? ahead : x);
+    const F32x2 top = splat2(e.max);
+    if constexpr (Log) {
+      const F32x2 log_sum = splat2(logf(e.sum));
+      for_columns<2>(columns, [&](int64_t c, int, auto where) FASTATTN_LAMBDA {
+        put(y + c, (get(x + c, Order{}, where) - top) - log_sum, Order{}, where);
+      });
+    } else {
+      const Reciprocal r = reciprocal(e.sum);
+      const F32x2 hi = splat2(r.hi), lo = splat2(r.lo);
+      for_columns<2>(columns, [&](int64_t c, int, auto where) FASTATTN_LAMBDA {
+        const F32x2 p = exp_for(kind, get(x + c, Order{}, where) - top);
+        put(y + c, fma(p, hi, p * lo), Order{}, where);
+      });
+    }
+    return;
+  }
+  F32x2 tops[4];
+  FASTATTN_UNROLL for (int i = 0; i < 4; i++) tops[i] = splat2(-kInf);
+  for_columns<4>(columns, [&](int64_t c, int i, auto where) FASTATTN_LAMBDA {
+    tops[i] = max(tops[i], keep(get(x + c, Cheapest{}, where), splat(-kInf), where));
+  });
+  const F32x2 top = splat2(reduce_max(max(max(tops[0], tops[1]), max(tops[2], tops[3]))));
+  float* const kept = sizeof(Out) == sizeof(float) ? reinterpret_cast<float*>(y) : scratch;
+  F32x2 sums[2] = {splat2(0.f), splat2(0.f)};
+  for_columns<2>(columns, [&](int64_t c, int i, auto where) FASTATTN_LAMBDA {
+    const F32x2 p = exp_for(kind, get(x + c, Order{}, where) - top);
+    sums[i] = sums[i] + keep(p, zero(), where);
+    put(kept + c, p, Natural{}, where);
+    prefetch_pair(ahead + c);
+  });
+  const Reciprocal r = reciprocal(reduce_add(sums[0] + sums[1]));
+  const F32x2 hi = splat2(r.hi), lo = splat2(r.lo);
+  for_columns<2>(columns, [&](int64_t c, int, auto where) FASTATTN_LAMBDA {
+    const F32x2 p = get(kept + c, Natural{}, where);
+    put(y + c, fma(p, hi, p * lo), Order{}, where);
+  });
+}
+
+// `Width` pairs of lanes, or the part of one pair that is left, at x[column * inner].
+template <class In, class Out, bool Log, int Width, class Where>
+void softmax_columns(const In* x, Out* y, int64_t columns, int64_t inner, Where where) {
+  using Order = typename OrderOf<In, Out>::type;
+  constexpr const Out* kind = nullptr;
+  constexpr int64_t kChunk = 128;
+  F32x2 top[Width], sum[Width];
+  FASTATTN_UNROLL for (int u = 0; u < Width; u++) {
+    top[u] = splat2(kLowest);
+    sum[u] = splat2(0.f);
+  }
+  for (int64_t begin = 0; begin < columns; begin += kChunk) {
+    const int64_t end = min_of(begin + kChunk, columns);
+    F32x2 now[Width];
+    FASTATTN_UNROLL for (int u = 0; u < Width; u++) now[u] = top[u];
+    for (int64_t c = begin; c < end; c++)
+      FASTATTN_UNROLL for (int u = 0; u < Width; u++) now[u] = max(now[u], get(x + c * inner + u * kPair, Order{}, where));
+    FASTATTN_UNROLL for (int u = 0; u < Width; u++) {
+      sum[u] = sum[u] * exp(top[u] - now[u]);
+      top[u] = now[u];
+    }
+    for (int64_t c = begin; c < end; c++)
+      FASTATTN_UNROLL for (int u = 0; u < Width; u++)
+        sum[u] = sum[u] + exp_for(kind, get(x + c * inner + u * kPair, Order{}, where) - top[u]);
+  }
+  F32x2 last[Width];  // log of the sum, or its reciprocal
+  FASTATTN_UNROLL for (int u = 0; u < Width; u++) {
+    if constexpr (Log) {
+      float lanes_of[kPair];
+      put(lanes_of, sum[u], Natural{}, Whole{});
+      for (int64_t i = 0; i < kPair; i++) lanes_of[i] = logf(lanes_of[i]);
+      last[u] = get(lanes_of, Natural{}, Whole{});
+    } else {
+      last[u] = splat2(1.f) / sum[u];
+    }
+  }
+  for (int64_t c = 0; c < columns; c++) {
+    FASTATTN_UNROLL for (int u = 0; u < Width; u++) {
+      const int64_t at = c * inner + u * kPair;
+      const F32x2 d = get(x + at, Order{}, where) - top[u];
+      if constexpr (Log)
+        put(y + at, d - last[u], Order{}, where);
+      else
+        put(y + at, exp_for(kind, d) * last[u], Order{}, where);
+    }
+  }
+}
+
+template <class G, class In, bool Log>
+FASTATTN_INLINE F32x2 softmax_gradient(F32x2 g, F32x2 y, F32x2 sum) {
+  constexpr const In* kind = nullptr;
+  if constexpr (Log)
+    return g - exp_for(kind, y) * sum;
+  else
+    return y * (g - sum);
+}
+
+template <class G, class In, bool Log>
+void softmax_backward_row(const G* dy, const G* y, In* dx, int64_t columns) {
+  using Order = typename OrderOf<G, In>::type;
+  F32x2 sums[2] = {splat2(0.f), splat2(0.f)};
+  for_columns<2>(columns, [&](int64_t c, int i, auto where) FASTATTN_LAMBDA {
+    const F32x2 g = get(dy + c, Cheapest{}, where);
+    sums[i] = Log ? sums[i] + g : fma(g, get(y + c, Cheapest{}, where), sums[i]);
+  });
+  const F32x2 sum = splat2(reduce_add(sums[0] + sums[1]));
+  for_columns<2>(columns, [&](int64_t c, int, auto where) FASTATTN_LAMBDA {
+    put(dx + c, softmax_gradient<G, In, Log>(get(dy + c, Order{}, where), get(y + c, Order{}, where), sum), Order{}, where);
+  });
+}
+
+template <class G, class In, bool Log, int Width, class Where>
+void softmax_backward_columns(const G* dy, const G* y, In* dx, int64_t columns, int64_t inner, Where where) {
+  using Order = typename OrderOf<G, In>::type;
+  F32x2 sum[Width];
+  FASTATTN_UNROLL for (int u = 0; u < Width; u++) sum[u] = splat2(0.f);
+  for (int64_t c = 0; c < columns; c++) {
+    FASTATTN_UNROLL for (int u = 0; u < Width; u++) {
+      const int64_t at = c * inner + u * kPair;
+      const F32x2 g = get(dy + at, Order{}, where);
+      sum[u] = Log ? sum[u] + g : fma(g, get(y + at, Order{}, where), sum[u]);
+    }
+  }
+  for (int64_t c = 0; c < columns; c++) {
+    FASTATTN_UNROLL for (int u = 0; u < Width; u++) {
+      const int64_t at = c * inner + u * kPair;
+      put(dx + at, softmax_gradient<G, In, Log>(get(dy + at, Order{}, where), get(y + at, Order{}, where), sum[u]),
+          Order{}, where);
+    }
+  }
+}
+
+// Tasks are runs of units: rows, or (outer, stretch of `inner`) pairs.
+constexpr int64_t kSoftmaxStretch = kSoftmaxWidth * kPair;
+FASTATTN_INLINE int64_t softmax_units(int64_t outer, int64_t inner) {
+  return inner == 1 ? outer : outer * ceil_div(inner, kSoftmaxStretch);
+}
+FASTATTN_INLINE int64_t softmax_units_per_task(int64_t columns, int64_t inner) {
+  return max_of(kSoftmaxTaskElements / max_of(columns * min_of(inner, kSoftmaxStretch), 1), 1);
+}
+
+// body(unit, offset, lanes): where the unit starts in a contiguous tensor, and how many lanes of `inner` it has.
+template <class Body>
+FASTATTN_INLINE void for_softmax_units(int64_t outer, int64_t columns, int64_t inner, TaskQueue& queue, Body body) {
+  const int64_t units = softmax_units(outer, inner), per_task = softmax_units_per_task(columns, inner);
+  const int64_t stretches = ceil_div(inner, kSoftmaxStretch);
+  for (int64_t task; (task = take_task(queue)) < queue.total;) {
+    const int64_t end = min_of((task + 1) * per_task, units);
+    for (int64_t unit = task * per_task; unit < end; unit++) {
+      const int64_t first_lane = unit % stretches * kSoftmaxStretch;
+      body(unit, unit / stretches * columns * inner + first_lane, min_of(inner - first_lane, kSoftmaxStretch));
+    }
+  }
+}
+// A stretch in pieces: body(width as a type, lane, Whole or Part).
+template <int N>
+struct Width {
+  static constexpr int value = N;
+};
+template <class Body>
+FASTATTN_INLINE void for_lanes(int64_t lanes, Body body) {
+  if (lanes == kSoftmaxStretch) return body(Width<kSoftmaxWidth>{}, 0, Whole{});
+  for (int64_t lane = 0; lane < lanes; lane += kPair) body(Width<1>{}, lane, Part{min_of(lanes - lane, kPair)});
+}
+
+template <class In, class Out, bool Log>
+void softmax_forward(const SoftmaxForward& p, TaskQueue& queue, char* scratch) {
+  const In* const x = static_cast<const In*>(p.input);
+  Out* const y = static_cast<Out*>(p.output);
+  for_softmax_units(p.outer, p.columns, p.inner, queue, [&](int64_t unit, int64_t at, int64_t lanes) FASTATTN_LAMBDA {
+    if (p.inner == 1) {
+      const In* const row = x + unit * p.input_stride;
+      softmax_row<In, Out, Log>(row, y + at, p.columns, row + p.input_stride, reinterpret_cast<float*>(scratch));
+    } else {
+      for_lanes(lanes, [&](auto width, int64_t lane, auto where) FASTATTN_LAMBDA {
+        softmax_columns<In, Out, Log, decltype(width)::value>(x + at + lane, y + at + lane, p.columns, p.inner, where);
+      });
+    }
+  });
+}
+
+template <class G, class In, bool Log>
+void softmax_backward(const SoftmaxBackward& p, TaskQueue& queue) {
+  const G* const dy = static_cast<const G*>(p.grad_output);
+  const G* const y = static_cast<const G*>(p.output);
+  In* const dx = static_cast<In*>(p.grad_input);
+  for_softmax_units(p.outer, p.columns, p.inner, queue, [&](int64_t unit, int64_t at, int64_t lanes) FASTATTN_LAMBDA {
+    if (p.inner == 1) {
+      softmax_backward_row<G, In, Log>(dy + unit * p.grad_output_stride, y + unit * p.output_stride, dx + at, p.columns);
+    } else {
+      for_lanes(lanes, [&](auto width, int64_t lane, auto where) FASTATTN_LAMBDA {
+        const int64_t i = at + lane;
+        softmax_backward_columns<G, In, Log, decltype(width)::value>(dy + i, y + i, dx + i, p.columns, p.inner, where);
+      });
+    }
+  });
+}
+
+template <class In, class Out>
+void softmax_forward(const SoftmaxForward& p, TaskQueue& queue, char* scratch) {
+  return p.log ? softmax_forward<In, Out, true>(p, queue, scratch) : softmax_forward<In, Out, false>(p, queue, scratch);
+}
+void run_softmax_forward(const SoftmaxForward& p, TaskQueue& queue, char* scratch) {
+  const bool widened = p.output_dtype == DType::f32;
+  switch (p.input_dtype) {
+    case DType::bf16:
+      return widened ? softmax_forward<bf16, float>(p, queue, scratch) : softmax_forward<bf16, bf16>(p, queue, scratch);
+    case DType::f16:
+      return widened ? softmax_forward<f16, float>(p, queue, scratch) : softmax_forward<f16, f16>(p, queue, scratch);
+    default:
+      return softmax_forward<float, float>(p, queue, scratch);
+  }
+}
+
+template <class G, class In>
+void softmax_backward(const SoftmaxBackward& p, TaskQueue& queue) {
+  return p.log ? softmax_backward<G, In, true>(p, queue) : softmax_backward<G, In, false>(p, queue);
+}
+void run_softmax_backward(const SoftmaxBackward& p, TaskQueue& queue, char*) {
+  const bool widened = p.output_dtype == DType::f32;
+  switch (p.input_dtype) {
+    case DType::bf16:
+      return widened ? softmax_backward<float, bf16>(p, queue) : softmax_backward<bf16, bf16>(p, queue);
+    case DType::f16:
+      return widened ? softmax_backward<float, f16>(p, queue) : softmax_backward<f16, f16>(p, queue);
+    default:
+      return softmax_backward<float, float>(p, queue);
+  }
+}
+
+int64_t softmax_forward_tasks(const SoftmaxForward& p) {
+  if (p.columns == 0) return 0;
+  return ceil_div(softmax_units(p.outer, p.inner), softmax_units_per_task(p.columns, p.inner));
+}
+int64_t softmax_forward_scratch(const SoftmaxForward& p) {
+  const bool needed = p.inner == 1 && p.output_dtype != DType::f32 && p.columns <= kSoftmaxLongRow;
+  return needed ? round_up(p.columns, kPair) * static_cast<int64_t>(sizeof(float)) : 0;
+}
+int64_t softmax_backward_tasks(const SoftmaxBackward& p) {
+  if (p.columns == 0) return 0;
+  return ceil_div(softmax_units(p.outer, p.inner), softmax_units_per_task(p.columns, p.inner));
+}
+int64_t softmax_backward_scratch(const SoftmaxBackward&) { return 0; }
+
+constexpr Kernel<SoftmaxForward> kSoftmaxForward{softmax_forward_tasks, softmax_forward_scratch, run_softmax_forward};
+constexpr Kernel<SoftmaxBackward> kSoftmaxBackward{softmax_backward_tasks, softmax_backward_scratch,
+                                                   run_softmax_backward};
+
+}  // namespace
+}  // namespace fastattn::FASTATTN_ISA
