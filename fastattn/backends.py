@@ -30,7 +30,7 @@ class Backend:
         return probe(self.name)
 
 
-def _probe_native() -> str | None:
+def _load_native() -> str | None:
     """Loads fastattn._C, whose ops register themselves; says what is wrong when there is none."""
     try:
         importlib.import_module("fastattn._C")
@@ -45,18 +45,20 @@ def _probe_native() -> str | None:
     return None
 
 
+# With the package, not with the first call: an exported program that is loaded and run needs the ops, too.
+_native_reason = _load_native()
+
+
 def _probe_cpu() -> str | None:
-    reason = _probe_native()
-    if reason is None:
+    if _native_reason is None:
         cpu_isa()  # a wrong FASTATTN_CPU_ISA is the user's mistake: it raises, it is no reason to fall back
-    return reason
+    return _native_reason
 
 
 def native_module() -> Any:
     """fastattn._C; ImportError with the reason when it is not there."""
-    reason = _probe_native()
-    if reason is not None:
-        raise ImportError(f"fastattn._C: {reason}")
+    if _native_reason is not None:
+        raise ImportError(f"fastattn._C: {_native_reason}")
     return importlib.import_module("fastattn._C")
 
 
