@@ -61,7 +61,7 @@ def block(row: Row) -> str:
     )
     lines += [f"  {name:10}" + _line(row, name, entry) for name, entry in row.entries.items()]
     if row.speedup is not None:
-        lines.append(f"  {'ahead' if row.ahead else 'behind'} of {row.best_peer}: {row.speedup:.2f} x")
+        lines.append(f"  {'ahead of' if row.ahead else 'behind'} {row.best_peer}: {row.speedup:.2f} x")
     return "\n".join(lines)
 
 
