@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.numerics import ELEMENT_FACTOR, NORM_FACTOR
+from fastattn.numerics import ELEMENT_FACTOR, NORM_FACTOR, ROUNDINGS
 
 Arguments = dict[str, Any]
 
@@ -56,10 +56,10 @@ class Case:
     """A sample problem.
 
     build: the arguments of the public function. differentiable: names of the arguments whose gradients are compared;
-    None: those of the suite's that the case has. norm_factor, element_factor: fastattn.numerics' law, larger only with
-    a reason. draws: how many times the tensors are drawn; errors are those of all draws together, so that a result of
-    few elements is not measured against torch's luck. core: among the few that are run wherever running all takes too
-    long.
+    None: those of the suite's that the case has. norm_factor, element_factor, roundings: fastattn.numerics' law,
+    larger only with a reason. draws: how many times the tensors are drawn; errors are those of all draws together, so
+    that a result of few elements is not measured against torch's luck. core: among the few that are run wherever
+    running all takes too long.
     """
 
     name: str
@@ -67,12 +67,14 @@ class Case:
     differentiable: tuple[str, ...] | None = None
     norm_factor: float = NORM_FACTOR
     element_factor: float = ELEMENT_FACTOR
+    roundings: float = ROUNDINGS
     reason: str = ""
     draws: int = 1
     core: bool = False
 
     def __post_init__(self) -> None:
-        if (self.norm_factor, self.element_factor) != (NORM_FACTOR, ELEMENT_FACTOR) and not self.reason:
+        law = (NORM_FACTOR, ELEMENT_FACTOR, ROUNDINGS)
+        if (self.norm_factor, self.element_factor, self.roundings) != law and not self.reason:
             raise ValueError(f"case {self.name!r} bends the accuracy law without a reason")
 
 

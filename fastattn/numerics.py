@@ -7,7 +7,7 @@ the same formula in plain torch where torch has no such kernel) in the same dtyp
     largest element  max e               <= 3 x torch's + one rounding of the largest true element
     over an op's cases, the geometric mean of (norm error / torch's norm error) <= 1.1
 
-A case that needs more says so, and why, beside it (`Case.norm_factor`, `Case.element_factor` in cases.py).
+A case that needs more says so, and why, beside it (`Case.norm_factor`, `element_factor`, `roundings` in cases.py).
 Where the truth is not finite the result must be the same infinity or NaN.
 A float64 result has no better truth to be measured against: it must agree with the formula to DOUBLE_AGREEMENT,
 relatively or absolutely.
@@ -24,6 +24,7 @@ from torch import Tensor
 
 NORM_FACTOR = 2.0
 ELEMENT_FACTOR = 3.0
+ROUNDINGS = 1.0
 GEOMETRIC_MEAN = 1.1
 DOUBLE_AGREEMENT = 1e-10
 
@@ -79,15 +80,16 @@ def violation(
     *,
     norm_factor: float = NORM_FACTOR,
     element_factor: float = ELEMENT_FACTOR,
+    roundings: float = ROUNDINGS,
 ) -> str | None:
     """None when the law holds for a result of this dtype, else what breaks it."""
     if dtype == torch.float64:
         agrees = min(ours.norm, ours.largest) <= DOUBLE_AGREEMENT
         return None if agrees else f"differs from the float64 formula by {ours.norm:.3e} > {DOUBLE_AGREEMENT:.0e}"
-    norm_bound = norm_factor * torchs.norm + rounding(dtype)
+    norm_bound = norm_factor * torchs.norm + roundings * rounding(dtype)
     if not ours.norm <= norm_bound:  # a NaN error is a violation too
         return f"norm error {ours.norm:.3e} > {norm_bound:.3e} (torch's: {torchs.norm:.3e})"
-    element_bound = element_factor * torchs.largest + rounding(dtype) * torchs.scale
+    element_bound = element_factor * torchs.largest + roundings * rounding(dtype) * torchs.scale
     if not ours.largest <= element_bound:
         return f"largest element error {ours.largest:.3e} > {element_bound:.3e} (torch's: {torchs.largest:.3e})"
     return None

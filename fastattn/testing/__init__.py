@@ -15,8 +15,10 @@ from fastattn.testing.conformance import (
     Measurement,
     Report,
     check,
+    evaluate,
     examine,
     geometric_mean_ratio,
+    same_bits,
     suites,
 )
 from fastattn.testing.memory import GuardedOutputs, guarded, poisoned_memory
@@ -28,11 +30,13 @@ __all__ = [
     "Measurement",
     "Report",
     "check",
+    "evaluate",
     "examine",
     "geometric_mean_ratio",
     "guarded",
     "metadata",
     "opcheck_samples",
     "poisoned_memory",
+    "same_bits",
     "suites",
 ]

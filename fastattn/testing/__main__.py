@@ -57,7 +57,7 @@ def main() -> int:
                 failures += [
                     f"{name} {dtype} {case}: {wrong}" for case, report in reports.items() for wrong in report.violations
                 ]
-                ratios[f"{name} {dtype}"] = round(geometric_mean_ratio(reports.values()), 3)
+                ratios[f"{name} {dtype}"] = round(geometric_mean_ratio(reports.values(), DTYPES[dtype]), 3)
                 print(f"{name:16}{dtype:10}{len(reports):5} cases, {ratios[f'{name} {dtype}']:.3f} x torch's error")
     if not options.core:
         failures += [

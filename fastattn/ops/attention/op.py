@@ -41,10 +41,13 @@ class AttentionProblem(Problem):
 
 
 def memory_order(tensor: Tensor, like: Tensor) -> Tensor:
-    """A new (B, H, S, E) tensor in the order of `like`: (B, S, H, E) in memory where like is, else contiguous."""
+    """A copy of a (B, H, S, E) tensor in the order of `like`: (B, S, H, E) in memory where like is, else contiguous.
+
+    A clone and not contiguous(), which leaves the strides of dimensions of size 1 as they were.
+    """
     if like.stride(1) < like.stride(2):
-        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
-    return tensor.contiguous()
+        return tensor.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _forward_fake(

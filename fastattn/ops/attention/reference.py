@@ -12,6 +12,7 @@ from torch import Tensor
 from fastattn import philox as philox_mask
 from fastattn.dispatch import Implementation
 from fastattn.numerics import accumulation_dtype
+from fastattn.ops.attention.op import memory_order
 
 
 def _causal(queries: int, keys: int, bottom_right: bool, device: torch.device) -> Tensor:
@@ -59,13 +60,6 @@ def _probabilities(scores: Tensor) -> Tensor:
     return torch.softmax(scores.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0)
 
 
-def _like(tensor: Tensor, pattern: Tensor) -> Tensor:
-    """The tensor in the memory order of the op's contract (op.py: memory_order)."""
-    if pattern.stride(1) < pattern.stride(2):
-        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
-    return tensor.contiguous()
-
-
 def forward(
     query: Tensor,
     key: Tensor,
@@ -85,7 +79,7 @@ def forward(
     if dropout is not None:
         weights = weights * dropout
     output = (weights @ value.to(weights.dtype).unsqueeze(2)).flatten(1, 2)
-    return _like(output.to(query.dtype), query), lse.flatten(1, 2).contiguous()
+    return memory_order(output.to(query.dtype), query), lse.flatten(1, 2).contiguous()
 
 
 def _sum_to(tensor: Tensor, shape: torch.Size) -> Tensor:
@@ -142,9 +136,9 @@ def backward(
     else:
         grad_mask = query.new_empty((0,), dtype=torch.float32)
     return (
-        _like(grad_query.to(query.dtype), query),
-        _like(grad_key.to(key.dtype), key),
-        _like(grad_value.to(value.dtype), value),
+        memory_order(grad_query.to(query.dtype), query),
+        memory_order(grad_key.to(key.dtype), key),
+        memory_order(grad_value.to(value.dtype), value),
         grad_mask,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -112,7 +113,8 @@ def _cases() -> Iterator[Case]:
     for columns in (2, 3, 7, 15, 16, 17, 31, 33, 64, 100, 127, 128, 255, 257, 768, 1000, 4099):
         core = columns in (3, 33, 768, 4099)
         yield Case(f"{columns} columns", _build((9, columns)), core=core)
-    yield Case("1 column", _build((9, 1)))
+    # The input's gradient is 0 there: what is left of it is rounding.
+    yield Case("1 column", _build((9, 1)), differentiable=("weight", "bias"))
     yield Case("1 row", _build((1, 300)))
     yield Case("one dim", _build((77,)))
     yield Case("many rows", _build((1200, 24)), core=True)
@@ -194,7 +196,7 @@ SUITES = (
         peer=peer,
         differentiable=("input", "weight", "bias", "residual"),
         results=("output", "sum"),
-        cases=tuple(_cases()),
+        cases=tuple(replace(case, draws=4) for case in _cases()),
         workloads=WORKLOADS,
     ),
 )

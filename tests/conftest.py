@@ -1,0 +1,66 @@
+"""What every test runs under: poisoned memory, quiet threads; and the table of skips at the end."""
+
+import os
+from collections import Counter
+
+import pytest
+import torch
+
+from fastattn import backends, testing
+
+SKIPS = pytest.StashKey[Counter]()
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Every uninitialised tensor is full of NaN, those that C++ ops allocate too."""
+    with testing.poisoned_memory():
+        yield
+
+
+@pytest.fixture
+def skip_without_native():
+    """Skips, with the cpu backend's own reason, where the native module is not there."""
+    reason = backends.probe("cpu")
+    if reason is not None:
+        pytest.skip(f"cpu: {reason}")
+
+
+def pytest_configure(config):
+    config.stash[SKIPS] = Counter()
+    # Tests share the machine's cores with each other's compilers: waiting threads must not spin.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    torch.set_num_threads(min(torch.get_num_threads(), 4))
+
+
+def record_skip(request, backend: str, reason: str) -> None:
+    """Notes a case that a backend does not serve, for the table, and skips."""
+    request.config.stash[SKIPS][backend, reason] += 1
+    pytest.skip(f"{backend}: {reason}")
+
+
+@pytest.fixture
+def skip_unserved(request):
+    """Call with (function, arguments, backend): skips, with its reason, what the backend cannot serve."""
+
+    def check(function, arguments, backend):
+        from fastattn.dispatch import explain
+
+        reason = explain(function, **arguments, backend=backend).reasons[backend]
+        if reason is not None:
+            record_skip(request, backend, reason)
+
+    return check
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    skips = config.stash[SKIPS]
+    if not skips and not any("test_conformance" in str(r.nodeid) for r in terminalreporter.getreports("passed")):
+        return
+    terminalreporter.section("cases that a backend does not serve")
+    for name in backends.BACKENDS:
+        rows = [(reason, count) for (backend, reason), count in sorted(skips.items()) if backend == name]
+        if not rows:
+            terminalreporter.line(f"{name:12}none")
+        for reason, count in rows:
+            terminalreporter.line(f"{name:12}{count:5}  {reason}")

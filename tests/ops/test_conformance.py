@@ -1,0 +1,92 @@
+"""Every op x backend x case x dtype: forward and gradients under the accuracy law, metadata, determinism."""
+
+import functools
+
+import pytest
+import torch
+
+from fastattn import numerics, testing
+from fastattn.backends import BACKENDS, probe
+from fastattn.dispatch import explain
+
+SUITES = testing.suites()
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def name_of(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+# The backend varies fastest: the truth of a case is computed once for all of them.
+ALL = [
+    pytest.param(
+        suite, case, dtype, backend, id=f"{suite.name}-{case.name.replace(' ', '_')}-{name_of(dtype)}-{backend}"
+    )
+    for suite in SUITES.values()
+    for dtype in DTYPES
+    for case in suite.cases
+    for backend in BACKENDS
+]
+
+
+@functools.cache
+def report(suite_name, case_name, dtype, backend):
+    suite = SUITES[suite_name]
+    case = next(case for case in suite.cases if case.name == case_name)
+    return testing.examine(lambda **kwargs: suite.function(**kwargs, backend=backend), suite, case, dtype=dtype)
+
+
+@pytest.mark.parametrize(("suite", "case", "dtype", "backend"), ALL)
+def test_case(suite, case, dtype, backend, skip_unserved):
+    skip_unserved(suite.function, suite.arguments(case, "cpu", dtype), backend)
+    violations = report(suite.name, case.name, dtype, backend).violations
+    assert not violations, "\n".join(violations)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=name_of)
+@pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES)
+def test_geometric_mean(suite, dtype, backend):
+    """Over all cases of an op the error is at most 1.1 x torch's."""
+    reports = []
+    for case in suite.cases:
+        arguments = suite.arguments(case, "cpu", dtype)
+        if explain(suite.function, **arguments, backend=backend).reasons[backend] is None:
+            reports.append(report(suite.name, case.name, dtype, backend))
+    if not reports:
+        pytest.skip(f"{backend}: {probe(backend)}")
+    assert testing.geometric_mean_ratio(reports, dtype) <= numerics.GEOMETRIC_MEAN
+
+
+@pytest.mark.parametrize(
+    ("suite", "case"),
+    [pytest.param(s, c, id=f"{s.name}-{c.name.replace(' ', '_')}") for s in SUITES.values() for c in s.cases],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_metadata_is_what_the_fakes_promise(suite, case, backend):
+    """dtype, shape and strides of every result; of gradients what reaches the caller."""
+    dtype = torch.bfloat16
+    arguments = suite.arguments(case, "cpu", dtype)
+    if probe(backend) is not None:
+        pytest.skip(f"{backend}: {probe(backend)}")
+    promised = testing.metadata(suite, case, backend, dtype)
+    found = testing.evaluate(
+        lambda **kwargs: suite.function(**kwargs, backend=backend),
+        arguments,
+        suite.differentiated(case, arguments),
+        suite.results,
+        lambda _, output: torch.ones_like(output),
+    )
+    assert {name: (t.dtype, tuple(t.shape), t.stride()) for name, t in found.items()} == promised
+
+
+def test_the_cpu_backend_serves_every_case(skip_without_native):
+    """Float64 is the reference's; nothing else is skipped."""
+    refused = {}
+    for suite in SUITES.values():
+        for case in suite.cases:
+            for dtype in DTYPES[:3]:
+                why = explain(suite.function, **suite.arguments(case, "cpu", dtype), backend="cpu").reasons["cpu"]
+                if why is not None:
+                    refused[suite.name, case.name, name_of(dtype)] = why
+    assert refused == {}
