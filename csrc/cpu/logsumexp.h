@@ -1,7 +1,5 @@
 // Sums of exponentials along a row, each relative to the row's maximum.
 #pragma once
-#include <math.h>
-
 #include "row.h"
 
 namespace fastattn::FASTATTN_ISA {

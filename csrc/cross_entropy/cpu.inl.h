@@ -28,7 +28,7 @@ FASTATTN_INLINE float element(const T* p) {
 template <class T, class Target>
 float soft_loss(const T* x, int64_t columns, const Target* t, const float* weight, float share, float spread,
                 Exponentials e) {
-  const F32x2 top = splat2(e.max), log_sum = splat2(logf(e.sum));
+  const F32x2 top = splat2(e.max), log_sum = splat2(__builtin_logf(e.sum));
   F32x2 sums[2] = {splat2(0.f), splat2(0.f)};
   for_columns<2>(columns, [&](int64_t c, int i, auto where) FASTATTN_LAMBDA {
     F32x2 a = splat2(spread);
@@ -44,7 +44,7 @@ template <class T>
 void cross_entropy_forward_row(const CrossEntropyForward& p, int64_t row) {
   const T* const x = static_cast<const T*>(p.input) + row * p.input_stride;
   const Exponentials e = sum_exponentials(x, p.columns, x + p.input_stride);
-  const float log_sum = logf(e.sum);
+  const float log_sum = __builtin_logf(e.sum);
   p.lse[row] = e.max + log_sum;
   const float spread = p.columns > 0 ? p.label_smoothing / static_cast<float>(p.columns) : 0.f;
   const float share = 1.f - p.label_smoothing;
