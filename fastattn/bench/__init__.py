@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     rows = []
     for row in runner.run_cases(selected, settings):
         rows.append(row)
-        print(report.block(row), flush=True)
+        print(report.block(row, settings), flush=True)
     print(report.closing(rows, settings), flush=True)
     text = report.to_json(report.document(args.op, rows, settings))
     if args.out is not None:

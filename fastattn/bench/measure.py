@@ -51,6 +51,11 @@ class Times:
     def median(self) -> float:
         return quantile(self.seconds, 0.5)
 
+    @property
+    def cores_busy(self) -> float:
+        """CPU time of all threads over wall time: below the number of threads when others wanted the cores."""
+        return self.cpu / self.wall
+
     def summary(self) -> dict[str, float | int]:
         """For reports: median, 20th and 80th percentile, least (seconds), samples, mean cores busy, faults per call."""
         return {
@@ -59,7 +64,7 @@ class Times:
             "p80_s": quantile(self.seconds, 0.8),
             "min_s": min(self.seconds),
             "n": len(self.seconds),
-            "cores_busy": self.cpu / self.wall,
+            "cores_busy": self.cores_busy,
             "page_faults": self.faults / len(self.seconds),
         }
 

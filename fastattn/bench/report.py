@@ -21,6 +21,8 @@ from fastattn.numerics import Error
 
 SCHEMA = "fastattn-bench-1"
 MIB = 2**20
+#: Below this share of its threads' cores a wall time tells of the neighbours, too.
+QUIET = 0.9
 
 
 def header(op: str, settings: Settings) -> str:
@@ -45,7 +47,7 @@ def header(op: str, settings: Settings) -> str:
     return "\n".join(lines)
 
 
-def block(row: Row) -> str:
+def block(row: Row, settings: Settings) -> str:
     """A row as a small table, one line for each contender."""
     case = row.case
     bound = "" if row.roof is None else f", bound by {row.roof.bound}"
@@ -61,8 +63,17 @@ def block(row: Row) -> str:
     )
     lines += [f"  {name:10}" + _line(row, name, entry) for name, entry in row.entries.items()]
     if row.speedup is not None:
-        lines.append(f"  {'ahead of' if row.ahead else 'behind'} {row.best_peer}: {row.speedup:.2f} x")
+        lines.append(
+            f"  {'ahead of' if row.ahead else 'behind'} {row.best_peer}: {row.speedup:.2f} x{_busy(row, settings)}"
+        )
     return "\n".join(lines)
+
+
+def _busy(row: Row, settings: Settings) -> str:
+    times = row.entries[OURS].times
+    if times is None or times.cores_busy >= QUIET * settings.threads:
+        return ""
+    return f" (busy machine: our calls had {times.cores_busy:.2f} of {settings.threads} cores)"
 
 
 def _line(row: Row, name: str, entry: Entry) -> str:
@@ -88,11 +99,11 @@ def _errors(errors: dict[str, Error]) -> str:
     return f"{text}, gradients {max(gradients):.1e}" if gradients else text
 
 
-def summary(rows: Sequence[Row], settings: Settings) -> dict[str, Any]:
+def summary(rows: Sequence[Row]) -> dict[str, Any]:
     """How many rows are ahead, by how much at least and on average, and where the gate was red."""
     timed = [(row, row.speedup) for row in rows if row.speedup is not None]
     behind = [_name(row) for row, _ in timed if not row.ahead]
-    busy = [times.cpu / times.wall for row in rows if (times := row.entries[OURS].times) is not None]
+    busy = [times.cores_busy for row in rows if (times := row.entries[OURS].times) is not None]
     return {
         "rows": len(rows),
         "failed": [_name(row) for row in rows if row.violations],
@@ -106,7 +117,7 @@ def summary(rows: Sequence[Row], settings: Settings) -> dict[str, Any]:
 
 def closing(rows: Sequence[Row], settings: Settings) -> str:
     """The summary in words."""
-    found = summary(rows, settings)
+    found = summary(rows)
     lines = [""]
     if found["least_speedup"] is not None:
         timed = found["ahead"] + len(found["behind"])
@@ -119,7 +130,7 @@ def closing(rows: Sequence[Row], settings: Settings) -> str:
         f"accuracy: {len(rows) - len(found['failed'])} of {len(rows)} rows within the law"
         + "".join(f"\n  FAILED: {name}" for name in found["failed"])
     )
-    if found["cores_busy"] is not None and settings.threads > 1 and found["cores_busy"] < 0.9 * settings.threads:
+    if found["cores_busy"] is not None and settings.threads > 1 and found["cores_busy"] < QUIET * settings.threads:
         lines.append(
             f"the machine was busy: our calls had {found['cores_busy']:.2f} of {settings.threads} cores, so these wall "
             "times are the neighbours' as well; --threads 1 counts one thread's CPU time instead"
@@ -144,7 +155,7 @@ def document(op: str, rows: Sequence[Row], settings: Settings) -> dict[str, Any]
         "environment": machine.environment(),
         "clock": measure.clock_for(settings.threads)[0],
         "ceilings": ceilings.summary(settings.threads),
-        "summary": summary(rows, settings),
+        "summary": summary(rows),
         "rows": [_row(row) for row in rows],
     }
 
