@@ -38,6 +38,13 @@ class Problem:
     dtype: torch.dtype
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype that autocast asks for on this device type, None where it is off."""
+    if device == "meta" or not torch.is_autocast_enabled(device):  # torch 2.10 raises for meta
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One backend's side of an op.
@@ -85,6 +92,11 @@ def use_backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         _forced["backend"] = before
+
+
+def autocast_enabled(device: str) -> bool:
+    """Whether torch.autocast is on for this device type; meta tensors know no autocast."""
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 class Bound:

@@ -81,7 +81,8 @@ def peer(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = N
         return output, lse.to(accumulation_dtype(query.dtype))
     alignment = call.pop("causal_alignment", "top_left")
     causal = call.pop("is_causal", False)
-    if call.get("dropout_p") or min(query.shape[-2], key.shape[-2]) == 0:
+    # torch 2.10 divides by zero where a tensor is empty.
+    if call.get("dropout_p") or query.numel() == 0 or key.numel() == 0:
         return definition(query, key, value, attn_mask, is_causal=causal, causal_alignment=alignment, **call)
     mask = attn_mask if attn_mask is None or attn_mask.ndim > 1 else attn_mask[None, :]
     if causal and (mask is not None or alignment == "bottom_right"):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastattn import philox as philox_mask
-from fastattn.dispatch import Op, Problem
+from fastattn.dispatch import Op, Problem, autocast_dtype, autocast_enabled
 from fastattn.numerics import accumulation_dtype
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -233,9 +233,8 @@ def _unit_last_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _autocast(device: str, *tensors: Tensor | None) -> list[Any]:
+def _autocast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
     """Under autocast attention runs in the lower precision, as torch's does (float64 is left alone)."""
-    dtype = torch.get_autocast_dtype(device)
     lower = (torch.float32, torch.bfloat16, torch.float16)
     return [t.to(dtype) if t is not None and t.dtype in lower else t for t in tensors]
 
@@ -266,7 +265,7 @@ def _canonical(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...] | None]:
     """4-D tensors of autocast's dtype, and the batch dims to restore (None: the inputs were 4-D already)."""
     device = query.device.type
-    if torch.is_autocast_enabled(device):
+    if autocast_enabled(device):
         query, key, value, mask = _autocast(device, query, key, value, mask)
     batch = None
     if not (query.ndim == key.ndim == value.ndim == 4 and query.shape[0] == key.shape[0] == value.shape[0]):

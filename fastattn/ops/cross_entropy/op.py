@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.dispatch import Op, Problem
+from fastattn.dispatch import Op, Problem, autocast_dtype, autocast_enabled
 from fastattn.numerics import accumulation_dtype
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -191,7 +191,7 @@ def _problem(
 def _result_dtype(input: Tensor, target: Tensor) -> torch.dtype:
     """torch's: the logits' dtype, promoted with class probabilities; float32 under autocast."""
     dtype = input.dtype if target.dtype in INTEGERS else torch.promote_types(input.dtype, target.dtype)
-    if dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled(input.device.type):
+    if dtype in (torch.bfloat16, torch.float16) and autocast_enabled(input.device.type):
         return torch.float32
     return dtype
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.dispatch import Op, Problem
+from fastattn.dispatch import Op, Problem, autocast_dtype, autocast_enabled
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -63,7 +63,7 @@ def _canonical(name: str, input: Tensor, dim: int | None, dtype: torch.dtype | N
         raise ValueError(f"{name}: dim must be in [{-limit}, {limit - 1}] for a {input.ndim}-D input, got {dim}")
     if dtype is not None and dtype not in FLOATING:
         raise ValueError(f"{name}: dtype must be float32, bfloat16, float16 or float64, got {dtype}")
-    if dtype is None and torch.is_autocast_enabled(input.device.type) and input.device.type != "cpu":
+    if dtype is None and autocast_enabled(input.device.type) and input.device.type != "cpu":
         dtype = torch.float32 if input.dtype in (torch.bfloat16, torch.float16) else None  # torch's list for GPUs
     if dtype is not None and input.dtype != dtype:
         widened = dtype == torch.float32 and input.dtype in (torch.bfloat16, torch.float16)
