@@ -1,8 +1,18 @@
 """A corpus and a model so small that a step takes milliseconds."""
 
 import pytest
+import torch
 
 from fastattn.train.config import TrainConfig
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """On a busy machine the threads of such small steps would do nothing but wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield threads
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -133,7 +133,7 @@ def kill_once_under_way(arguments: list[str], out: Path, delay: float) -> bool:
 
 def test_kill_9_then_resume_gives_the_same_bits(tiny, text_file, tmp_path):
     # A checkpoint after every step: most of the time goes into writing them, so there the kill hits.
-    config = tiny(steps=250, checkpoint_interval=1, eval_interval=100)
+    config = tiny(steps=120, checkpoint_interval=1, eval_interval=50)
     out = tmp_path / "killed"
     assert kill_once_under_way(command(config, text_file, out), out, delay=0.05)
     trainer = Trainer.resume(out)
@@ -145,8 +145,10 @@ def test_kill_9_then_resume_gives_the_same_bits(tiny, text_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_many_kills(tiny, text_file, tmp_path):
-    config = tiny(steps=1500, checkpoint_interval=1, eval_interval=100)
+def test_many_kills_with_many_threads(tiny, text_file, tmp_path, one_thread):
+    torch.set_num_threads(one_thread)
+    # Large enough for parallel kernels.
+    config = tiny(steps=500, checkpoint_interval=1, eval_interval=100, n_embd=64, block_size=128, batch_size=8)
     start(config, text_file, tmp_path / "whole").run(show_progress=False)
     out = tmp_path / "killed"
     randomness = random.Random(0)
