@@ -38,13 +38,6 @@ class Problem:
     dtype: torch.dtype
 
 
-def autocast_dtype(device: str) -> torch.dtype | None:
-    """The dtype that autocast asks for on this device type, None where it is off."""
-    if device == "meta" or not torch.is_autocast_enabled(device):  # torch 2.10 raises for meta
-        return None
-    return torch.get_autocast_dtype(device)
-
-
 @dataclass(frozen=True)
 class Implementation:
     """One backend's side of an op.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastattn import philox as philox_mask
-from fastattn.dispatch import Op, Problem, autocast_dtype, autocast_enabled
+from fastattn.dispatch import Op, Problem, autocast_enabled
 from fastattn.numerics import accumulation_dtype
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
