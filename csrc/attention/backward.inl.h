@@ -10,7 +10,7 @@ namespace {
 
 // Per query of a panel.
 struct SavedStatistics {
-  float* lse;    // base 2; +inf for rows that see nothing, so that their probabilities are 0
+  float* lse;    // +inf for rows that see nothing, so that their probabilities are 0
   float* rest;   // what is too small to show in lse where that is huge, else 0
   float* delta;
 
@@ -53,14 +53,15 @@ struct GradientTiles {
 // P and dS of a range.
 template <class G, int kWide, bool kMasked>
 __attribute__((noinline)) void gradient_rows(Operand keys, Operand values, const PackedRows<G>& query,
-                                             const PackedRows<G>& grad, const Visibility& seen, float unit,
+                                             const PackedRows<G>& grad, const Visibility& seen, float score_unit,
                                              const Range& range, const SavedStatistics& saved, const float* dropout,
                                              const GradientTiles<G>& tiles) {
   constexpr int kRows = tile_rows(kWide);
   const int64_t offset = range.first * kLanes;
+  const F32 unit = splat(score_unit * exponent_base<G>());
   F32 lse[kWide], delta[kWide];
   FASTATTN_UNROLL for (int n = 0; n < kWide; n++) {
-    lse[n] = load(saved.lse + offset + n * kLanes);
+    lse[n] = load(saved.lse + offset + n * kLanes) * splat(exponent_base<G>());
     delta[n] = load(saved.delta + offset + n * kLanes);
   }
   for (int64_t row = range.begin; row < range.end; row += kRows) {
@@ -73,17 +74,18 @@ __attribute__((noinline)) void gradient_rows(Operand keys, Operand values, const
       FASTATTN_UNROLL for (int n = 0; n < kWide; n++) {
         if constexpr (kMasked) {
           Mask visible = sees(seen, row + m, range.first + n);
-          F32 x;
           if (seen.bias != nullptr) {
-            const F32 bias = load(seen.bias + (row + m) * seen.bias_row + offset + n * kLanes);
+            const int64_t at = offset + n * kLanes;
+            const F32 bias = load(seen.bias + (row + m) * seen.bias_row + at);
             visible = visible & ~(bias == splat(-kInf));
-            x = fma(p.c[m][n], splat(unit), bias) - lse[n] - load(saved.rest + offset + n * kLanes);
+            const F32 score = fma(p.c[m][n], splat(score_unit), bias);
+            p.c[m][n] = exp_of<G, G::kExpDegree>(score - load(saved.lse + at) - load(saved.rest + at));
           } else {
-            x = fms(p.c[m][n], splat(unit), lse[n]);
+            p.c[m][n] = exp_of_product<G, G::kExpDegree>(p.c[m][n], unit, lse[n]);
           }
-          p.c[m][n] = select(visible, exp2<G::kExpDegree>(x), zero());
+          p.c[m][n] = select(visible, p.c[m][n], zero());
         } else {
-          p.c[m][n] = exp2<G::kExpDegree>(fms(p.c[m][n], splat(unit), lse[n]));
+          p.c[m][n] = exp_of_product<G, G::kExpDegree>(p.c[m][n], unit, lse[n]);
         }
       }
     }
@@ -215,7 +217,7 @@ struct BackwardPanel {
       F32 delta = load(saved.delta + at);
       if (p.grad_lse != nullptr) delta = delta - load_first(p.grad_lse + row + at, n);
       store(saved.delta + at, select(live, delta, zero()));
-      store(saved.lse + at, select(live, lse * splat(kLog2e), splat(kInf)));
+      store(saved.lse + at, select(live, lse, splat(kInf)));
       store(saved.rest + at, zero());
       huge = huge || any(is_huge(lse) & live);
     }
@@ -257,7 +259,7 @@ struct BackwardPanel {
       const F32 lse = load(saved.lse + at);
       const Mask huge = is_huge(lse) & (lse < splat(kInf));
       store(saved.lse + at, select(huge, load(statistics.shift + at), lse));
-      store(saved.rest + at, select(huge, log2(load(statistics.sum + at)), zero()));
+      store(saved.rest + at, select(huge, log(load(statistics.sum + at)), zero()));
     }
   }
 };

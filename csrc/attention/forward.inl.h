@@ -70,8 +70,7 @@ __attribute__((noinline)) void finish_panel(const AttentionForward& p, const typ
       float* o = panel.output + d * kPanel + at;
       store(o, select(live, load(o) * factor, zero()));
     }
-    // A mask as low as finfo.min, times log2(e), was clamped: back to what it was.
-    F32 value = select(largest == splat(-kMaxFloat), largest, (largest + log2(sum)) * splat(kLn2));
+    F32 value = largest + log(sum);
     // Visible keys, but no score above -inf: 0 / 0, as the output.
     value = select(sum == zero(), zero() * factor, value);
     value = select(live, value, splat(-kInf));

@@ -9,7 +9,6 @@
 namespace fastattn::FASTATTN_ISA {
 namespace {
 
-constexpr float kMaxFloat = __FLT_MAX__;
 constexpr int64_t kFar = int64_t{1} << 30;
 
 // Rows [begin, end) of a block, seen by no vector before `first`; if not `masked`, all others see all of them.
@@ -25,7 +24,7 @@ struct Visibility {
   int64_t clean;           // rows that every query sees and no mask touches; a multiple of kRowPad
   int64_t ends[kVectors];  // vector n of the panel sees no key from ends[n] on; not decreasing
   int64_t diagonal;        // lane x sees row r only if r <= x + diagonal
-  const float* bias;       // (keys, kPanel), base-2 logarithms, -inf where excluded; nullptr: none
+  const float* bias;       // (keys, kPanel), added to the scores, -inf where excluded; nullptr: none
   int64_t bias_row;        // kPanel, or 0 when all keys share one row
   Range ranges[kVectors + 1];
   int range_count;
@@ -71,12 +70,10 @@ FASTATTN_INLINE void cut_ranges(Visibility& seen, int vectors) {
 
 // ---- mask tensors ----
 
-// The additive mask in base 2. Finite values stay finite (finfo.min means "unlikely", not "excluded").
+// The mask as something to add to the scores. Only -inf excludes; finfo.min means "unlikely".
 template <class T>
 FASTATTN_INLINE F32 load_bias(const T* p, int64_t n) {
-  const F32 x = n >= kLanes ? load(p) : load_first(p, n);
-  const F32 scaled = max(splat(-kMaxFloat), x * splat(kLog2e));
-  return select(x == splat(-kInf), x, scaled);
+  return n >= kLanes ? load(p) : load_first(p, n);
 }
 FASTATTN_INLINE F32 load_bias(const uint8_t* p, int64_t n) {
   return select(n >= kLanes ? load_bool(p) : load_bool_first(p, n), zero(), splat(-kInf));

@@ -38,7 +38,7 @@ struct Paired {
   using Vector = Pairs;
   static constexpr int64_t kPack = 2;
   static constexpr bool kPaired = true;
-  static constexpr int kExpDegree = 3;
+  static constexpr int kExpDegree = 3;  // of probabilities that are rounded to bf16 and not summed
   static FASTATTN_INLINE Vector load(const Step* p) { return load_pairs(p); }
   static FASTATTN_INLINE Vector broadcast(const char* p) {
     uint32_t pair;

@@ -1,5 +1,5 @@
 // Scores of a panel of queries against a block of keys, and the running softmax over the blocks (Milakov and
-// Gimelshein 2018; Dao et al. 2022), all in base 2 and all transposed: a row per key, a lane per query.
+// Gimelshein 2018; Dao et al. 2022), transposed: a row per key, a lane per query.
 #pragma once
 #include "../cpu/math.h"
 #include "mask.inl.h"
@@ -9,21 +9,41 @@
 namespace fastattn::FASTATTN_ISA {
 namespace {
 
-// Score tiles without a bias hold q.k, and `unit` * q.k are the base-2 logarithms; with one they hold the logarithms.
-// The unit must be positive for the maximum of one to be the maximum of the other, so queries carry the scale's sign.
+// Score tiles without a bias hold q.k, and `unit` * q.k are the scores; with one they hold the scores. The unit must be
+// positive for the maximum of one to be the maximum of the other, so queries carry the scale's sign.
 struct ScoreScale {
   float sign;  // 1, -1, or 0 for scale == 0
-  float unit;  // |scale| * log2(e), or 1 for scale == 0
+  float unit;  // |scale|, or 1 for scale == 0
 };
 FASTATTN_INLINE ScoreScale score_scale(float scale) {
   if (scale == 0.f) return {0.f, 1.f};
-  return scale > 0.f ? ScoreScale{1.f, scale * kLog2e} : ScoreScale{-1.f, -scale * kLog2e};
+  return scale > 0.f ? ScoreScale{1.f, scale} : ScoreScale{-1.f, -scale};
+}
+
+// exp(unit * x - shift). Where the result is rounded to bf16, unit and shift come in base 2 (see exponent_base).
+template <class G, int kDegree>
+FASTATTN_INLINE F32 exp_of_product(F32 x, F32 unit, F32 shift) {
+  if constexpr (G::kPaired)
+    return exp2<kDegree>(fms(x, unit, shift));
+  else
+    return exp(fms(x, unit, shift));
+}
+template <class G, int kDegree>
+FASTATTN_INLINE F32 exp_of(F32 x) {
+  if constexpr (G::kPaired)
+    return exp2<kDegree>(x * splat(kLog2e));
+  else
+    return exp(x);
+}
+template <class G>
+constexpr float exponent_base() {
+  return G::kPaired ? kLog2e : 1.f;
 }
 
 // Per query of a panel.
 struct Statistics {
   float* max;    // largest score so far; -inf: none
-  float* sum;    // of exp2(score - max)
+  float* sum;    // of exp(score - max)
   float* alpha;  // what the last block has scaled the sums before it by
   float* shift;  // max, or 0 where max is -inf: what scores are taken relative to
   float* block;  // largest score of the last block, as it stands in the tile
@@ -91,14 +111,17 @@ __attribute__((noinline)) void score_rows(Operand keys, const typename G::Step* 
   }
 }
 
-// Scores become probabilities (relative to the running maximum): in place, or as pairs of neighbouring keys.
-template <class G, int kWide>
-__attribute__((noinline)) void exponentiate_rows(float* tile, typename G::Step* pairs, const float* dropout, float unit,
-                                                 const Range& range, const Statistics& statistics) {
+// Scores become probabilities (relative to the running maximum): in place, or as pairs of neighbouring keys. The tile
+// holds products, or with kBiased scores.
+template <class G, int kWide, bool kBiased>
+__attribute__((noinline)) void exponentiate_rows(float* tile, typename G::Step* pairs, const float* dropout,
+                                                 float score_unit, const Range& range, const Statistics& statistics) {
   const int64_t offset = range.first * kLanes;
+  const float base = kBiased ? 1.f : exponent_base<G>();
+  const F32 unit = splat(score_unit * base);
   F32 shift[kWide], sum[kWide];
   FASTATTN_UNROLL for (int n = 0; n < kWide; n++) {
-    shift[n] = load(statistics.shift + offset + n * kLanes);
+    shift[n] = load(statistics.shift + offset + n * kLanes) * splat(base);
     sum[n] = zero();
   }
   for (int64_t row = range.begin; row < range.end; row += G::kPack) {
@@ -106,7 +129,11 @@ __attribute__((noinline)) void exponentiate_rows(float* tile, typename G::Step* 
       F32 p[G::kPack];
       FASTATTN_UNROLL for (int m = 0; m < G::kPack; m++) {
         const int64_t at = (row + m) * kPanel + offset + n * kLanes;
-        p[m] = exp2<G::kExpDegree>(fms(load(tile + at), splat(unit), shift[n]));
+        // The sum goes into lse, which is fp32 whatever the inputs are: full precision.
+        if constexpr (kBiased)
+          p[m] = exp_of<G, 5>(load(tile + at) - shift[n]);
+        else
+          p[m] = exp_of_product<G, 5>(load(tile + at), unit, shift[n]);
         sum[n] = sum[n] + p[m];
         if (dropout != nullptr) p[m] = p[m] * load(dropout + at);
       }
@@ -134,13 +161,13 @@ FASTATTN_INLINE void advance_softmax(Operand keys, const PackedRows<G>& query, c
       const auto rows = seen.ranges[i].masked ? score_rows<G, width.value, true> : score_rows<G, width.value, false>;
       rows(keys, query.transposed, query.steps(), seen, unit, seen.ranges[i], tile, statistics);
     });
-  const float tile_unit = seen.bias != nullptr ? 1.f : unit;
+  const bool biased = seen.bias != nullptr;
   for (int n = 0; n < vectors; n++) {
     const int64_t at = n * kLanes;
     const F32 before = load(statistics.max + at);
-    const F32 now = max(before, load(statistics.block + at) * splat(tile_unit));
+    const F32 now = max(before, load(statistics.block + at) * splat(biased ? 1.f : unit));
     const F32 shift = select(now == splat(-kInf), zero(), now);
-    const F32 alpha = exp2(before - shift);
+    const F32 alpha = exp(before - shift);
     store(statistics.max + at, now);
     store(statistics.shift + at, shift);
     store(statistics.alpha + at, alpha);
@@ -148,7 +175,8 @@ FASTATTN_INLINE void advance_softmax(Operand keys, const PackedRows<G>& query, c
   }
   for (int i = 0; i < seen.range_count; i++)
     with_width(vectors - seen.ranges[i].first, [&](auto width) {
-      exponentiate_rows<G, width.value>(tile, pairs, dropout, tile_unit, seen.ranges[i], statistics);
+      const auto rows = biased ? exponentiate_rows<G, width.value, true> : exponentiate_rows<G, width.value, false>;
+      rows(tile, pairs, dropout, unit, seen.ranges[i], statistics);
     });
 }
 
