@@ -233,8 +233,9 @@ def _unit_last_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _autocast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
+def _autocast(device: str, *tensors: Tensor | None) -> list[Any]:
     """Under autocast attention runs in the lower precision, as torch's does (float64 is left alone)."""
+    dtype = torch.get_autocast_dtype(device)
     lower = (torch.float32, torch.bfloat16, torch.float16)
     return [t.to(dtype) if t is not None and t.dtype in lower else t for t in tensors]
 
