@@ -57,8 +57,7 @@ void ceiling_read(const float* source, int64_t count, float* result) {
 void ceiling_copy(const float* source, float* target, int64_t count) {
   constexpr int kUnroll = 4;
   for (int64_t at = 0; at < count; at += kUnroll * kLanes)
-    FASTATTN_UNROLL for (int i = 0; i < kUnroll; i++)
-      store(target + at + i * kLanes, load(source + at + i * kLanes));
+    FASTATTN_UNROLL for (int i = 0; i < kUnroll; i++) store(target + at + i * kLanes, load(source + at + i * kLanes));
 }
 
 constexpr CeilingLoops kCeilingLoops{ceiling_fma, ceiling_dot, ceiling_read, ceiling_copy};
