@@ -115,7 +115,7 @@ def run_demo(
     say(f"largest relative loss difference over {len(differences)} fp32 steps: {max(differences):.2e}")
 
     served = dispatch.served()
-    missing = backends.BACKENDS["cpu"].reason_against("cpu")
+    missing = backends.probe("cpu")
     findings = Findings(
         config=config,
         corpus=trainer.corpus.name,

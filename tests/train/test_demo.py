@@ -53,7 +53,7 @@ def test_report(run, tiny, tmp_path):
     for name in ("loss.png", "steps.png"):
         assert min(png_size(out / name)) > 300
         assert f"({name})" in (out / "report.md").read_text()
-    if backends.BACKENDS["cpu"].reason_against("cpu") is None:
+    if backends.probe("cpu") is None:
         assert not failures
         assert facts["isa"] == backends.cpu_isa() and facts["backends_served"]["cpu"] > 0
 
