@@ -188,7 +188,8 @@ void norm_backward_rows(const NormBackward& p, int64_t row, const float* weight,
     ds[r] = p.grad_sum == nullptr ? nullptr : static_cast<const T*>(p.grad_sum) + (row + r) * p.grad_sum_stride;
     dx[r] = static_cast<T*>(p.grad_input) + (row + r) * columns;
     if constexpr (Centred) mean[r] = splat2(p.mean[row + r]);
-    rstd[r] = splat2(p.rstd[row + r]);
+    // A centred row of one column is constant: its gradient is 0, not what rounding leaves of a difference over eps.
+    rstd[r] = splat2(Centred && columns == 1 ? 0.f : p.rstd[row + r]);
   }
 
   F32x2 sums[Rows][Unroll], products[Rows][Unroll];
@@ -210,7 +211,7 @@ void norm_backward_rows(const NormBackward& p, int64_t row, const float* weight,
   // grad_input = rstd * g + d * slope + level
   F32x2 slope[Rows], level[Rows];
   FASTATTN_UNROLL for (int r = 0; r < Rows; r++) {
-    const float s = p.rstd[row + r];
+    const float s = Centred && columns == 1 ? 0.f : p.rstd[row + r];
     slope[r] = splat2(-(total(products[r]) * s / count) * s * s);
     level[r] = splat2(Centred ? -(total(sums[r]) / count) * s : 0.f);
   }
