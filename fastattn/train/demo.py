@@ -24,7 +24,7 @@ DEFAULT_STEPS = 2 * STEPS_PER_MINUTE
 MAX_BITS_PER_BYTE = 2.0
 MAX_REL_LOSS_DIFF = 1e-4
 
-PROMPT = "The"
+PROMPT = 'The "with" statement'
 
 
 def demo_config(steps: int = DEFAULT_STEPS) -> TrainConfig:
