@@ -51,9 +51,7 @@ class GPTConfig:
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         if self.n_embd % self.n_head:
-            raise ValueError(
-                f"n_embd must be a multiple of n_head, got n_embd={self.n_embd}, n_head={self.n_head}"
-            )
+            raise ValueError(f"n_embd must be a multiple of n_head, got n_embd={self.n_embd}, n_head={self.n_head}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.kernels not in KERNELS:
@@ -67,9 +65,7 @@ class KVCache:
     head's keys lie together. ``length`` is the number of positions held; ``GPT.forward`` advances it.
     """
 
-    def __init__(
-        self, config: GPTConfig, batch_size: int, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, config: GPTConfig, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> None:
         head_dim = config.n_embd // config.n_head
         shape = (config.n_layer, 2, batch_size, config.n_head, config.block_size, head_dim)
         self.storage = torch.zeros(shape, dtype=dtype, device=device)
