@@ -3,6 +3,9 @@
 import os
 from collections import Counter
 
+# Tests share the machine's cores with each other's compilers: waiting threads must not spin. Read when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 
@@ -28,8 +31,6 @@ def skip_without_native():
 
 def pytest_configure(config):
     config.stash[SKIPS] = Counter()
-    # Tests share the machine's cores with each other's compilers: waiting threads must not spin.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     torch.set_num_threads(min(torch.get_num_threads(), 4))
 
 
