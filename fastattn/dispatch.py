@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -85,6 +86,17 @@ def use_backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         _forced["backend"] = before
+
+
+#: Bytes are counted in 63 bits, 8 to an element.
+MAX_ELEMENTS = 2**60
+
+
+def check_size(op: str, what: str, shape: Sequence[int]) -> None:
+    """ValueError when a tensor of this shape would be more than memory can address. Compiled code is trusted: it only
+    sees tensors that exist, and a product of symbolic sizes would be guarded on."""
+    if not torch.compiler.is_compiling() and math.prod(shape) >= MAX_ELEMENTS:
+        raise ValueError(f"{op}: {what} of shape {tuple(shape)} is more than memory can address")
 
 
 def autocast_enabled(device: str) -> bool:

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from fastattn import philox as philox_mask
-from fastattn.dispatch import Op, Problem, autocast_enabled
+from fastattn.dispatch import Op, Problem, autocast_enabled, check_size
 from fastattn.numerics import accumulation_dtype
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ALIGNMENTS = ("top_left", "bottom_right")
 #: Row, column and head indices are 32-bit words of the dropout counter, and products of them must fit 63 bits.
 MAX_LENGTH = 2**31 - 1
+MAX_SCALE = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,11 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enabl
                 f"attention: with enable_gqa the query heads ({heads}) must be a multiple of the key heads ({kv_heads})"
             )
     if not torch.compiler.is_compiling() and max(query.shape[2], key.shape[2], query.shape[0] * heads) > MAX_LENGTH:
-        raise ValueError(f"attention: lengths and batch * heads must not exceed {MAX_LENGTH}")
+        raise ValueError(
+            f"attention: lengths and batch * heads must not exceed {MAX_LENGTH}, got {query.shape[2]} queries,"
+            f" {key.shape[2]} keys, {query.shape[0]} * {heads}"
+        )
+    check_size("attention", "an output", (query.shape[0], heads, query.shape[2], value.shape[3]))
     if alignment not in ALIGNMENTS:
         raise ValueError(f"attention: causal_alignment must be one of {ALIGNMENTS}, got {alignment!r}")
     if mask is None:
@@ -183,8 +188,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enabl
 def _check_values(dropout_p: float, scale: float, seed: int | None) -> None:
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"attention: dropout_p must be in [0, 1], got {dropout_p}")
-    if not -math.inf < scale < math.inf:  # also refuses NaN
-        raise ValueError(f"attention: scale must be finite, got {scale}")
+    if not -MAX_SCALE <= scale <= MAX_SCALE:  # also refuses NaN
+        raise ValueError(f"attention: scale must be finite (in float32), got {scale}")
     if seed is not None and not 0 <= seed < 2**63:
         raise ValueError(f"attention: seed must be in [0, 2**63), got {seed}")
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.dispatch import Op, Problem, autocast_enabled
+from fastattn.dispatch import Op, Problem, autocast_enabled, check_size
 from fastattn.numerics import accumulation_dtype
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -126,6 +126,7 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str,
         raise ValueError("cross_entropy: input must have a class dimension: (C,), (N, C) or (N, C, d1, ...)")
     if input.dtype not in FLOATING:
         raise ValueError(f"cross_entropy: input must be float32, bfloat16, float16 or float64, got {input.dtype}")
+    check_size("cross_entropy", "an input", input.shape)
     classes = input.shape[0] if input.ndim == 1 else input.shape[1]
     if target.dtype in INTEGERS:
         wanted = tuple(input.shape[:1] + input.shape[2:]) if input.ndim > 1 else ()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.dispatch import Op, Problem
+from fastattn.dispatch import Op, Problem, check_size
 from fastattn.numerics import accumulation_dtype
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -129,6 +129,7 @@ def _check(
 ) -> None:
     if input.dtype not in FLOATING:
         raise ValueError(f"layer_norm: input must be float32, bfloat16, float16 or float64, got {input.dtype}")
+    check_size("layer_norm", "an input", input.shape)
     n = len(normalized_shape)
     if n == 0 or n > input.ndim or tuple(input.shape[input.ndim - n :]) != normalized_shape:
         raise ValueError(

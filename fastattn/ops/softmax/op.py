@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.dispatch import Op, Problem, autocast_enabled
+from fastattn.dispatch import Op, Problem, autocast_enabled, check_size
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -76,6 +76,7 @@ def _canonical(name: str, input: Tensor, dim: int | None, dtype: torch.dtype | N
 
 
 def _problem(input: Tensor, dim: int, log: bool, dtype: torch.dtype) -> SoftmaxProblem:
+    check_size("log_softmax" if log else "softmax", "an input", input.shape)
     return SoftmaxProblem(input.device.type, input.dtype, tuple(input.shape), dim, log, dtype)
 
 

@@ -1,0 +1,445 @@
+"""What does not fit is refused with one clear error that says what was given and what is allowed, the same words from
+every backend, before anything is computed."""
+
+import math
+import re
+
+import pytest
+import torch
+
+import fastattn
+from fastattn.testing import guarded
+from fastattn.testing.opcheck import available_backends
+
+HUGE = 2**31
+
+
+def f32(*shape, **kwargs):
+    return torch.zeros(*shape, **kwargs)
+
+
+def attention(query=(2, 4, 5, 8), key=(2, 4, 6, 8), value=(2, 4, 6, 8), **call):
+    q, k, v = (f32(*t) if isinstance(t, tuple) else t for t in (query, key, value))
+    return lambda backend: fastattn.scaled_dot_product_attention(q, k, v, backend=backend, **call)
+
+
+def layer_norm(input=(3, 8), shape=(8,), *args, **call):
+    x = f32(*input) if isinstance(input, tuple) else input
+    return lambda backend: fastattn.layer_norm(x, shape, *args, backend=backend, **call)
+
+
+def rms_norm(input=(3, 8), shape=(8,), *args, **call):
+    x = f32(*input) if isinstance(input, tuple) else input
+    return lambda backend: fastattn.rms_norm(x, shape, *args, backend=backend, **call)
+
+
+def softmax(*args, **call):
+    return lambda backend: fastattn.softmax(*args, backend=backend, **call)
+
+
+def cross_entropy(input=(3, 7), target=(0, 6, 3), *args, **call):
+    x = f32(*input) if isinstance(input, tuple) else input
+    t = torch.tensor(target) if isinstance(target, tuple) else target
+    return lambda backend: fastattn.cross_entropy(x, t, *args, backend=backend, **call)
+
+
+BAD = {
+    # attention: dtypes and devices
+    "key of another dtype": (
+        attention(key=f32(2, 4, 6, 8, dtype=torch.bfloat16)),
+        ValueError,
+        r"attention: query, key and value must have one dtype and device, got query torch.float32 on cpu, key"
+        r" torch.bfloat16 on cpu",
+    ),
+    "value of another dtype": (
+        attention(value=f32(2, 4, 6, 8, dtype=torch.float64)),
+        ValueError,
+        r"query torch.float32 on cpu, value torch.float64 on cpu",
+    ),
+    "key on another device": (
+        attention(key=f32(2, 4, 6, 8, device="meta")),
+        ValueError,
+        r"query torch.float32 on cpu, key torch.float32 on meta",
+    ),
+    "integers": (
+        attention(*(f32(2, 4, 5, 8, dtype=torch.int32) for _ in range(3))),
+        ValueError,
+        r"attention: dtype torch.int32 is not one of float32, bfloat16, float16, float64",
+    ),
+    "complex": (
+        attention(*(f32(2, 4, 5, 8, dtype=torch.complex64) for _ in range(3))),
+        ValueError,
+        r"dtype torch.complex64 is not one of",
+    ),
+    # attention: shapes
+    "one dim": (
+        attention((8,), (8,), (8,)),
+        ValueError,
+        r"attention: query, key and value are \(\.\.\., H, S, E\), \(H, S, E\) or \(S, E\), got 1, 1 and 1 dimensions",
+    ),
+    "head dims": (
+        attention(key=(2, 4, 6, 9)),
+        ValueError,
+        r"attention: query and key must have one head dim, got 8 and 9",
+    ),
+    "lengths": (
+        attention(value=(2, 4, 7, 8)),
+        ValueError,
+        r"attention: key and value must have one length, got 6 and 7",
+    ),
+    "value heads": (
+        attention(value=(2, 2, 6, 8)),
+        ValueError,
+        r"attention: key has 4 heads, value 2",
+    ),
+    "grouped heads without enable_gqa": (
+        attention(key=(2, 2, 6, 8), value=(2, 2, 6, 8)),
+        ValueError,
+        r"attention: query has 4 heads, key and value 2: pass enable_gqa=True to share them",
+    ),
+    "heads that do not divide": (
+        attention(key=(2, 3, 6, 8), value=(2, 3, 6, 8), enable_gqa=True),
+        ValueError,
+        r"attention: with enable_gqa the query heads \(4\) must be a multiple of the key heads \(3\)",
+    ),
+    "no key heads": (
+        attention(key=(2, 0, 6, 8), value=(2, 0, 6, 8), enable_gqa=True),
+        ValueError,
+        r"the query heads \(4\) must be a multiple of the key heads \(0\)",
+    ),
+    "batches that do not broadcast": (
+        attention(key=(3, 4, 6, 8)),
+        ValueError,
+        r"attention: the batch dimensions of \(2, 4, 5, 8\), \(3, 4, 6, 8\), \(2, 4, 6, 8\) do not broadcast",
+    ),
+    "too many queries": (
+        attention(f32(1).expand(1, 1, HUGE, 8), (1, 1, 6, 8), (1, 1, 6, 8)),
+        ValueError,
+        r"attention: lengths and batch \* heads must not exceed 2147483647, got 2147483648 queries, 6 keys, 1 \* 1",
+    ),
+    "too many keys": (
+        attention((1, 1, 5, 8), *(f32(1).expand(1, 1, HUGE, 8) for _ in range(2))),
+        ValueError,
+        r"must not exceed 2147483647, got 5 queries, 2147483648 keys",
+    ),
+    "too many heads": (
+        attention(*(f32(1).expand(2**16, 2**15, 1, 8) for _ in range(3))),
+        ValueError,
+        r"must not exceed 2147483647, got 1 queries, 1 keys, 65536 \* 32768",
+    ),
+    "an output beyond the address space": (
+        attention(*(f32(1).expand(2**15, 2**10, *last) for last in ((2**30, 1), (6, 1), (6, 512)))),
+        ValueError,
+        r"attention: an output of shape \(32768, 1024, 1073741824, 512\) is more than memory can address",
+    ),
+    # attention: masks
+    "integer mask": (
+        attention(attn_mask=f32(5, 6, dtype=torch.int64)),
+        ValueError,
+        r"attention: attn_mask must be bool, float32 or the query's dtype torch.float32, got torch.int64",
+    ),
+    "mask of another floating dtype": (
+        attention(attn_mask=f32(5, 6, dtype=torch.float64)),
+        ValueError,
+        r"attn_mask must be bool, float32 or the query's dtype torch.float32, got torch.float64",
+    ),
+    "mask that does not broadcast": (
+        attention(attn_mask=f32(4, 6)),
+        ValueError,
+        r"attention: attn_mask of shape \(1, 1, 4, 6\) does not broadcast to \(B, H, Sq, Sk\) = \(2, 4, 5, 6\)",
+    ),
+    "mask of a larger batch": (
+        attention(attn_mask=f32(3, 1, 5, 6)),
+        ValueError,
+        r"attn_mask of shape \(3, 1, 5, 6\) does not broadcast",
+    ),
+    "mask with too many dims": (
+        attention(attn_mask=f32(2, 2, 4, 5, 6)),
+        ValueError,
+        r"attn_mask of shape \(2, 2, 4, 5, 6\) does not broadcast over the batch dimensions \(2,\)",
+    ),
+    "mask on another device": (
+        attention(attn_mask=f32(5, 6, device="meta")),
+        ValueError,
+        r"attention: attn_mask is on meta, query on cpu",
+    ),
+    # attention: values
+    "dropout below 0": (
+        attention(dropout_p=-0.1),
+        ValueError,
+        r"attention: dropout_p must be in \[0, 1\], got -0.1",
+    ),
+    "dropout above 1": (attention(dropout_p=1.5), ValueError, r"dropout_p must be in \[0, 1\], got 1.5"),
+    "NaN dropout": (attention(dropout_p=math.nan), ValueError, r"dropout_p must be in \[0, 1\], got nan"),
+    "NaN scale": (attention(scale=math.nan), ValueError, r"attention: scale must be finite \(in float32\), got nan"),
+    "infinite scale": (
+        attention(scale=-math.inf),
+        ValueError,
+        r"attention: scale must be finite \(in float32\), got -inf",
+    ),
+    "scale beyond float32": (
+        attention(scale=1e39),
+        ValueError,
+        r"attention: scale must be finite \(in float32\), got 1e\+39",
+    ),
+    "negative seed": (attention(seed=-1), ValueError, r"attention: seed must be in \[0, 2\*\*63\), got -1"),
+    "seed of 64 bits": (attention(seed=2**63), ValueError, r"seed must be in \[0, 2\*\*63\), got 9223372036854775808"),
+    "unknown alignment": (
+        attention(is_causal=True, causal_alignment="left"),
+        ValueError,
+        r"attention: causal_alignment must be one of \('top_left', 'bottom_right'\), got 'left'",
+    ),
+    # norms
+    **{
+        f"{name} {what}": (norm(*args, **call), ValueError, f"{name}: {message}")
+        for name, norm in (("layer_norm", layer_norm), ("rms_norm", rms_norm))
+        for what, args, call, message in (
+            (
+                "integers",
+                (f32(3, 8, dtype=torch.int64),),
+                {},
+                r"input must be float32, bfloat16, float16 or float64, got torch.int64",
+            ),
+            (
+                "normalized_shape",
+                ((3, 8), (7,)),
+                {},
+                r"the input's last dimensions must be normalized_shape \(7,\), got an input of shape \(3, 8\)",
+            ),
+            ("no normalized_shape", ((3, 8), ()), {}, r"the input's last dimensions must be normalized_shape \(\)"),
+            (
+                "more dims than the input",
+                ((8,), (1, 8)),
+                {},
+                r"the input's last dimensions must be normalized_shape \(1, 8\), got",
+            ),
+            ("weight shape", ((3, 8), (8,), f32(7)), {}, r"weight must have shape \(8,\), got \(7,\)"),
+            (
+                "integer weight",
+                ((3, 8), (8,), f32(8, dtype=torch.int32)),
+                {},
+                r"weight must be floating and on cpu, got torch.int32 on cpu",
+            ),
+            (
+                "weight's device",
+                ((3, 8), (8,), f32(8, device="meta")),
+                {},
+                r"weight must be floating and on cpu, got torch.float32 on meta",
+            ),
+            (
+                "residual shape",
+                ((3, 8), (8,)),
+                {"residual": f32(8)},
+                r"residual must have the input's shape \(3, 8\) and device cpu, got \(8,\) on cpu",
+            ),
+            (
+                "integer residual",
+                ((3, 8), (8,)),
+                {"residual": f32(3, 8, dtype=torch.int32)},
+                r"residual must be floating, got torch.int32",
+            ),
+        )
+    },
+    "layer_norm bias shape": (
+        layer_norm((3, 8), (8,), None, f32(8, 1)),
+        ValueError,
+        r"layer_norm: bias must have shape \(8,\), got \(8, 1\)",
+    ),
+    # views of one number that claim 2^62 elements
+    "layer_norm beyond the address space": (
+        layer_norm(f32(1).expand(2**40, 2**22), (2**22,)),
+        ValueError,
+        r"layer_norm: an input of shape \(1099511627776, 4194304\) is more than memory can address",
+    ),
+    "rms_norm beyond the address space": (
+        rms_norm(f32(1).expand(2**40, 2**22), (2**22,)),
+        ValueError,
+        r"rms_norm: an input of shape \(1099511627776, 4194304\) is more than memory can address",
+    ),
+    "softmax beyond the address space": (
+        softmax(f32(1).expand(2**40, 2**22), -1),
+        ValueError,
+        r"softmax: an input of shape \(1099511627776, 4194304\) is more than memory can address",
+    ),
+    "cross_entropy beyond the address space": (
+        cross_entropy(f32(1).expand(2**40, 2**22), torch.zeros(1, dtype=torch.int64).expand(2**40)),
+        ValueError,
+        r"cross_entropy: an input of shape \(1099511627776, 4194304\) is more than memory can address",
+    ),
+    # softmax
+    "softmax without dim": (softmax(f32(3)), ValueError, r"softmax: dim must be given"),
+    "softmax dim": (softmax(f32(3, 4), 2), ValueError, r"softmax: dim must be in \[-2, 1\] for a 2-D input, got 2"),
+    "softmax dim of a scalar": (softmax(f32(()), 1), ValueError, r"dim must be in \[-1, 0\] for a 0-D input, got 1"),
+    "softmax of integers": (
+        softmax(f32(3, dtype=torch.int64), 0),
+        ValueError,
+        r"softmax: input must be float32, bfloat16, float16 or float64, got torch.int64; pass dtype= to convert it",
+    ),
+    "softmax to integers": (
+        softmax(f32(3), 0, torch.int32),
+        ValueError,
+        r"softmax: dtype must be float32, bfloat16, float16 or float64, got torch.int32",
+    ),
+    "log_softmax dim": (
+        lambda backend: fastattn.log_softmax(f32(3, 4), -3, backend=backend),
+        ValueError,
+        r"log_softmax: dim must be in \[-2, 1\] for a 2-D input, got -3",
+    ),
+    # cross entropy
+    "logits without dims": (
+        cross_entropy(f32(()), torch.tensor(0)),
+        ValueError,
+        r"cross_entropy: input must have a class dimension: \(C,\), \(N, C\) or \(N, C, d1, \.\.\.\)",
+    ),
+    "integer logits": (
+        cross_entropy(f32(3, 7, dtype=torch.int64)),
+        ValueError,
+        r"cross_entropy: input must be float32, bfloat16, float16 or float64, got torch.int64",
+    ),
+    "target shape": (
+        cross_entropy((3, 7), (1, 2)),
+        ValueError,
+        r"cross_entropy: for an input of shape \(3, 7\) a target of class indices has shape \(3,\), got \(2,\)",
+    ),
+    "target shape of many dims": (
+        cross_entropy((3, 7, 4), torch.zeros(3, 5, dtype=torch.int64)),
+        ValueError,
+        r"an input of shape \(3, 7, 4\) a target of class indices has shape \(3, 4\), got \(3, 5\)",
+    ),
+    "probabilities' shape": (
+        cross_entropy((3, 7), f32(3, 6)),
+        ValueError,
+        r"for an input of shape \(3, 7\) a target of class probabilities has shape \(3, 7\), got \(3, 6\)",
+    ),
+    "target dtype": (
+        cross_entropy((3, 7), torch.zeros(3, dtype=torch.bool)),
+        ValueError,
+        r"cross_entropy: target must hold integers or class probabilities, got torch.bool",
+    ),
+    "target's device": (
+        cross_entropy((3, 7), torch.zeros(3, dtype=torch.int64, device="meta")),
+        ValueError,
+        r"cross_entropy: target is on meta, input on cpu",
+    ),
+    "class weights' shape": (
+        cross_entropy((3, 7), (0, 1, 2), f32(6)),
+        ValueError,
+        r"cross_entropy: weight must be floating of shape \(7,\), got torch.float32 \(6,\)",
+    ),
+    "integer class weights": (
+        cross_entropy((3, 7), (0, 1, 2), f32(7, dtype=torch.int64)),
+        ValueError,
+        r"weight must be floating of shape \(7,\), got torch.int64 \(7,\)",
+    ),
+    "class weights' device": (
+        cross_entropy((3, 7), (0, 1, 2), f32(7, device="meta")),
+        ValueError,
+        r"cross_entropy: weight is on meta, input on cpu",
+    ),
+    "unknown reduction": (
+        cross_entropy(reduction="median"),
+        ValueError,
+        r"cross_entropy: reduction must be one of \('none', 'mean', 'sum'\), got 'median'",
+    ),
+    "negative smoothing": (
+        cross_entropy(label_smoothing=-0.1),
+        ValueError,
+        r"cross_entropy: label_smoothing must be in \[0, 1\], got -0.1",
+    ),
+    "NaN smoothing": (cross_entropy(label_smoothing=math.nan), ValueError, r"must be in \[0, 1\], got nan"),
+    "deprecated arguments": (
+        cross_entropy(size_average=True),
+        ValueError,
+        r"cross_entropy: size_average and reduce are deprecated in torch; use reduction",
+    ),
+    "target too large": (
+        cross_entropy((3, 7), (0, 7, 3)),
+        RuntimeError,
+        r"cross_entropy: target 7 at row 1 is not in \[0, 7\) and is not ignore_index \(-100\)",
+    ),
+    "negative target": (
+        cross_entropy((3, 7), (0, 6, -1), ignore_index=-2),
+        RuntimeError,
+        r"cross_entropy: target -1 at row 2 is not in \[0, 7\) and is not ignore_index \(-2\)",
+    ),
+    "target of a far class": (
+        cross_entropy((3, 7), (2**62, 0, 0)),
+        RuntimeError,
+        r"cross_entropy: target 4611686018427387904 at row 0 is not in \[0, 7\)",
+    ),
+    "target of an empty set of classes": (
+        cross_entropy((2, 0), (0, 0)),
+        RuntimeError,
+        r"cross_entropy: target 0 at row 0 is not in \[0, 0\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_refused_in_the_same_words_by_every_backend(name):
+    call, kind, pattern = BAD[name]
+    messages = set()
+    for backend in (None, *available_backends("cpu")):
+        with pytest.raises(kind) as raised:
+            call(backend)
+        assert type(raised.value) is kind
+        messages.add(str(raised.value).splitlines()[0])
+    assert len(messages) == 1, f"different words: {messages}"
+    assert re.search(pattern, messages.pop())
+
+
+def test_a_refused_target_is_found_before_memory_is_touched():
+    """The bad class would be read far outside of logits that end where the address space does."""
+    logits, target = guarded(torch.randn(4, 9)), guarded(torch.tensor([0, 8, 2**40, 1]))
+    for backend in available_backends("cpu"):
+        with pytest.raises(RuntimeError, match="target 1099511627776 at row 2"):
+            fastattn.cross_entropy(logits, target, backend=backend)
+
+
+RAW_BAD = {
+    "attention of 3 dims": lambda: torch.ops.fastattn.attention_forward.cpu(
+        f32(2, 5, 8), f32(2, 5, 8), f32(2, 5, 8), None, None, 1.0, False, False, 0.0
+    ),
+    "attention of unfit keys": lambda: torch.ops.fastattn.attention_forward.cpu(
+        f32(1, 2, 5, 8), f32(1, 2, 5, 9), f32(1, 2, 5, 8), None, None, 1.0, False, False, 0.0
+    ),
+    "attention without philox": lambda: torch.ops.fastattn.attention_forward.cpu(
+        f32(1, 2, 5, 8), f32(1, 2, 5, 8), f32(1, 2, 5, 8), None, None, 1.0, False, False, 0.5
+    ),
+    "attention of a column stride": lambda: torch.ops.fastattn.attention_forward.cpu(
+        f32(1, 2, 8, 5).transpose(2, 3), f32(1, 2, 5, 8), f32(1, 2, 5, 8), None, None, 1.0, False, False, 0.0
+    ),
+    "attention backward of a short lse": lambda: torch.ops.fastattn.attention_backward.cpu(
+        *(f32(1, 2, 5, 8), None, f32(1, 2, 5, 8), f32(1, 2, 5, 8), f32(1, 2, 5, 8), None, None, f32(1, 2, 5, 8)),
+        *(f32(1, 2, 4), 1.0, False, False, 0.0, False),
+    ),
+    "norm of a short weight": lambda: torch.ops.fastattn.layer_norm_forward.cpu(f32(3, 8), None, f32(7), None, 1, 1e-5),
+    "norm of a small residual": lambda: torch.ops.fastattn.rms_norm_forward.cpu(f32(3, 8), f32(3, 7), None, 1, 1e-5),
+    "norm backward of short statistics": lambda: torch.ops.fastattn.rms_norm_backward.cpu(
+        f32(3, 8), None, f32(3, 8), None, f32(2), 1, False
+    ),
+    "softmax of a far dim": lambda: torch.ops.fastattn.softmax_forward.cpu(f32(3, 8), 2, False, torch.float32),
+    "softmax backward of another shape": lambda: torch.ops.fastattn.softmax_backward.cpu(
+        f32(3, 8), f32(3, 7), 1, False, torch.float32
+    ),
+    "cross entropy of few targets": lambda: torch.ops.fastattn.cross_entropy_forward.cpu(
+        f32(3, 8), torch.zeros(2, dtype=torch.int64), None, -100, 0.0, 1
+    ),
+    "cross entropy backward of few targets": lambda: torch.ops.fastattn.cross_entropy_backward.cpu(
+        f32(3), f32(3, 8), torch.zeros(2, dtype=torch.int64), None, f32(3), f32(()), -100, 0.0, 0
+    ),
+    "cross entropy backward of a target out of range": lambda: torch.ops.fastattn.cross_entropy_backward.cpu(
+        f32(3), f32(3, 8), torch.tensor([0, 8, 1]), None, f32(3), f32(()), -100, 0.0, 0
+    ),
+    "cross entropy of one weight": lambda: torch.ops.fastattn.cross_entropy_forward.cpu(
+        f32(3, 8), torch.zeros(3, dtype=torch.int64), f32(1), -100, 0.0, 1
+    ),
+    "doubles": lambda: torch.ops.fastattn.softmax_forward.cpu(f32(3, 8, dtype=torch.float64), 1, False, torch.float64),
+}
+
+
+@pytest.mark.parametrize("name", RAW_BAD)
+def test_the_bindings_check_for_themselves(name, skip_without_native):
+    """Exported graphs call the raw ops without the public functions in front of them."""
+    with pytest.raises(RuntimeError):
+        RAW_BAD[name]()

@@ -1,0 +1,260 @@
+"""Choosing a backend: who is asked, who answers, and that forced means forced."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastattn
+from fastattn import backends, dispatch
+from fastattn.dispatch import OPS, BackendUnsupported, explain, use_backend
+from fastattn.testing.opcheck import available_backends
+
+X = torch.randn(1, 2, 5, 8)
+DOUBLE = X.double()
+NAMES = list(backends.BACKENDS)
+
+
+def attend(*args, **kwargs):
+    return fastattn.scaled_dot_product_attention(*args, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def automatic():
+    """Whatever FASTATTN_BACKEND says, these tests start from the automatic choice."""
+    with use_backend(None):
+        yield
+
+
+@pytest.fixture
+def counted():
+    dispatch.reset_served()
+    yield dispatch.served
+    dispatch.reset_served()
+
+
+@pytest.mark.parametrize("name", available_backends("cpu"))
+def test_the_argument_chooses(name, counted):
+    attend(X, X, X, backend=name)
+    assert counted() == {name: 1}
+
+
+@pytest.mark.parametrize("name", available_backends("cpu"))
+def test_use_backend_chooses_and_restores(name, counted):
+    with use_backend(name):
+        attend(X, X, X)
+        assert counted() == {name: 1}
+    assert dispatch._forced["backend"] is None
+
+
+def test_use_backend_restores_after_an_error():
+    with pytest.raises(ZeroDivisionError), use_backend("reference"):
+        raise ZeroDivisionError
+    assert dispatch._forced["backend"] is None
+
+
+def test_use_backend_nests(counted):
+    with use_backend("reference"):
+        with use_backend(None):
+            assert dispatch._forced["backend"] is None
+        assert dispatch._forced["backend"] == "reference"
+
+
+def test_the_argument_comes_before_use_backend(counted, skip_without_native):
+    with use_backend("cpu"):
+        attend(X, X, X, backend="reference")
+    assert counted() == {"reference": 1}
+
+
+def test_the_automatic_choice_is_the_priority_list(counted, skip_without_native):
+    attend(X, X, X)
+    attend(DOUBLE, DOUBLE, DOUBLE)
+    assert counted() == {"cpu": 1, "reference": 1}
+    assert backends.PRIORITY["cpu"] == ("cpu", "reference")
+
+
+def test_forced_means_forced(counted, skip_without_native):
+    for force in (lambda: attend(DOUBLE, DOUBLE, DOUBLE, backend="cpu"), lambda: _within("cpu", DOUBLE)):
+        with pytest.raises(BackendUnsupported):
+            force()
+    assert counted() == {}
+
+
+def _within(name, x):
+    with use_backend(name):
+        return attend(x, x, x)
+
+
+def test_a_cached_choice_does_not_outlive_the_force(counted, skip_without_native):
+    for name in ("cpu", "reference", "cpu"):
+        with use_backend(name):
+            attend(X, X, X)
+    attend(X, X, X, backend="reference")
+    attend(X, X, X)
+    assert counted() == {"cpu": 3, "reference": 2}
+
+
+def test_unsupported_lists_the_problem_and_every_backends_reason(skip_without_native):
+    with pytest.raises(BackendUnsupported) as raised:
+        attend(DOUBLE, DOUBLE, DOUBLE, backend="cpu")
+    lines = str(raised.value).splitlines()
+    assert lines[0] == "attention: backend 'cpu' was asked for and cannot serve this call"
+    assert "device=cpu, dtype=torch.float64" in lines[1] and "head_dim=8" in lines[1]
+    assert "  cpu: has no kernel for torch.float64: float32, bfloat16, float16" in lines
+    assert "  reference: could serve it" in lines
+    assert all(any(line.startswith(f"  {name}: ") for line in lines) for name in NAMES)
+
+
+@pytest.mark.parametrize(
+    ("call", "op"),
+    [
+        (lambda: attend(DOUBLE, DOUBLE, DOUBLE, backend="cpu"), "attention"),
+        (lambda: fastattn.layer_norm(DOUBLE, 8, backend="cpu"), "layer_norm"),
+        (lambda: fastattn.rms_norm(DOUBLE, 8, backend="cpu"), "rms_norm"),
+        (lambda: fastattn.softmax(DOUBLE, -1, backend="cpu"), "softmax"),
+        (lambda: fastattn.log_softmax(DOUBLE, -1, backend="cpu"), "softmax"),
+        (lambda: fastattn.cross_entropy(DOUBLE[0, 0], torch.arange(5), backend="cpu"), "cross_entropy"),
+    ],
+)
+def test_every_op_refuses_in_the_same_words(call, op, skip_without_native):
+    with pytest.raises(BackendUnsupported, match=f"^{op}: backend 'cpu' was asked for"):
+        call()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: attend(X, X, X, backend="gpu"),
+        lambda: fastattn.softmax(X, -1, backend="gpu"),
+        lambda: dispatch.set_backend("gpu"),
+        lambda: use_backend("gpu").__enter__(),
+    ],
+)
+def test_unknown_names_are_errors_that_list_the_known_ones(call):
+    with pytest.raises(ValueError, match=r"unknown backend 'gpu'; there are cpu, reference"):
+        call()
+
+
+def test_cpu_refuses_head_dims_that_it_has_no_room_for(skip_without_native):
+    x = torch.randn(1, 1, 2, 513)
+    with pytest.raises(BackendUnsupported, match="head dims are 1 to 512, got 513 and 513"):
+        attend(x, x, x, backend="cpu")
+    assert attend(x, x, x).shape == x.shape  # the reference serves it
+
+
+def test_other_devices_are_not_the_cpu_backends(skip_without_native):
+    x = X.to("meta")
+    reasons = explain(attend_function(), x, x, x).reasons
+    assert reasons["cpu"] == "serves cpu tensors, not meta" and reasons["reference"] is None
+
+
+def attend_function():
+    return fastattn.scaled_dot_product_attention
+
+
+def test_explain_computes_nothing_and_says_who_and_why(skip_without_native, counted):
+    told = explain(attend_function(), X, X, X, is_causal=True)
+    assert counted() == {}
+    assert (told.op, told.backend, told.reasons) == ("attention", "cpu", {"cpu": None, "reference": None})
+    assert str(told).splitlines() == [
+        "attention: cpu",
+        "  device=cpu, dtype=torch.float32, batch=1, heads=2, kv_heads=2, queries=5, keys=5, head_dim=8, value_dim=8,"
+        " mask_dtype=None, mask_grad=False, is_causal=True, causal_alignment=top_left, dropout=False",
+        "  cpu: serves it",
+        "  reference: could serve it",
+    ]
+
+
+def test_explain_of_a_call_that_would_raise(skip_without_native):
+    told = explain(attend_function(), DOUBLE, DOUBLE, DOUBLE, backend="cpu")
+    assert told.backend is None
+    assert str(told).startswith("attention: no backend can serve this call\n")
+    assert "  cpu: has no kernel for torch.float64" in str(told)
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "softmax", "log_softmax", "cross_entropy"])
+def test_explain_takes_every_op(name):
+    arguments = {
+        "layer_norm": (X, (8,)),
+        "rms_norm": (X, (8,)),
+        "softmax": (X, -1),
+        "log_softmax": (X, -1),
+        "cross_entropy": (X[0, 0], torch.arange(5)),
+    }[name]
+    told = explain(getattr(fastattn, name), *arguments, backend="reference")
+    assert told.backend == "reference" and told.op in OPS
+
+
+def test_explain_takes_only_ops():
+    with pytest.raises(TypeError, match="explain\\(\\) takes a fastattn op, not"):
+        explain(torch.softmax, X, -1)
+
+
+def test_explain_validates_as_the_call_would():
+    with pytest.raises(ValueError, match="one head dim, got 8 and 7"):
+        explain(attend_function(), X, X[..., :7], X)
+
+
+def test_every_op_is_registered_for_every_backend():
+    for op in OPS.values():
+        assert set(op.bound) == set(NAMES)
+        for suffix in ("", "_forward", "_backward"):
+            packet = getattr(torch.ops.fastattn, op.name + suffix)
+            assert set(packet.overloads()) == set(NAMES)
+
+
+def test_schemas_are_functional():
+    """No op may write to its arguments."""
+    for op in OPS.values():
+        for suffix in ("", "_forward", "_backward"):
+            for name in NAMES:
+                schema = getattr(getattr(torch.ops.fastattn, op.name + suffix), name)._schema
+                assert not schema.is_mutable and not any(a.alias_info for a in schema.arguments)
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**{k: v for k, v in os.environ.items() if not k.startswith("FASTATTN_")}, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_the_environment_variable_forces(skip_without_native):
+    code = (
+        "import torch, fastattn\n"
+        "from fastattn import dispatch\n"
+        "x = torch.randn(1, 1, 3, 4)\n"
+        "fastattn.scaled_dot_product_attention(x, x, x)\n"
+        "print(dispatch.served())\n"
+        "x = x.double()\n"
+        "try:\n"
+        "    fastattn.scaled_dot_product_attention(x, x, x)\n"
+        "except fastattn.BackendUnsupported as error:\n"
+        "    print(str(error).splitlines()[0])\n"
+        "with fastattn.use_backend('reference'):\n"
+        "    print(fastattn.scaled_dot_product_attention(x, x, x).dtype)\n"
+    )
+    assert run_python(code, FASTATTN_BACKEND="reference").stdout.splitlines() == [
+        "{'reference': 1}",
+        "torch.float64",
+    ]
+    assert run_python(code, FASTATTN_BACKEND="cpu").stdout.splitlines() == [
+        "{'cpu': 1}",
+        "attention: backend 'cpu' was asked for and cannot serve this call",
+        "torch.float64",
+    ]
+
+
+def test_an_unknown_name_in_the_environment_is_an_error_at_import():
+    result = run_python("import fastattn", FASTATTN_BACKEND="gpu")
+    assert result.returncode == 1
+    assert "ValueError: unknown backend 'gpu'; there are cpu, reference" in result.stderr.splitlines()[-1]
+
+
+def test_an_empty_environment_variable_is_none():
+    assert run_python("import fastattn", FASTATTN_BACKEND="", FASTATTN_CPU_ISA="").returncode == 0
