@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor input, Tensor ta
                                                          int64_t reduction) {
   const Problem q = problem(input, target, weight, ignore_index, reduction);
   const bool reduced = q.reduction != Reduction::none;
-  Tensor row_loss = empty({q.rows}, ScalarType::Float);
+  Tensor row_loss = reduced ? unpoisoned(q.rows, ScalarType::Float) : empty({q.rows}, ScalarType::Float);
   Tensor loss = reduced ? empty({}, ScalarType::Float) : row_loss;
   Tensor lse = empty({q.rows}, ScalarType::Float);
   Tensor total = empty({}, ScalarType::Float);

@@ -36,12 +36,29 @@ inline DType dtype_of(ScalarType type) {
 
 inline DType dtype_of(const Tensor& tensor) { return dtype_of(tensor.scalar_type()); }
 
-// A fresh tensor through torch's dispatcher, so that allocators, modes and poisoning apply.
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
+using torch::headeronly::IntHeaderOnlyArrayRef;
+
+// A fresh contiguous tensor through torch's dispatcher, so that allocators, modes and poisoning apply. new_empty of
+// some tensor, because torch::stable::empty looks its op up by name: twice the time.
+inline Tensor empty(IntHeaderOnlyArrayRef sizes, ScalarType type) {
+  static const Tensor* const some = new Tensor(torch::stable::empty({0}, ScalarType::Float));  // outlives static storage
+  int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle fresh = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(some->get(), sizes.data(), static_cast<int64_t>(sizes.size()),
+                                                          &dtype, nullptr, nullptr, 0, nullptr, &fresh));
+  return Tensor(fresh);
 }
-inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
-  return torch::stable::empty(sizes, type);
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
+  return empty(IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
+}
+// A workspace or a tensor without elements: straight from the allocator, three times as fast again.
+inline Tensor unpoisoned(int64_t elements, ScalarType type) {
+  const int64_t stride = 1;
+  AtenTensorHandle fresh = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      1, &elements, &stride, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+      aoti_torch_device_type_cpu(), 0, &fresh));
+  return Tensor(fresh);
 }
 
 // A worker's scratch memory: kept for the next call while small, so that no call pays for fresh pages.

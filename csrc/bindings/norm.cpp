@@ -56,7 +56,7 @@ Forward forward(const char* name, bool centred, const Tensor& input, const std::
   std::optional<Rows> add;
   if (residual) add = rows_of(*residual, normalized_ndim, columns);
 
-  Forward out{empty(input.sizes(), type), residual ? empty(input.sizes(), type) : empty({0}, type),
+  Forward out{empty(input.sizes(), type), residual ? empty(input.sizes(), type) : unpoisoned(0, type),
               centred ? empty({rows}, ScalarType::Float) : Tensor(), empty({rows}, ScalarType::Float)};
   NormForward p{};
   p.input = x.data();
@@ -106,7 +106,7 @@ Backward backward(const char* name, bool centred, const Tensor& grad_output, con
 
   const auto parameter = [](const std::optional<Tensor>& tensor, bool wanted) {
     const ScalarType type = tensor ? tensor->scalar_type() : ScalarType::Float;
-    return wanted ? empty(tensor->sizes(), type) : empty({0}, type);
+    return wanted ? empty(tensor->sizes(), type) : unpoisoned(0, type);
   };
   Backward out{empty(input.sizes(), input.scalar_type()), parameter(weight, weight_grad),
                centred ? parameter(bias, bias_grad) : Tensor()};
@@ -114,7 +114,7 @@ Backward backward(const char* name, bool centred, const Tensor& grad_output, con
   const int64_t chunk_rows = (std::max<int64_t>((rows + 63) / 64, 16) + 3) / 4 * 4;
   const int64_t chunks = std::max<int64_t>((rows + chunk_rows - 1) / chunk_rows, 1);
   std::optional<Tensor> partials;
-  if (weight_grad || bias_grad) partials = empty({chunks * (centred ? 2 : 1) * columns}, ScalarType::Float);
+  if (weight_grad || bias_grad) partials = unpoisoned(chunks * (centred ? 2 : 1) * columns, ScalarType::Float);
 
   NormBackward p{};
   p.grad_output = dy.data();

@@ -19,7 +19,7 @@ template <class T>
 Exponentials sum_exponentials(const T* x, int64_t columns, const T* ahead) {
   constexpr int64_t kChunk = 16384 / static_cast<int64_t>(sizeof(T));
   F32x2 max_so_far = splat2(kLowest);
-  F32x2 sums[2] = {splat2(0.f), splat2(0.f)};
+  F32x2 total = splat2(0.f);
   for (int64_t begin = 0; begin < columns; begin += kChunk) {
     const int64_t count = min_of(kChunk, columns - begin);
     F32x2 tops[2] = {max_so_far, max_so_far};
@@ -27,19 +27,17 @@ Exponentials sum_exponentials(const T* x, int64_t columns, const T* ahead) {
       tops[i] = max(tops[i], keep(get(x + begin + c, Cheapest{}, where), splat(kLowest), where));
     });
     const F32x2 top = max(tops[0], tops[1]);
-    if (begin > 0) {
-      const F32x2 shrink = exp(max_so_far - top);
-      sums[0] = sums[0] * shrink;
-      sums[1] = sums[1] * shrink;
-    }
+    if (begin > 0) total = total * exp(max_so_far - top);
     max_so_far = top;
+    F32x2 sums[2] = {splat2(0.f), splat2(0.f)};  // of this chunk: short sums round less
     for_columns<2>(count, [&](int64_t c, int i, auto where) FASTATTN_LAMBDA {
       sums[i] = sums[i] + keep(exp(get(x + begin + c, Cheapest{}, where) - top), zero(), where);
       prefetch_pair(ahead + begin + c);
     });
+    total = total + (sums[0] + sums[1]);
   }
   const float top = reduce_max(max_so_far);
-  return {top, reduce_add((sums[0] + sums[1]) * exp(max_so_far - splat2(top)))};
+  return {top, reduce_add(total * exp(max_so_far - splat2(top)))};
 }
 
 // 1 / x in two parts, so that a product with both is as good as a division.
@@ -51,12 +49,12 @@ FASTATTN_INLINE Reciprocal reciprocal(float x) {
   return {hi, __builtin_fmaf(-x, hi, 1.f) * hi};
 }
 
-// e^x as good as a result that is rounded to T deserves.
+// e^x as good as a result that is rounded to T deserves; 1 at 0.
 template <class T>
 FASTATTN_INLINE F32x2 exp_for(const T*, F32x2 x) {
   return exp(x);
 }
-FASTATTN_INLINE F32x2 exp_for(const bf16*, F32x2 x) { return exp2<3>(x * splat2(kLog2e)); }
+FASTATTN_INLINE F32x2 exp_for(const bf16*, F32x2 x) { return exp2<4>(x * splat2(kLog2e)); }
 
 }  // namespace
 }  // namespace fastattn::FASTATTN_ISA

@@ -22,6 +22,14 @@ FASTATTN_INLINE float element(const T* p) {
   return lanes_of[0];
 }
 
+// e^(x - lse) of one element
+template <class T>
+FASTATTN_INLINE float element_exp(const T* p, float lse) {
+  alignas(64) float lanes_of[kLanes];
+  store(lanes_of, exp(load_first(p, 1) - splat(lse)));
+  return lanes_of[0];
+}
+
 // ---- forward ----
 
 // sum_c(a_c * -logp_c) over all columns, with a_c = weight_c * (share * t_c + spread); t = nullptr: 0.
@@ -29,15 +37,21 @@ template <class T, class Target>
 float soft_loss(const T* x, int64_t columns, const Target* t, const float* weight, float share, float spread,
                 Exponentials e) {
   const F32x2 top = splat2(e.max), log_sum = splat2(__builtin_logf(e.sum));
-  F32x2 sums[2] = {splat2(0.f), splat2(0.f)};
-  for_columns<2>(columns, [&](int64_t c, int i, auto where) FASTATTN_LAMBDA {
-    F32x2 a = splat2(spread);
-    if (t != nullptr) a = fma(splat2(share), get(t + c, Natural{}, where), a);
-    if (weight != nullptr) a = a * get(weight + c, Natural{}, where);
-    const F32x2 term = a * (log_sum - (get(x + c, Natural{}, where) - top));
-    sums[i] = sums[i] + keep(select(a == splat2(0.f), splat2(0.f), term), zero(), where);
-  });
-  return reduce_add(sums[0] + sums[1]);
+  constexpr int64_t kChunk = 4096;
+  double loss = 0.0;  // of chunks: short sums round less
+  for (int64_t begin = 0; begin < columns; begin += kChunk) {
+    F32x2 sums[2] = {splat2(0.f), splat2(0.f)};
+    for_columns<2>(min_of(kChunk, columns - begin), [&](int64_t offset, int i, auto where) FASTATTN_LAMBDA {
+      const int64_t c = begin + offset;
+      F32x2 a = splat2(spread);
+      if (t != nullptr) a = fma(splat2(share), get(t + c, Natural{}, where), a);
+      if (weight != nullptr) a = a * get(weight + c, Natural{}, where);
+      const F32x2 term = a * (log_sum - (get(x + c, Natural{}, where) - top));
+      sums[i] = sums[i] + keep(select(a == splat2(0.f), splat2(0.f), term), zero(), where);
+    });
+    loss += static_cast<double>(reduce_add(sums[0] + sums[1]));
+  }
+  return static_cast<float>(loss);
 }
 
 template <class T>
@@ -104,43 +118,78 @@ void run_cross_entropy_forward(const CrossEntropyForward& p, TaskQueue& queue, c
 
 // ---- backward ----
 
-// The rounding of lse is an error of the whole row's softmax, so where lse is large the sum is taken again.
+// The rounding of lse is an error of the whole row's softmax, the largest of all where lse is not small. So the
+// exponentials are summed up once more: of an fp32 row always, of a 16-bit row, whose result is rounded far more
+// coarsely, where lse is huge.
+constexpr float kTrustedLse = 1024.f;
 template <class T>
-constexpr float kTrustedLse = sizeof(T) == sizeof(float) ? 16.f : 1024.f;
+constexpr bool kSumAgain = sizeof(T) == sizeof(float);
 
+// 1 / sum(exp(x - lse)), which is 1 but for rounding. The exponentials of an fp32 row are left in dx.
 template <class T>
-float softmax_correction(const T* x, int64_t columns, float lse) {
-  if (!(__builtin_fabsf(lse) > kTrustedLse<T>)) return 1.f;
+float normalizer(const T* x, T* dx, int64_t columns, float lse) {
+  if (!kSumAgain<T> && !(__builtin_fabsf(lse) > kTrustedLse)) return 1.f;
   const F32x2 shift = splat2(lse);
   F32x2 sums[2] = {splat2(0.f), splat2(0.f)};
   for_columns<2>(columns, [&](int64_t c, int i, auto where) FASTATTN_LAMBDA {
-    sums[i] = sums[i] + keep(exp(get(x + c, Cheapest{}, where) - shift), zero(), where);
+    const F32x2 p = exp(get(x + c, Cheapest{}, where) - shift);
+    if constexpr (kSumAgain<T>) put(dx + c, p, Cheapest{}, where);
+    sums[i] = sums[i] + keep(p, zero(), where);
   });
   return 1.f / reduce_add(sums[0] + sums[1]);
 }
+template <class T, class Where>
+FASTATTN_INLINE F32x2 exponential(const T* x, const T* dx, F32x2 lse, Where where) {
+  if constexpr (kSumAgain<T>)
+    return get(dx, Natural{}, where);
+  else
+    return exp_for(x, get(x, Natural{}, where) - lse);
+}
 
-// softmax * total - weight * spread
+// softmax * scale; returns the softmax of the target. An fp32 row is written before its sum is known, and once more
+// only if the sum is so far off that it shows: the error (1 - sum) * |softmax| is held against one rounding of the
+// gradient's norm, |softmax - one_hot|.
 template <class T>
-void hard_gradient(const T* x, T* dx, int64_t columns, const float* weight, float lse, float total, float spread) {
-  constexpr const T* kind = nullptr;
-  const F32x2 shift = splat2(lse), all = splat2(total), base = splat2(-spread);
-  if (weight == nullptr || spread == 0.f) {
+float hard_gradient(const T* x, T* dx, int64_t columns, int64_t target, float lse, float scale) {
+  const F32x2 shift = splat2(lse), all = splat2(scale);
+  F32x2 sums[2] = {splat2(0.f), splat2(0.f)}, squares[2] = {splat2(0.f), splat2(0.f)};
+  for_columns<2>(columns, [&](int64_t c, int i, auto where) FASTATTN_LAMBDA {
+    const F32x2 p = exp_for(x, get(x + c, Cheapest{}, where) - shift);
+    put(dx + c, p * all, Cheapest{}, where);
+    if constexpr (kSumAgain<T>) {
+      const F32x2 own = keep(p, zero(), where);
+      sums[i] = sums[i] + own;
+      squares[i] = fma(own, own, squares[i]);
+    }
+  });
+  const float own = element_exp(x + target, lse);
+  if constexpr (kSumAgain<T>) {
+    const float sum = reduce_add(sums[0] + sums[1]), square = reduce_add(squares[0] + squares[1]);
+    const float gradient = square - 2.f * own + 1.f;
+    if ((sum - 1.f) * (sum - 1.f) * square <= 0x1p-48f * gradient) return own;
+    const F32x2 correction = splat2(1.f / sum);
     for_columns<2>(columns, [&](int64_t c, int, auto where) FASTATTN_LAMBDA {
-      put(dx + c, fma(exp_for(kind, get(x + c, Cheapest{}, where) - shift), all, base), Cheapest{}, where);
+      put(dx + c, get(dx + c, Natural{}, where) * correction, Natural{}, where);
     });
-  } else {
-    for_columns<2>(columns, [&](int64_t c, int, auto where) FASTATTN_LAMBDA {
-      const F32x2 p = exp_for(kind, get(x + c, Natural{}, where) - shift);
-      put(dx + c, fma(p, all, base * get(weight + c, Natural{}, where)), Natural{}, where);
-    });
+    return own / sum;
   }
+  return own;
+}
+
+// softmax * total - weight * spread, where softmax * total = exponential * scale
+template <class T>
+void smooth_gradient(const T* x, T* dx, int64_t columns, const float* weight, float lse, float scale, float spread) {
+  const F32x2 shift = splat2(lse), all = splat2(scale), base = splat2(-spread);
+  for_columns<2>(columns, [&](int64_t c, int, auto where) FASTATTN_LAMBDA {
+    const F32x2 share = weight != nullptr ? base * get(weight + c, Natural{}, where) : base;
+    put(dx + c, fma(exponential(x + c, dx + c, shift, where), all, share), Natural{}, where);
+  });
 }
 
 // softmax * sum(a) - a, a_c = grad * weight_c * (share * t_c + spread)
 template <class T, class Target>
 void soft_gradient(const T* x, T* dx, int64_t columns, const Target* t, const float* weight, float lse, float scale,
                    float grad, float share, float spread) {
-  constexpr const T* kind = nullptr;
   const auto coefficient = [&](int64_t c, auto where) FASTATTN_LAMBDA {
     F32x2 a = fma(splat2(share), get(t + c, Natural{}, where), splat2(spread));
     if (weight != nullptr) a = a * get(weight + c, Natural{}, where);
@@ -151,7 +200,7 @@ void soft_gradient(const T* x, T* dx, int64_t columns, const Target* t, const fl
                               FASTATTN_LAMBDA { sums[i] = sums[i] + keep(coefficient(c, where), zero(), where); });
   const F32x2 shift = splat2(lse), all = splat2(reduce_add(sums[0] + sums[1]) * scale);
   for_columns<2>(columns, [&](int64_t c, int, auto where) FASTATTN_LAMBDA {
-    const F32x2 p = exp_for(kind, get(x + c, Natural{}, where) - shift);
+    const F32x2 p = exponential(x + c, dx + c, shift, where);
     put(dx + c, p * all - coefficient(c, where), Natural{}, where);
   });
 }
@@ -167,7 +216,7 @@ void cross_entropy_backward_row(const CrossEntropyBackward& p, int64_t row, floa
   const float spread = p.label_smoothing / static_cast<float>(p.columns);
   const float share = 1.f - p.label_smoothing;
   if (p.probabilities != nullptr) {
-    const float scale = softmax_correction(x, p.columns, lse);
+    const float scale = normalizer(x, dx, p.columns, lse);
     if (p.probabilities_dtype == DType::f32) {
       const float* t = static_cast<const float*>(p.probabilities) + row * p.probabilities_stride;
       soft_gradient(x, dx, p.columns, t, p.weight, lse, scale, grad, share, spread);
@@ -183,13 +232,16 @@ void cross_entropy_backward_row(const CrossEntropyBackward& p, int64_t row, floa
     return;
   }
   const float weight = p.weight != nullptr ? p.weight[target] : 1.f;
-  const float scale = softmax_correction(x, p.columns, lse);
-  const float total = grad * (share * weight + spread * weight_sum) * scale;
-  hard_gradient(x, dx, p.columns, p.weight, lse, total, grad * spread);
-  // The target's own column again, with the rest of its coefficient.
-  const F32x2 own = exp_for(dx, get(x + target, Natural{}, Part{1}) - splat2(lse));
-  const float coefficient = grad * weight * (share + spread);
-  put(dx + target, fma(own, splat2(total), splat2(-coefficient)), Natural{}, Part{1});
+  // The target's own column, which has a larger coefficient, is written once more.
+  float own, scale = grad * (share * weight + spread * weight_sum);
+  if (spread == 0.f) {
+    own = hard_gradient(x, dx, p.columns, target, lse, scale);
+  } else {
+    const float again = normalizer(x, dx, p.columns, lse);
+    own = element_exp(x + target, lse) * again;
+    smooth_gradient(x, dx, p.columns, p.weight, lse, scale * again, grad * spread);
+  }
+  put(dx + target, splat2(own * scale - grad * weight * (share + spread)), Natural{}, Part{1});
 }
 
 template <class T>

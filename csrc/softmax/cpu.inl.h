@@ -14,6 +14,7 @@ namespace {
 constexpr int64_t kSoftmaxLongRow = 65536;  // columns: with the exponentials, half a megabyte
 constexpr int64_t kSoftmaxTaskElements = 16384;
 constexpr int kSoftmaxWidth = 2;  // pairs of registers across `inner`
+constexpr int64_t kSoftmaxChunk = 64;  // columns summed up together when `inner` is in the lanes
 
 template <class A, class B>
 struct OrderOf {
@@ -32,7 +33,7 @@ void softmax_row(const In* x, Out* y, int64_t columns, const In* ahead, float* s
     const Exponentials e = sum_exponentials(x, columns, Log ? ahead : x);
     const F32x2 top = splat2(e.max);
     if constexpr (Log) {
-      const F32x2 log_sum = splat2(logf(e.sum));
+      const F32x2 log_sum = splat2(__builtin_logf(e.sum));
       for_columns<2>(columns, [&](int64_t c, int, auto where) FASTATTN_LAMBDA {
         put(y + c, (get(x + c, Order{}, where) - top) - log_sum, Order{}, where);
       });
@@ -73,14 +74,13 @@ template <class In, class Out, bool Log, int Width, class Where>
 void softmax_columns(const In* x, Out* y, int64_t columns, int64_t inner, Where where) {
   using Order = typename OrderOf<In, Out>::type;
   constexpr const Out* kind = nullptr;
-  constexpr int64_t kChunk = 128;
   F32x2 top[Width], sum[Width];
   FASTATTN_UNROLL for (int u = 0; u < Width; u++) {
     top[u] = splat2(kLowest);
     sum[u] = splat2(0.f);
   }
-  for (int64_t begin = 0; begin < columns; begin += kChunk) {
-    const int64_t end = min_of(begin + kChunk, columns);
+  for (int64_t begin = 0; begin < columns; begin += kSoftmaxChunk) {
+    const int64_t end = min_of(begin + kSoftmaxChunk, columns);
     F32x2 now[Width];
     FASTATTN_UNROLL for (int u = 0; u < Width; u++) now[u] = top[u];
     for (int64_t c = begin; c < end; c++)
@@ -89,16 +89,19 @@ void softmax_columns(const In* x, Out* y, int64_t columns, int64_t inner, Where 
       sum[u] = sum[u] * exp(top[u] - now[u]);
       top[u] = now[u];
     }
+    F32x2 part[Width];  // of this chunk: short sums round less
+    FASTATTN_UNROLL for (int u = 0; u < Width; u++) part[u] = splat2(0.f);
     for (int64_t c = begin; c < end; c++)
       FASTATTN_UNROLL for (int u = 0; u < Width; u++)
-        sum[u] = sum[u] + exp_for(kind, get(x + c * inner + u * kPair, Order{}, where) - top[u]);
+        part[u] = part[u] + exp_for(kind, get(x + c * inner + u * kPair, Order{}, where) - top[u]);
+    FASTATTN_UNROLL for (int u = 0; u < Width; u++) sum[u] = sum[u] + part[u];
   }
   F32x2 last[Width];  // log of the sum, or its reciprocal
   FASTATTN_UNROLL for (int u = 0; u < Width; u++) {
     if constexpr (Log) {
       float lanes_of[kPair];
       put(lanes_of, sum[u], Natural{}, Whole{});
-      for (int64_t i = 0; i < kPair; i++) lanes_of[i] = logf(lanes_of[i]);
+      for (int64_t i = 0; i < kPair; i++) lanes_of[i] = __builtin_logf(lanes_of[i]);
       last[u] = get(lanes_of, Natural{}, Whole{});
     } else {
       last[u] = splat2(1.f) / sum[u];
@@ -116,7 +119,7 @@ void softmax_columns(const In* x, Out* y, int64_t columns, int64_t inner, Where 
   }
 }
 
-template <class G, class In, bool Log>
+template <class In, bool Log>
 FASTATTN_INLINE F32x2 softmax_gradient(F32x2 g, F32x2 y, F32x2 sum) {
   constexpr const In* kind = nullptr;
   if constexpr (Log)
@@ -125,8 +128,9 @@ FASTATTN_INLINE F32x2 softmax_gradient(F32x2 g, F32x2 y, F32x2 sum) {
     return y * (g - sum);
 }
 
+// `dy_ahead` and `y_ahead` are the row to come, fetched meanwhile.
 template <class G, class In, bool Log>
-void softmax_backward_row(const G* dy, const G* y, In* dx, int64_t columns) {
+void softmax_backward_row(const G* dy, const G* y, In* dx, int64_t columns, const G* dy_ahead, const G* y_ahead) {
   using Order = typename OrderOf<G, In>::type;
   F32x2 sums[2] = {splat2(0.f), splat2(0.f)};
   for_columns<2>(columns, [&](int64_t c, int i, auto where) FASTATTN_LAMBDA {
@@ -135,7 +139,10 @@ void softmax_backward_row(const G* dy, const G* y, In* dx, int64_t columns) {
   });
   const F32x2 sum = splat2(reduce_add(sums[0] + sums[1]));
   for_columns<2>(columns, [&](int64_t c, int, auto where) FASTATTN_LAMBDA {
-    put(dx + c, softmax_gradient<G, In, Log>(get(dy + c, Order{}, where), get(y + c, Order{}, where), sum), Order{}, where);
+    const F32x2 g = get(dy + c, Order{}, where);
+    put(dx + c, softmax_gradient<In, Log>(g, get(y + c, Order{}, where), sum), Order{}, where);
+    prefetch_pair(dy_ahead + c);
+    prefetch_pair(y_ahead + c);
   });
 }
 
@@ -144,18 +151,23 @@ void softmax_backward_columns(const G* dy, const G* y, In* dx, int64_t columns, 
   using Order = typename OrderOf<G, In>::type;
   F32x2 sum[Width];
   FASTATTN_UNROLL for (int u = 0; u < Width; u++) sum[u] = splat2(0.f);
-  for (int64_t c = 0; c < columns; c++) {
-    FASTATTN_UNROLL for (int u = 0; u < Width; u++) {
-      const int64_t at = c * inner + u * kPair;
-      const F32x2 g = get(dy + at, Order{}, where);
-      sum[u] = Log ? sum[u] + g : fma(g, get(y + at, Order{}, where), sum[u]);
+  for (int64_t begin = 0; begin < columns; begin += kSoftmaxChunk) {
+    F32x2 part[Width];
+    FASTATTN_UNROLL for (int u = 0; u < Width; u++) part[u] = splat2(0.f);
+    for (int64_t c = begin; c < min_of(begin + kSoftmaxChunk, columns); c++) {
+      FASTATTN_UNROLL for (int u = 0; u < Width; u++) {
+        const int64_t at = c * inner + u * kPair;
+        const F32x2 g = get(dy + at, Order{}, where);
+        part[u] = Log ? part[u] + g : fma(g, get(y + at, Order{}, where), part[u]);
+      }
     }
+    FASTATTN_UNROLL for (int u = 0; u < Width; u++) sum[u] = sum[u] + part[u];
   }
   for (int64_t c = 0; c < columns; c++) {
     FASTATTN_UNROLL for (int u = 0; u < Width; u++) {
       const int64_t at = c * inner + u * kPair;
-      put(dx + at, softmax_gradient<G, In, Log>(get(dy + at, Order{}, where), get(y + at, Order{}, where), sum[u]),
-          Order{}, where);
+      const F32x2 g = get(dy + at, Order{}, where);
+      put(dx + at, softmax_gradient<In, Log>(g, get(y + at, Order{}, where), sum[u]), Order{}, where);
     }
   }
 }
@@ -216,7 +228,9 @@ void softmax_backward(const SoftmaxBackward& p, TaskQueue& queue) {
   In* const dx = static_cast<In*>(p.grad_input);
   for_softmax_units(p.outer, p.columns, p.inner, queue, [&](int64_t unit, int64_t at, int64_t lanes) FASTATTN_LAMBDA {
     if (p.inner == 1) {
-      softmax_backward_row<G, In, Log>(dy + unit * p.grad_output_stride, y + unit * p.output_stride, dx + at, p.columns);
+      const G *const dy_row = dy + unit * p.grad_output_stride, *const y_row = y + unit * p.output_stride;
+      softmax_backward_row<G, In, Log>(dy_row, y_row, dx + at, p.columns, dy_row + p.grad_output_stride,
+                                       y_row + p.output_stride);
     } else {
       for_lanes(lanes, [&](auto width, int64_t lane, auto where) FASTATTN_LAMBDA {
         const int64_t i = at + lane;
