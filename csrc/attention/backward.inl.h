@@ -148,31 +148,10 @@ FASTATTN_INLINE void add_key_gradient(const float* tile, const GradientTiles<G>&
   }
 }
 
-template <class T>
-__attribute__((noinline)) void row_dots_of(Operand a, Operand b, int64_t rows, int64_t columns, float* dots) {
-  const int64_t whole = columns - columns % kLanes;
-  for (int64_t i = 0; i < rows; i++) {
-    const T* x = reinterpret_cast<const T*>(a.data + i * a.row);
-    const T* y = reinterpret_cast<const T*>(b.data + i * b.row);
-    F32 sum = zero();
-    for (int64_t c = 0; c < whole; c += kLanes) sum = fma(load(x + c), load(y + c), sum);
-    if (whole < columns) sum = fma(load_first(x + whole, columns - whole), load_first(y + whole, columns - whole), sum);
-    dots[i] = reduce_add(sum);
-  }
-}
-FASTATTN_INLINE void row_dots(DType dtype, Operand a, Operand b, int64_t rows, int64_t columns, float* dots) {
-  if (dtype == DType::f32)
-    row_dots_of<float>(a, b, rows, columns, dots);
-  else if (dtype == DType::bf16)
-    row_dots_of<bf16>(a, b, rows, columns, dots);
-  else
-    row_dots_of<f16>(a, b, rows, columns, dots);
-}
-
 // A panel of queries in the backward pass: everything about it that does not depend on the block of keys.
 template <class G>
 struct BackwardPanel {
-  PackedRows<G> query, grad;
+  PackedRows<G> query, grad, output;
   SavedStatistics saved;
   Statistics statistics;  // only where lse cannot tell
   float *bias, *dropout;  // tiles, nullptr where there is none
@@ -184,6 +163,7 @@ struct BackwardPanel {
     BackwardPanel panel = {};
     panel.query = PackedRows<G>::take(arena, problem.head_dim);
     panel.grad = PackedRows<G>::take(arena, problem.value_dim);
+    panel.output = PackedRows<G>::take(arena, problem.value_dim);
     panel.saved = SavedStatistics::take(arena);
     panel.statistics = Statistics::take(arena);
     panel.bias = problem.mask.data != nullptr ? arena.take<float>(kKeyBlock * kPanel) : nullptr;
@@ -205,8 +185,7 @@ struct BackwardPanel {
                score_scale(problem.scale).sign);
     const Operand grads = head_rows(p.grad_output, problem.dtype, batch, head, first);
     grad.pack(problem.dtype, grads, count);
-    row_dots(problem.dtype, grads, head_rows(p.output, problem.dtype, batch, head, first), count, problem.value_dim,
-             saved.delta);
+    output.pack(problem.dtype, head_rows(p.output, problem.dtype, batch, head, first), count);
     const int64_t row = (batch * problem.heads + head) * problem.queries + first;
     bool huge = false;
     for (int64_t at = 0; at < count; at += kLanes) {
@@ -214,7 +193,11 @@ struct BackwardPanel {
       const Mask real = first_lanes(n);
       const F32 lse = load_first(p.lse + row + at, n);
       const Mask live = real & ~(lse == splat(-kInf));
-      F32 delta = load(saved.delta + at);
+      // In the order in which dP sums: where one key has all the weight, dP - delta is exactly 0.
+      F32 delta = zero();
+      for (int64_t k = 0; k < grad.steps(); k++)
+        delta = G::multiply_add(G::load(output.transposed + k * kPanel + at), G::load(grad.transposed + k * kPanel + at),
+                                delta);
       if (p.grad_lse != nullptr) delta = delta - load_first(p.grad_lse + row + at, n);
       store(saved.delta + at, select(live, delta, zero()));
       store(saved.lse + at, select(live, lse, splat(kInf)));
