@@ -147,7 +147,8 @@ def _run(function: Callable[..., Any], suite: Suite, expected: _Expected, twice:
 
     def cotangents(name: str, output: Tensor) -> Tensor:
         given = expected.cotangents.get(name)
-        return torch.zeros_like(output) if given is None else given.to(output.dtype)
+        fits = given is not None and given.shape == output.shape
+        return given.to(output.dtype) if fits and given is not None else torch.zeros_like(output)
 
     arguments, differentiated = expected.arguments, expected.differentiated
     before = {name: value.clone() for name, value in arguments.items() if isinstance(value, Tensor)}

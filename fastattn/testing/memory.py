@@ -51,16 +51,15 @@ class _Fenced:
 
 
 def _fenced_storage(elements: int, dtype: torch.dtype, at_end: bool) -> Tensor:
-    """A 1-D tensor that ends right before an inaccessible page, or starts right behind one. Its memory is never freed:
-    tests use little of it, and a use after free would be a fault of the test and not of the kernel."""
+    """A 1-D tensor that ends right before an inaccessible page, or starts right behind one."""
     size = elements * dtype.itemsize
     fenced = _Fenced(size)
-    _kept.append(fenced)
+
+    class Buffer(ctypes.c_char * size):  # type: ignore[misc]  # torch keeps it alive, and it keeps the memory
+        owner = fenced
+
     address = fenced.start + (fenced.length - size if at_end else 0)
-    return torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=dtype)
-
-
-_kept: list[_Fenced] = []
+    return torch.frombuffer(Buffer.from_address(address), dtype=dtype)
 
 
 def guarded(tensor: Tensor, *, at_end: bool = True) -> Tensor:
@@ -77,10 +76,8 @@ def guarded(tensor: Tensor, *, at_end: bool = True) -> Tensor:
 
 
 class GuardedOutputs(TorchDispatchMode):
-    """Within the block, contiguous CPU tensors that C++ kernels allocate end at an inaccessible page, too.
-
-    Call kernels by `redispatch` (see `run_guarded`), so that the mode sees their allocations and not the op itself.
-    """
+    """What CPU kernels allocate through torch's dispatcher ends at (or starts behind) an inaccessible page, too, and is
+    full of NaN. `run` calls a kernel so."""
 
     def __init__(self, *, at_end: bool = True) -> None:
         super().__init__()
@@ -90,18 +87,22 @@ class GuardedOutputs(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten.empty.memory_format:
-            shape = list(args[0])
-            dtype = kwargs.get("dtype") or torch.get_default_dtype()
-            elements = torch.Size(shape).numel()
-            if elements:
-                self.served += 1
-                storage = _fenced_storage(elements, dtype, self.at_end)
-                if dtype.is_floating_point:
-                    storage.fill_(torch.nan)
-                return storage.view(shape)
+            return self._empty(args[0], kwargs.get("dtype") or torch.get_default_dtype())
+        if func is torch.ops.aten.new_empty.default:
+            return self._empty(args[1], kwargs.get("dtype") or args[0].dtype)
         return func(*args, **kwargs)
 
+    def _empty(self, shape: Any, dtype: torch.dtype) -> Tensor:
+        elements = torch.Size(shape).numel()
+        if elements == 0:
+            return torch.zeros(shape, dtype=dtype)
+        self.served += 1
+        storage = _fenced_storage(elements, dtype, self.at_end)
+        if dtype.is_floating_point:
+            storage.fill_(torch.nan)
+        return storage.view(shape)
+
     def run(self, overload: Any, *args: Any) -> Any:
-        """The CPU kernel of a torch op with its outputs guarded."""
+        """The CPU kernel of a torch op: straight to the kernel, so that this mode sees its allocations alone."""
         with self:
             return overload.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args)
