@@ -8,10 +8,7 @@ namespace {
 
 constexpr int kVectors = kRegisters >= 32 ? 4 : 3;
 constexpr int64_t kPanel = kVectors * kLanes;  // queries worked on together
-#ifndef KBX
-#define KBX 128
-#endif
-constexpr int64_t kKeyBlock = KBX;              // keys worked on together
+constexpr int64_t kKeyBlock = 128;              // keys worked on together
 constexpr int64_t kRowPad = 8;                 // rows come in groups of this many, a multiple of every tile_rows()
 
 // Rows of a register tile that is `vectors` wide: enough sums in flight to hide the latency of a multiply-add.
