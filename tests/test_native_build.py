@@ -56,7 +56,10 @@ def copy_of_the_package(folder: Path, *, note: str | None = None, broken: bool =
 
 
 PROGRAM = """
-import torch, fastattn
+import sys, torch
+# An editable install would answer for fastattn._C wherever the package itself was found.
+sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
+import fastattn
 print(fastattn.explain(fastattn.softmax, torch.zeros(3), 0).reasons["cpu"])
 fastattn.softmax(torch.zeros(3), 0)
 print(fastattn.dispatch.served())
