@@ -114,13 +114,15 @@ FASTATTN_INLINE F32x2 keep(F32x2 x, F32 other, Part part) {
   return {select(first(part.low()), x.a, other), select(first(part.high()), x.b, other)};
 }
 
-// body(column, i, Whole or Part) along a row; i < Unroll numbers independent accumulators.
+// body(column, i, Whole or Part) along a row; i < Unroll numbers independent accumulators. Narrow registers are not
+// worth the code.
 template <int Unroll, class Body>
 FASTATTN_INLINE void for_columns(int64_t columns, Body body) {
+  constexpr int kTogether = kLanes >= 8 ? Unroll : 1;
   int64_t c = 0;
-  for (; c + Unroll * kPair <= columns; c += Unroll * kPair)
-    FASTATTN_UNROLL for (int i = 0; i < Unroll; i++) body(c + i * kPair, i, Whole{});
-  if constexpr (Unroll > 1)
+  for (; c + kTogether * kPair <= columns; c += kTogether * kPair)
+    FASTATTN_UNROLL for (int i = 0; i < kTogether; i++) body(c + i * kPair, i, Whole{});
+  if constexpr (kTogether > 1)
     for (; c + kPair <= columns; c += kPair) body(c, 0, Whole{});
   if (c < columns) body(c, 0, Part{columns - c});
 }

@@ -16,6 +16,7 @@ namespace {
 // Short rows are taken four at a time, which hides the latency of their reductions and shares the loads of weight and
 // bias. A row's result is the same either way: the number of accumulators depends on its length only.
 constexpr int64_t kShortRowBytes = 2048;
+constexpr int kRowsTogether = kLanes >= 8 ? 4 : 1;
 
 FASTATTN_INLINE int64_t norm_rows_per_task(int64_t columns) {
   return round_up(max_of(24576 / max_of(columns, 1), 1), 4);
@@ -50,6 +51,18 @@ FASTATTN_INLINE float total(const F32x2 (&sums)[Unroll]) {
   return reduce_add(sum);
 }
 
+// input + residual of one row, rounded; the row to go on with.
+template <class T>
+const T* add_residual(const NormForward& p, int64_t row) {
+  const T* const x = static_cast<const T*>(p.input) + row * p.input_stride;
+  const T* const residual = static_cast<const T*>(p.residual) + row * p.residual_stride;
+  T* const sum = static_cast<T*>(p.sum) + row * p.columns;
+  for_columns<2>(p.columns, [&](int64_t c, int, auto where) FASTATTN_LAMBDA {
+    put(sum + c, get(x + c, Cheapest{}, where) + get(residual + c, Cheapest{}, where), Cheapest{}, where);
+  });
+  return sum;
+}
+
 template <class T, bool Centred, int Rows, int Unroll>
 void norm_forward_rows(const NormForward& p, int64_t row, const float* weight, const float* bias) {
   const int64_t columns = p.columns;
@@ -64,14 +77,7 @@ void norm_forward_rows(const NormForward& p, int64_t row, const float* weight, c
   FASTATTN_UNROLL for (int r = 0; r < Rows; r++) ahead[r] = x[r] + Rows * p.input_stride;
 
   if (p.residual != nullptr) {
-    FASTATTN_UNROLL for (int r = 0; r < Rows; r++) {
-      const T* add = static_cast<const T*>(p.residual) + (row + r) * p.residual_stride;
-      T* sum = static_cast<T*>(p.sum) + (row + r) * columns;
-      for_columns<2>(columns, [&](int64_t c, int, auto where) FASTATTN_LAMBDA {
-        put(sum + c, get(x[r] + c, Cheapest{}, where) + get(add + c, Cheapest{}, where), Cheapest{}, where);
-      });
-      x[r] = sum;
-    }
+    FASTATTN_UNROLL for (int r = 0; r < Rows; r++) x[r] = add_residual<T>(p, row + r);
   }
 
   F32x2 mean[Rows], squares[Rows][Unroll];
@@ -150,7 +156,8 @@ void norm_forward(const NormForward& p, TaskQueue& queue, char* scratch) {
     int64_t row = task * rows_per_task;
     const int64_t end = min_of(row + rows_per_task, p.rows);
     if (p.columns * static_cast<int64_t>(sizeof(T)) <= kShortRowBytes) {
-      for (; row + 4 <= end; row += 4) norm_forward_rows<T, Centred, 4, 1>(p, row, weight, bias);
+      for (; row + kRowsTogether <= end; row += kRowsTogether)
+        norm_forward_rows<T, Centred, kRowsTogether, 1>(p, row, weight, bias);
       for (; row < end; row++) norm_forward_rows<T, Centred, 1, 1>(p, row, weight, bias);
     } else {
       for (; row < end; row++) norm_forward_rows<T, Centred, 1, 2>(p, row, weight, bias);
@@ -282,7 +289,8 @@ void norm_backward(const NormBackward& p, TaskQueue& queue, char* scratch) {
     int64_t row = task * p.chunk_rows;
     const int64_t end = min_of(row + p.chunk_rows, p.rows);
     if (together) {
-      for (; row + 4 <= end; row += 4) norm_backward_rows<T, Centred, 4, 1>(p, row, weight, sums, sums + columns);
+      for (; row + kRowsTogether <= end; row += kRowsTogether)
+        norm_backward_rows<T, Centred, kRowsTogether, 1>(p, row, weight, sums, sums + columns);
     }
     for (; row < end; row++) norm_backward_rows<T, Centred, 1, 1>(p, row, weight, sums, sums + columns);
     if (finish_task(queue)) {

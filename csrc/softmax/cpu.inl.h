@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kSoftmaxLongRow = 65536;  // columns: with the exponentials, half a megabyte
 constexpr int64_t kSoftmaxTaskElements = 16384;
-constexpr int kSoftmaxWidth = 2;  // pairs of registers across `inner`
+constexpr int kSoftmaxWidth = kLanes >= 8 ? kRegisters / 8 : 1;  // pairs of registers across `inner`
 constexpr int64_t kSoftmaxChunk = 64;  // columns summed up together when `inner` is in the lanes
 
 template <class A, class B>
