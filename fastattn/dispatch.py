@@ -19,7 +19,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -112,8 +112,8 @@ class Bound:
         self.supports = implementation.supports
         self.forward, self.backward = implementation.forward, implementation.backward
         self.public = op.define(backend, implementation)
-        backward = functools.partial(op.backward, implementation.backward)
-        bound_backward = backward if implementation.differentiable else once_differentiable(op.name, backward)
+        kernel = implementation.backward
+        traced = kernel if implementation.differentiable else once_differentiable(op.name, kernel)
 
         class Eager(torch.autograd.Function):
             """Old ctx style: half the overhead of setup_context in eager code."""
@@ -126,7 +126,7 @@ class Bound:
 
             @staticmethod
             def backward(ctx: Any, *grads: Any) -> Any:
-                return bound_backward(ctx, *grads)
+                return op.backward(traced if torch.is_grad_enabled() else kernel, ctx, *grads)
 
         class Transformed(torch.autograd.Function):
             """The twin that torch.func's transforms (grad, vmap, ...) can see through."""
@@ -143,7 +143,7 @@ class Bound:
 
             @staticmethod
             def backward(ctx: Any, *grads: Any) -> Any:
-                return backward(ctx, *grads)
+                return op.backward(traced, ctx, *grads)
 
         self.eager, self.transformed = Eager.apply, Transformed.apply
 
@@ -159,18 +159,32 @@ class Bound:
         return self.forward(*args)
 
 
-def once_differentiable(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a second derivative through fused kernels an error instead of a wrong answer."""
+def once_differentiable(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A fused backward as autograd may see it: differentiating it again is an error, not a wrong answer.
 
-    def guarded(ctx: Any, *grads: Any) -> Any:
-        if torch.is_grad_enabled() and any(g is not None and g.requires_grad for g in grads):
+    torch.autograd.function.once_differentiable looks at the incoming gradients only; but the results depend on the
+    saved tensors, too, and would be taken for constants.
+    """
+
+    class FirstDerivative(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return kernel(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, *_: Any) -> Any:
             raise RuntimeError(
-                f"{name}: the fused backward cannot be differentiated again; backend='reference' has a double backward"
+                f"{name}: the fused backward cannot be differentiated again;"
+                " use backend='reference' for double backward"
             )
-        with torch.no_grad():
-            return backward(ctx, *grads)
 
-    return guarded
+    return FirstDerivative.apply
 
 
 class Op:
@@ -228,6 +242,9 @@ class Op:
 
     def implement(self, backend: str, implementation: Implementation) -> None:
         """Adds a backend."""
+        if not isinstance(implementation.forward, NativeKernel):
+            forward, backward = _without_autocast(implementation.forward), _without_autocast(implementation.backward)
+            implementation = replace(implementation, forward=forward, backward=backward)
         self.bound[backends.check_name(backend)] = Bound(self, backend, implementation)
 
     def reasons(self, problem: Problem) -> dict[str, str | None]:
@@ -292,8 +309,22 @@ def native(op: Op, supports: Callable[[Any], str | None]) -> Implementation:
     )
 
 
+def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The op's public function has cast what autocast casts; torch ops inside of a kernel must not cast again."""
+
+    @functools.wraps(kernel)
+    def run(*args: Any) -> Any:
+        device = args[0].device.type
+        if not autocast_enabled(device):
+            return kernel(*args)
+        with torch.autocast(device, enabled=False):
+            return kernel(*args)
+
+    return run
+
+
 def _opaque(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Inside a torch op autograd and autocast are already dealt with; outputs may not alias inputs."""
+    """Inside a torch op autograd is already dealt with; outputs may not alias inputs."""
 
     def run(*args: Any) -> Any:
         with torch.no_grad():
