@@ -1,6 +1,7 @@
 """The house rules that can be read off the sources: floors, walls between ops, file sizes and names."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,16 @@ def test_kernels_use_no_standard_library_templates():
         if "/" not in name and not (path.parent / name).exists() and name not in plain
     }
     assert seen == set()
+
+
+def test_instruction_sets_are_told_apart_in_the_vocabulary_only():
+    """`#if` on an instruction set belongs to csrc/cpu/simd; kernels ask the vocabulary (kHasDot2)."""
+    csrc = ROOT / "csrc"
+    # A bf16 dot product needs types that only some vocabularies have; table.cpp lists what was compiled.
+    allowed = {csrc / "cpu" / "table.cpp", csrc / "attention" / "microkernel.inl.h", csrc / "ceilings" / "cpu.inl.h"}
+    for path in csrc.rglob("*"):
+        if path.suffix in {".h", ".cpp"} and path.parent.name != "simd" and path not in allowed:
+            assert not re.search(r"#\s*if.*(__AVX|__SSE|FASTATTN_ISA_)", path.read_text()), path.relative_to(ROOT)
 
 
 def test_tests_mirror_the_package():

@@ -22,7 +22,7 @@ from fastattn.testing.conformance import (
     suites,
 )
 from fastattn.testing.memory import GuardedOutputs, guarded, poisoned_memory
-from fastattn.testing.opcheck import metadata, opcheck_samples
+from fastattn.testing.opcheck import metadata, opcheck_samples, recorded_calls
 
 __all__ = [
     "ConformanceError",
@@ -37,6 +37,7 @@ __all__ = [
     "metadata",
     "opcheck_samples",
     "poisoned_memory",
+    "recorded_calls",
     "same_bits",
     "suites",
 ]
