@@ -10,7 +10,7 @@ constexpr int kMostPanels = 4;
 // Panels of a task share each copy of a block of keys and values, where one has to be made.
 FASTATTN_INLINE int64_t forward_panels(const AttentionForward& p) {
   const AttentionProblem& problem = p.problem;
-  if (problem.dtype == DType::f32 && problem.value_dim % kRowPad == 0) return 1;
+  if (problem.dtype == DType::f32 && problem.value_dim % kRowPad == 0 && p.value.row * 4 <= kFarRows) return 1;
   const int64_t panels = ceil_div(problem.queries, kPanel);
   int64_t together = kLanes >= 16 ? 2 : kMostPanels;
   while (together > 1 && problem.batches * problem.heads * ceil_div(panels, together) < 16) together /= 2;

@@ -81,67 +81,102 @@ FASTATTN_INLINE F32 load_bias(const uint8_t* p, int64_t n) {
 
 enum class MaskKind { dead, clean, mixed };
 
+// What the bits of all elements, or-ed and and-ed, say.
+template <class T>
+struct MaskBits;
+template <>
+struct MaskBits<uint8_t> {
+  using Type = uint8_t;
+  static MaskKind kind(Type any, Type all) {
+    return any == 0 ? MaskKind::dead : all != 0 ? MaskKind::clean : MaskKind::mixed;
+  }
+};
+template <class Bits, Bits kMinusInfinity>
+struct FloatBits {
+  using Type __attribute__((may_alias)) = Bits;
+  static MaskKind kind(Bits any, Bits all) {
+    if (any == kMinusInfinity && all == kMinusInfinity) return MaskKind::dead;
+    return static_cast<Bits>(any << 1) == 0 ? MaskKind::clean : MaskKind::mixed;
+  }
+};
+template <>
+struct MaskBits<float> : FloatBits<uint32_t, 0xff800000u> {};
+template <>
+struct MaskBits<bf16> : FloatBits<uint16_t, 0xff80u> {};
+template <>
+struct MaskBits<f16> : FloatBits<uint16_t, 0xfc00u> {};
+
+// The part of a mask that a panel and a block of keys meet in.
 template <class T>
 struct MaskTile {
   const T* data;
   int64_t queries, keys;  // 1 along a broadcast dimension
   int64_t query, key;     // strides in elements
 
-  // Biases of query i for the kLanes keys from j on; zeros (for floats) behind the last key.
-  FASTATTN_INLINE F32 along_keys(int64_t i, int64_t j) const { return gather(data + i * query + j * key, key, keys - j); }
-  FASTATTN_INLINE F32 along_queries(int64_t i, int64_t j) const {
-    return gather(data + i * query + j * key, query, queries - i);
-  }
+  // kLanes elements `stride` apart, of which n exist.
   static FASTATTN_INLINE F32 gather(const T* p, int64_t stride, int64_t n) {
     if (stride == 1) return load_bias(p, n);
     T some[kLanes] = {};
     for (int64_t x = 0; x < kLanes && x < n; x++) some[x] = p[x * stride];
     return load_bias(some, kLanes);
   }
+  FASTATTN_INLINE F32 along_keys(int64_t i, int64_t j) const { return gather(data + i * query + j * key, key, keys - j); }
+  FASTATTN_INLINE F32 along_queries(int64_t i, int64_t j) const {
+    return gather(data + i * query + j * key, query, queries - i);
+  }
 
-  __attribute__((noinline)) MaskKind kind() const {
-    Mask live = first(0), biased = first(0);
-    for (int64_t i = 0; i < queries; i++) {
-      for (int64_t j = 0; j < keys; j += kLanes) {
-        const F32 x = along_keys(i, j);
-        const Mask real = first(keys - j);
-        live = live | (real & ~(x == splat(-kInf)));
-        biased = biased | (real & ~(x == zero()));
+  // Looks at bits, along whichever dimension is dense: plain loops over integers, which compilers vectorise well.
+  MaskKind kind() const {
+    return query == 1 && key != 1 ? kind_of_lines(keys, key, queries, query) : kind_of_lines(queries, query, keys, key);
+  }
+  __attribute__((noinline)) MaskKind kind_of_lines(int64_t lines, int64_t line, int64_t length, int64_t stride) const {
+    using Bits = typename MaskBits<T>::Type;
+    Bits any = 0, all = static_cast<Bits>(-1);
+    MaskKind kind = MaskKind::dead;
+    for (int64_t i = 0; i < lines && kind != MaskKind::mixed; i++) {
+      const Bits* p = reinterpret_cast<const Bits*>(data) + i * line;
+      if (stride == 1) {
+        for (int64_t j = 0; j < length; j++) {
+          any = static_cast<Bits>(any | p[j]);
+          all = static_cast<Bits>(all & p[j]);
+        }
+      } else {
+        for (int64_t j = 0; j < length; j++) {
+          any = static_cast<Bits>(any | p[j * stride]);
+          all = static_cast<Bits>(all & p[j * stride]);
+        }
       }
-      if (any(live) && any(biased)) return MaskKind::mixed;
+      kind = MaskBits<T>::kind(any, all);
     }
-    return !any(live) ? MaskKind::dead : any(biased) ? MaskKind::mixed : MaskKind::clean;
+    return kind;
   }
 
   // Writes the tile (keys, kPanel) and returns the distance of its rows.
   __attribute__((noinline)) int64_t fill(float* tile, int vectors) const {
-    if (keys == 1) {
-      for (int n = 0; n < vectors; n++)
-        store(tile + n * kLanes, queries == 1 ? splat(single()) : along_queries(n * kLanes, 0));
-      return 0;
-    }
     alignas(64) float some[kLanes * kLanes];
-    for (int64_t j = 0; j < keys; j += kLanes) {
-      float* rows = tile + j * kPanel;
-      if (queries == 1) {
+    if (queries == 1) {
+      for (int64_t j = 0; j < keys; j += kLanes) {
         store(some, along_keys(0, j));
         for (int64_t x = 0; x < kLanes; x++)
-          for (int n = 0; n < vectors; n++) store(rows + x * kPanel + n * kLanes, splat(some[x]));
-        continue;
+          for (int n = 0; n < vectors; n++) store(tile + (j + x) * kPanel + n * kLanes, splat(some[x]));
       }
-      for (int n = 0; n < vectors; n++) {
-        for (int64_t x = 0; x < kLanes; x++)
-          store(some + x * kLanes, n * kLanes + x < queries ? along_keys(n * kLanes + x, j) : zero());
-        transpose_tile(some, kLanes, rows + n * kLanes, kPanel);
-      }
+    } else if (keys == 1 || (query == 1 && key != 1)) {
+      for (int64_t j = 0; j < keys; j++)
+        for (int n = 0; n < vectors; n++) store(tile + j * kPanel + n * kLanes, along_queries(n * kLanes, j));
+    } else {
+      for (int n = 0; n < vectors; n++)
+        for (int64_t j = 0; j < keys; j += kLanes) {
+          if (sizeof(T) == sizeof(float) && key == 1 && (n + 1) * kLanes <= queries && j + kLanes <= keys) {
+            transpose_tile(reinterpret_cast<const float*>(data + n * kLanes * query + j), query,
+                           tile + j * kPanel + n * kLanes, kPanel);
+            continue;
+          }
+          for (int64_t x = 0; x < kLanes; x++)
+            store(some + x * kLanes, n * kLanes + x < queries ? along_keys(n * kLanes + x, j) : zero());
+          transpose_tile(some, kLanes, tile + j * kPanel + n * kLanes, kPanel);
+        }
     }
-    return kPanel;
-  }
-
-  FASTATTN_INLINE float single() const {
-    float some[kLanes];
-    store(some, load_bias(data, 1));
-    return some[0];
+    return keys == 1 ? 0 : kPanel;
   }
 };
 
@@ -154,6 +189,10 @@ FASTATTN_INLINE MaskKind apply_mask_of(const AttentionProblem& problem, int64_t 
   const int64_t offset = batch * mask.batch + head * mask.head + first_query * mask.query + first_key * mask.key;
   const MaskTile<T> tile = {static_cast<const T*>(mask.data) + offset, mask.query == 0 ? 1 : queries,
                             mask.key == 0 ? 1 : live_keys, mask.query, mask.key};
+  // The next block's part, which is in no cache yet and too short a stretch of every line for the hardware to guess.
+  for (int64_t i = 0; i < tile.queries; i++)
+    for (int64_t j = 0; j < kKeyBlock && mask.key == 1; j += 64 / static_cast<int64_t>(sizeof(T)))
+      __builtin_prefetch(tile.data + i * mask.query + kKeyBlock + j);
   const MaskKind kind = tile.kind();
   if (kind == MaskKind::mixed) {
     seen.clean = 0;

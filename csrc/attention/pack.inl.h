@@ -98,14 +98,17 @@ FASTATTN_INLINE void copy_halves(Operand source, int64_t rows, int64_t columns, 
 // d[c][r] = s[r][c], `rows` and `columns` multiples of kLanes; d has rows of kPanel.
 __attribute__((noinline)) void transpose_to_panel(const float* s, int64_t s_row, int64_t rows, int64_t columns,
                                                   float* d) {
-  for (int64_t c = 0; c < columns; c += kLanes)
-    for (int64_t r = 0; r < rows; r += kLanes) transpose_tile(s + r * s_row + c, s_row, d + c * kPanel + r, kPanel);
+  for (int64_t r = 0; r < rows; r += kLanes)
+    for (int64_t c = 0; c < columns; c += kLanes) transpose_tile(s + r * s_row + c, s_row, d + c * kPanel + r, kPanel);
 }
 __attribute__((noinline)) void transpose_from_panel(const float* s, int64_t rows, int64_t columns, float* d,
                                                     int64_t d_row) {
-  for (int64_t c = 0; c < columns; c += kLanes)
-    for (int64_t r = 0; r < rows; r += kLanes) transpose_tile(s + c * kPanel + r, kPanel, d + r * d_row + c, d_row);
+  for (int64_t r = 0; r < rows; r += kLanes)
+    for (int64_t c = 0; c < columns; c += kLanes) transpose_tile(s + c * kPanel + r, kPanel, d + r * d_row + c, d_row);
 }
+
+// Reading down the columns of rows further apart than this touches more pages than the first-level TLB has entries.
+constexpr int64_t kFarRows = 1536;
 
 // Rows for a product along the columns: in place if the tiles can read them there, else copied to `copy`.
 // `by_column`: the same rows are also read as columns (Single only), whole tiles at a time.
@@ -118,7 +121,8 @@ FASTATTN_INLINE Operand rows_operand(DType dtype, Operand rows, int64_t count, i
     copy_halves(rows, count, columns, static_cast<bf16*>(copy), copy_row, padded_rows(count));
     return {static_cast<const char*>(copy), copy_row * static_cast<int64_t>(sizeof(bf16))};
   } else {
-    if (dtype == DType::f32 && count % kRowPad == 0 && !(by_column && columns % kRowPad != 0)) return rows;
+    if (dtype == DType::f32 && count % kRowPad == 0 && !(by_column && (columns % kRowPad != 0 || rows.row > kFarRows)))
+      return rows;
     widen_rows(dtype, rows, count, columns, static_cast<float*>(copy), copy_row, padded_rows(count));
     return {static_cast<const char*>(copy), copy_row * static_cast<int64_t>(sizeof(float))};
   }
@@ -143,7 +147,7 @@ FASTATTN_INLINE Operand columns_operand(DType dtype, Operand rows, int64_t count
   if constexpr (G::kPaired) {
     interleave<G>(rows, count, columns, static_cast<typename G::Step*>(copy));
   } else {
-    if (dtype == DType::f32 && columns % kRowPad == 0) return rows;
+    if (dtype == DType::f32 && columns % kRowPad == 0 && rows.row <= kFarRows) return rows;
     widen_rows(dtype, rows, count, columns, static_cast<float*>(copy), copy_row, count);
   }
   return {static_cast<const char*>(copy), copy_row * static_cast<int64_t>(sizeof(typename G::Step))};
