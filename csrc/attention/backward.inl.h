@@ -3,6 +3,8 @@
 //   P = exp(S - lse), dV += P^T dO, dP = dO V^T, dS = P * (dP - delta), dQ = scale * dS K, dK += scale * dS^T Q
 // with delta = rowsum(dO * O) - grad_lse. Tiles are transposed: a row per key, a lane per query.
 #pragma once
+#include "prefetch.inl.h"
+#include "products.inl.h"
 #include "softmax.inl.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -55,7 +57,7 @@ template <class G, int kWide, bool kMasked>
 __attribute__((noinline)) void gradient_rows(Operand keys, Operand values, const PackedRows<G>& query,
                                              const PackedRows<G>& grad, const Visibility& seen, float score_unit,
                                              const Range& range, const SavedStatistics& saved, const float* dropout,
-                                             const GradientTiles<G>& tiles) {
+                                             const GradientTiles<G>& tiles, Prefetch& prefetch) {
   constexpr int kRows = tile_rows(kWide);
   const int64_t offset = range.first * kLanes;
   const F32 unit = splat(score_unit * exponent_base<G>());
@@ -65,6 +67,7 @@ __attribute__((noinline)) void gradient_rows(Operand keys, Operand values, const
     delta[n] = load(saved.delta + offset + n * kLanes);
   }
   for (int64_t row = range.begin; row < range.end; row += kRows) {
+    prefetch.step();
     Tile<kRows, kWide> p, d;
     clear(p);
     const char* left = keys.data + row * keys.row;
@@ -120,12 +123,12 @@ template <class G>
 FASTATTN_INLINE void gradient_block(Operand keys, Operand values, const PackedRows<G>& query,
                                     const PackedRows<G>& grad, const Visibility& seen, float unit, int vectors,
                                     const SavedStatistics& saved, const float* dropout,
-                                    const GradientTiles<G>& tiles) {
+                                    const GradientTiles<G>& tiles, Prefetch& prefetch) {
   for (int i = 0; i < seen.range_count; i++)
     with_width(vectors - seen.ranges[i].first, [&](auto width) {
       const auto rows = seen.ranges[i].masked ? gradient_rows<G, width.value, true>
                                               : gradient_rows<G, width.value, false>;
-      rows(keys, values, query, grad, seen, unit, seen.ranges[i], saved, dropout, tiles);
+      rows(keys, values, query, grad, seen, unit, seen.ranges[i], saved, dropout, tiles, prefetch);
     });
 }
 
@@ -133,7 +136,7 @@ FASTATTN_INLINE void gradient_block(Operand keys, Operand values, const PackedRo
 template <class G>
 FASTATTN_INLINE void add_key_gradient(const float* tile, const GradientTiles<G>& tiles, const typename G::Step* rows,
                                       int64_t row, int64_t columns, const Visibility& seen, int vectors,
-                                      float* gradient) {
+                                      float* gradient, Prefetch& prefetch) {
   const int64_t gradient_row = padded_columns(columns);
   const int wide = static_cast<int>(ceil_div(columns, kLanes));
   for (int i = 0; i < seen.range_count; i++) {
@@ -143,7 +146,7 @@ FASTATTN_INLINE void add_key_gradient(const float* tile, const GradientTiles<G>&
     for (int c = 0; c < wide; c += kVectors)
       with_width(static_cast<int>(min_of(kVectors, wide - c)), [&](auto width) {
         add_rows<G, width.value>(tiles.rows(tile, range.first), rows + skipped * row + c * kLanes, row, steps,
-                                 gradient + c * kLanes, gradient_row, range.begin, range.end);
+                                 gradient + c * kLanes, gradient_row, range.begin, range.end, prefetch);
       });
   }
 }
@@ -227,6 +230,7 @@ struct BackwardPanel {
   // maximum and its sum are computed again.
   __attribute__((noinline)) void recover_statistics(const AttentionBackward& p, void* keys) {
     const AttentionProblem& problem = p.problem;
+    Prefetch nothing;
     statistics.reset();
     for (int64_t first_key = 0; first_key < end(problem); first_key += kKeyBlock) {
       const int64_t n = min_of(kKeyBlock, problem.keys - first_key);
@@ -236,7 +240,7 @@ struct BackwardPanel {
       const Operand block = rows_operand<G>(
           problem.dtype, head_rows(p.key, problem.dtype, batch, kv_head, first_key), n, problem.head_dim, false, keys);
       advance_softmax<G>(block, query, seen, score_scale(problem.scale).unit, vectors, nullptr, tiles.probabilities,
-                         tiles.score_pairs, statistics);
+                         tiles.score_pairs, statistics, nothing);
     }
     for (int64_t at = 0; at < vectors * kLanes; at += kLanes) {
       const F32 lse = load(saved.lse + at);
@@ -300,9 +304,27 @@ struct Partial {
       : keys(memory), values(memory + padded_rows(problem.keys) * padded_columns(problem.head_dim)) {}
 };
 
+FASTATTN_INLINE void want_keys(const AttentionBackward& p, Prefetch& prefetch, int64_t batch, int64_t kv_head,
+                               int64_t first) {
+  const AttentionProblem& problem = p.problem;
+  const int64_t count = min_of(kKeyBlock, problem.keys - first), size = size_of(problem.dtype);
+  prefetch.add(head_rows(p.key, problem.dtype, batch, kv_head, first), count, problem.head_dim * size);
+  prefetch.add(head_rows(p.value, problem.dtype, batch, kv_head, first), count, problem.value_dim * size);
+}
+
+FASTATTN_INLINE void want_panel(const AttentionBackward& p, Prefetch& prefetch, int64_t batch, int64_t head,
+                                int64_t which_panel) {
+  const AttentionProblem& problem = p.problem;
+  const int64_t first = which_panel * kPanel, count = min_of(kPanel, problem.queries - first);
+  const int64_t size = size_of(problem.dtype);
+  prefetch.add(head_rows(p.query, problem.dtype, batch, head, first), count, problem.head_dim * size);
+  prefetch.add(head_rows(p.grad_output, problem.dtype, batch, head, first), count, problem.value_dim * size);
+  prefetch.add(head_rows(p.output, problem.dtype, batch, head, first), count, problem.value_dim * size);
+}
+
 template <class G>
 __attribute__((noinline)) void backward_panel(const AttentionBackward& p, int64_t kv_head, const Partial& sums,
-                                              BackwardScratch<G>& scratch) {
+                                              BackwardScratch<G>& scratch, Prefetch& prefetch) {
   const AttentionProblem& problem = p.problem;
   const BackwardPanel<G>& panel = scratch.panel;
   const float unit = score_scale(problem.scale).unit;
@@ -331,6 +353,8 @@ __attribute__((noinline)) void backward_panel(const AttentionBackward& p, int64_
   for (int64_t first_key = 0; first_key < panel.end(problem); first_key += kKeyBlock) {
     Visibility seen;
     if (!panel.look_at(problem, first_key, seen)) continue;
+    const int64_t next_key = first_key + kKeyBlock;
+    if (next_key < panel.end(problem)) want_keys(p, prefetch, panel.batch, kv_head, next_key);
     const Operand key_rows = head_rows(p.key, problem.dtype, panel.batch, kv_head, first_key);
     const Operand keys =
         rows_operand<G>(problem.dtype, key_rows, seen.keys, problem.head_dim, true, scratch.keys);
@@ -338,39 +362,65 @@ __attribute__((noinline)) void backward_panel(const AttentionBackward& p, int64_
         rows_operand<G>(problem.dtype, head_rows(p.value, problem.dtype, panel.batch, kv_head, first_key), seen.keys,
                         problem.value_dim, false, scratch.values);
     gradient_block<G>(keys, values, panel.query, panel.grad, seen, unit, panel.vectors, panel.saved, panel.dropout,
-                      panel.tiles);
+                      panel.tiles, prefetch);
     const Operand key_columns =
         G::kPaired ? columns_operand<G>(problem.dtype, key_rows, seen.keys, problem.head_dim, scratch.key_pairs) : keys;
     int64_t ends[kVectors];
     for (int n = 0; n < kVectors; n++) ends[n] = ceil_div(seen.ends[n], G::kPack);
     with_width(panel.vectors, [&](auto width) {
       add_columns<G, width.value>(key_columns, padded_rows(problem.head_dim), panel.tiles.score_columns(), ends,
-                                  scratch.grad_query, scratch.ones);
+                                  scratch.grad_query, scratch.ones, prefetch);
     });
     add_key_gradient<G>(panel.tiles.probabilities, panel.tiles, grad_rows, grad_row, problem.value_dim, seen,
-                        panel.vectors, sums.values + first_key * padded_columns(problem.value_dim));
+                        panel.vectors, sums.values + first_key * padded_columns(problem.value_dim), prefetch);
     add_key_gradient<G>(panel.tiles.scores, panel.tiles, query_rows, query_row, problem.head_dim, seen, panel.vectors,
-                        sums.keys + first_key * padded_columns(problem.head_dim));
+                        sums.keys + first_key * padded_columns(problem.head_dim), prefetch);
   }
   finish_grad_query<G>(p, scratch);
 }
 
+int64_t backward_pair_tasks(const AttentionBackward& p) { return p.problem.batches * p.problem.kv_heads * p.parts; }
+
 // One of `parts` tasks for a (batch, kv head): every parts-th panel of its query heads.
+struct BackwardTask {
+  int64_t pair, part, batch, kv_head;
+  BackwardTask(const AttentionBackward& p, int64_t task)
+      : pair(task / p.parts), part(task % p.parts), batch(pair / p.problem.kv_heads),
+        kv_head(pair % p.problem.kv_heads) {}
+};
+
+// Returns the number of the next task, taken just before it is needed so that its rows can be asked for.
 template <class G>
-__attribute__((noinline)) void backward_task(const AttentionBackward& p, int64_t task, BackwardScratch<G>& scratch) {
+__attribute__((noinline)) int64_t backward_task(const AttentionBackward& p, int64_t number, TaskQueue& queue,
+                                                BackwardScratch<G>& scratch, Prefetch& prefetch) {
   const AttentionProblem& problem = p.problem;
-  const int64_t pair = task / p.parts, part = task % p.parts;
-  const int64_t batch = pair / problem.kv_heads, kv_head = pair % problem.kv_heads;
+  const BackwardTask task(p, number);
+  const int64_t pair = task.pair, batch = task.batch, kv_head = task.kv_head;
+  int64_t next_number = -1;
   const int64_t group = problem.heads / problem.kv_heads, panels = ceil_div(problem.queries, kPanel);
-  float* memory = p.parts == 1 ? scratch.partial : p.partial + task * p.partial_size;
+  float* memory = p.parts == 1 ? scratch.partial : p.partial + (pair * p.parts + task.part) * p.partial_size;
   const Partial sums(problem, memory);
   memset(memory, 0, static_cast<size_t>(p.partial_size) * sizeof(float));
-  for (int64_t i = part; i < group * panels; i += p.parts) {
+  for (int64_t i = task.part; i < group * panels; i += p.parts) {
     scratch.panel.load_panel(p, batch, kv_head * group + i / panels, i % panels, scratch.keys);
-    backward_panel<G>(p, kv_head, sums, scratch);
+    const int64_t next = i + p.parts;
+    if (next < group * panels) {
+      want_panel(p, prefetch, batch, kv_head * group + next / panels, next % panels);
+    } else {
+      next_number = take_task(queue);
+      if (next_number < backward_pair_tasks(p)) {
+        const BackwardTask other(p, next_number);
+        if (other.part < group * panels) {
+          want_panel(p, prefetch, other.batch, other.kv_head * group + other.part / panels, other.part % panels);
+          want_keys(p, prefetch, other.batch, other.kv_head, 0);
+        }
+      }
+    }
+    backward_panel<G>(p, kv_head, sums, scratch, prefetch);
   }
+  if (next_number < 0) next_number = take_task(queue);
   if (p.parts > 1) {
-    if (__atomic_add_fetch(p.arrivals + pair, 1, __ATOMIC_ACQ_REL) != p.parts) return;
+    if (__atomic_add_fetch(p.arrivals + pair, 1, __ATOMIC_ACQ_REL) != p.parts) return next_number;
     memory = p.partial + pair * p.parts * p.partial_size;
     for (int64_t i = 0; i < p.partial_size; i += kLanes) {
       F32 sum = load(memory + i);
@@ -383,9 +433,8 @@ __attribute__((noinline)) void backward_task(const AttentionBackward& p, int64_t
               head_rows(p.grad_key, problem.dtype, batch, kv_head, 0), __builtin_fabsf(problem.scale));
   narrow_rows(problem.dtype, total.values, padded_columns(problem.value_dim), problem.keys, problem.value_dim,
               head_rows(p.grad_value, problem.dtype, batch, kv_head, 0), 1.f);
+  return next_number;
 }
-
-int64_t backward_pair_tasks(const AttentionBackward& p) { return p.problem.batches * p.problem.kv_heads * p.parts; }
 
 }  // namespace
 }  // namespace fastattn::FASTATTN_ISA

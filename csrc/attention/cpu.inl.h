@@ -4,6 +4,7 @@
 //   pack.inl.h           rows of the inputs as those products want them
 //   mask.inl.h           who sees whom; dropout
 //   softmax.inl.h        scores and the running softmax
+//   products.inl.h       products that add to an accumulator; prefetch.inl.h
 //   forward.inl.h  backward.inl.h  mask_gradient.inl.h
 #pragma once
 #include "backward.inl.h"
@@ -24,16 +25,17 @@ int64_t backward_scratch(const AttentionBackward& p) {
 template <class G>
 FASTATTN_INLINE void run_backward_as(const AttentionBackward& p, TaskQueue& queue, char* memory) {
   const int64_t pair_tasks = backward_pair_tasks(p);
-  for (int64_t task = take_task(queue); task < queue.total; task = take_task(queue)) {
-    if (task < pair_tasks) {
-      BackwardScratch<G> scratch;
-      scratch.carve(p, memory);
-      backward_task<G>(p, task, scratch);
-    } else {
-      MaskGradientScratch scratch;
-      scratch.carve(p, memory);
-      mask_gradient_task(p, task - pair_tasks, scratch);
-    }
+  int64_t task = take_task(queue);
+  if (task < pair_tasks) {
+    BackwardScratch<G> scratch;
+    scratch.carve(p, memory);
+    Prefetch prefetch;
+    while (task < pair_tasks) task = backward_task<G>(p, task, queue, scratch, prefetch);
+  }
+  if (task < queue.total) {
+    MaskGradientScratch scratch;
+    scratch.carve(p, memory);
+    for (; task < queue.total; task = take_task(queue)) mask_gradient_task(p, task - pair_tasks, scratch);
   }
 }
 

@@ -1,5 +1,7 @@
 // softmax(scale * Q K^T + mask) V, one task for a few panels of queries of one head.
 #pragma once
+#include "prefetch.inl.h"
+#include "products.inl.h"
 #include "softmax.inl.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -91,49 +93,85 @@ __attribute__((noinline)) void finish_panel(const AttentionForward& p, const typ
   narrow_rows(problem.dtype, rows, row, count, problem.value_dim, target, 1.f);
 }
 
-template <class G>
-__attribute__((noinline)) void forward_task(const AttentionForward& p, int64_t task, ForwardScratch<G>& scratch) {
+// The queries [first, end) of one head.
+struct ForwardTask {
+  int64_t batch, head, kv_head, first, end;
+
+  ForwardTask(const AttentionForward& p, int64_t task) {
+    const AttentionProblem& problem = p.problem;
+    const int64_t groups = forward_groups(p), queries = forward_panels(p) * kPanel;
+    batch = task / groups / problem.heads;
+    head = task / groups % problem.heads;
+    kv_head = head / (problem.heads / problem.kv_heads);
+    first = (groups - 1 - task % groups) * queries;  // causal: the longest first
+    end = min_of(problem.queries, first + queries);
+  }
+};
+
+int64_t forward_tasks(const AttentionForward& p) {
+  return p.problem.batches * p.problem.heads * forward_groups(p);
+}
+
+FASTATTN_INLINE void want_keys(const AttentionForward& p, Prefetch& prefetch, const ForwardTask& task, int64_t first) {
   const AttentionProblem& problem = p.problem;
-  const int64_t together = forward_panels(p), groups = forward_groups(p);
-  const int64_t batch = task / groups / problem.heads, head = task / groups % problem.heads;
-  const int64_t kv_head = head / (problem.heads / problem.kv_heads);
-  // Causal: the longest first.
-  const int64_t group_first = (groups - 1 - task % groups) * together * kPanel;
-  const int64_t group_end = min_of(problem.queries, group_first + together * kPanel);
-  const int panels = static_cast<int>(ceil_div(group_end - group_first, kPanel));
+  const int64_t count = min_of(kKeyBlock, problem.keys - first), size = size_of(problem.dtype);
+  prefetch.add(head_rows(p.key, problem.dtype, task.batch, task.kv_head, first), count, problem.head_dim * size);
+  prefetch.add(head_rows(p.value, problem.dtype, task.batch, task.kv_head, first), count, problem.value_dim * size);
+}
+
+// Returns the number of the next task, taken just before it is needed so that its rows can be asked for.
+template <class G>
+__attribute__((noinline)) int64_t forward_task(const AttentionForward& p, int64_t number, TaskQueue& queue,
+                                               ForwardScratch<G>& scratch, Prefetch& prefetch) {
+  const AttentionProblem& problem = p.problem;
+  const ForwardTask task(p, number);
+  const int panels = static_cast<int>(ceil_div(task.end - task.first, kPanel));
   const ScoreScale scale = score_scale(problem.scale);
+  int64_t next_number = -1;
 
   for (int i = 0; i < panels; i++) {
     auto& panel = scratch.panels[i];
-    const int64_t first = group_first + i * kPanel;
-    panel.query.pack(problem.dtype, head_rows(p.query, problem.dtype, batch, head, first),
-                     min_of(kPanel, group_end - first), scale.sign);
+    const int64_t first = task.first + i * kPanel;
+    panel.query.pack(problem.dtype, head_rows(p.query, problem.dtype, task.batch, task.head, first),
+                     min_of(kPanel, task.end - first), scale.sign);
     panel.statistics.reset();
     memset(panel.output, 0, static_cast<size_t>(padded_rows(problem.value_dim) * kPanel) * sizeof(float));
   }
 
-  const int64_t end = problem.causal ? min_of(problem.keys, group_end + problem.causal_shift) : problem.keys;
+  const int64_t end = problem.causal ? min_of(problem.keys, task.end + problem.causal_shift) : problem.keys;
   for (int64_t first_key = 0; first_key < end; first_key += kKeyBlock) {
     const int64_t count = min_of(kKeyBlock, problem.keys - first_key);
+    if (first_key + kKeyBlock < end) {
+      want_keys(p, prefetch, task, first_key + kKeyBlock);
+    } else {
+      next_number = take_task(queue);
+      if (next_number < queue.total) {
+        const ForwardTask next(p, next_number);
+        prefetch.add(head_rows(p.query, problem.dtype, next.batch, next.head, next.first), next.end - next.first,
+                     problem.head_dim * size_of(problem.dtype));
+        want_keys(p, prefetch, next, 0);
+      }
+    }
     bool ready = false;
     Operand keys = {}, values = {};
     for (int i = 0; i < panels; i++) {
       auto& panel = scratch.panels[i];
-      const int64_t first = group_first + i * kPanel, queries = min_of(kPanel, group_end - first);
+      const int64_t first = task.first + i * kPanel, queries = min_of(kPanel, task.end - first);
       const int vectors = static_cast<int>(ceil_div(queries, kLanes));
       Visibility seen;
-      if (!look(problem, batch, head, first, queries, first_key, count, seen, scratch.bias)) continue;
+      if (!look(problem, task.batch, task.head, first, queries, first_key, count, seen, scratch.bias)) continue;
       if (!ready) {
-        keys = rows_operand<G>(problem.dtype, head_rows(p.key, problem.dtype, batch, kv_head, first_key), count,
-                               problem.head_dim, false, scratch.keys);
-        values = columns_operand<G>(problem.dtype, head_rows(p.value, problem.dtype, batch, kv_head, first_key), count,
+        keys = rows_operand<G>(problem.dtype, head_rows(p.key, problem.dtype, task.batch, task.kv_head, first_key),
+                               count, problem.head_dim, false, scratch.keys);
+        values = columns_operand<G>(problem.dtype,
+                                    head_rows(p.value, problem.dtype, task.batch, task.kv_head, first_key), count,
                                     problem.value_dim, scratch.values);
         ready = true;
       }
       if (scratch.dropout != nullptr)
-        fill_dropout(problem, batch, head, first, first_key, seen, vectors, scratch.dropout);
+        fill_dropout(problem, task.batch, task.head, first, first_key, seen, vectors, scratch.dropout);
       advance_softmax<G>(keys, panel.query, seen, scale.unit, vectors, scratch.dropout, scratch.tile, scratch.pairs,
-                         panel.statistics);
+                         panel.statistics, prefetch);
       int64_t ends[kVectors];
       for (int n = 0; n < kVectors; n++) ends[n] = ceil_div(seen.ends[n], G::kPack);
       const typename G::Step* probabilities;
@@ -143,25 +181,24 @@ __attribute__((noinline)) void forward_task(const AttentionForward& p, int64_t t
         probabilities = scratch.tile;
       with_width(vectors, [&](auto width) {
         add_columns<G, width.value>(values, padded_rows(problem.value_dim), probabilities, ends, panel.output,
-                                    panel.statistics.alpha);
+                                    panel.statistics.alpha, prefetch);
       });
     }
   }
   for (int i = 0; i < panels; i++) {
-    const int64_t first = group_first + i * kPanel;
-    finish_panel<G>(p, scratch.panels[i], batch, head, first, min_of(kPanel, group_end - first), scratch.rows);
+    const int64_t first = task.first + i * kPanel;
+    finish_panel<G>(p, scratch.panels[i], task.batch, task.head, first, min_of(kPanel, task.end - first), scratch.rows);
   }
-}
-
-int64_t forward_tasks(const AttentionForward& p) {
-  return p.problem.batches * p.problem.heads * forward_groups(p);
+  return next_number < 0 ? take_task(queue) : next_number;
 }
 
 template <class G>
 FASTATTN_INLINE void run_forward_as(const AttentionForward& p, TaskQueue& queue, char* memory) {
   ForwardScratch<G> scratch;
   scratch.carve(p, memory);
-  for (int64_t task = take_task(queue); task < queue.total; task = take_task(queue)) forward_task<G>(p, task, scratch);
+  Prefetch prefetch;
+  for (int64_t task = take_task(queue); task < queue.total;)
+    task = forward_task<G>(p, task, queue, scratch, prefetch);
 }
 
 int64_t forward_scratch(const AttentionForward& p) {

@@ -51,6 +51,7 @@ __attribute__((noinline)) void add_mask_gradient(const AttentionBackward& p, int
                                                  MaskGradientScratch& scratch) {
   const AttentionProblem& problem = p.problem;
   const BackwardPanel<Single>& panel = scratch.panel;
+  Prefetch nothing;
   const int64_t kv_head = panel.head / (problem.heads / problem.kv_heads);
   for (int64_t first_key = begin; first_key < min_of(end, panel.end(problem)); first_key += kKeyBlock) {
     Visibility seen;
@@ -62,7 +63,7 @@ __attribute__((noinline)) void add_mask_gradient(const AttentionBackward& p, int
         rows_operand<Single>(problem.dtype, head_rows(p.value, problem.dtype, panel.batch, kv_head, first_key),
                              seen.keys, problem.value_dim, false, scratch.values);
     gradient_block<Single>(keys, values, panel.query, panel.grad, seen, score_scale(problem.scale).unit, panel.vectors,
-                           panel.saved, panel.dropout, panel.tiles);
+                           panel.saved, panel.dropout, panel.tiles, nothing);
     float* sums = scratch.sums + (first_key - begin) * kPanel;
     for (int i = 0; i < seen.range_count; i++)
       for (int64_t row = seen.ranges[i].begin; row < seen.ranges[i].end; row++)

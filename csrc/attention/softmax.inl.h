@@ -5,6 +5,7 @@
 #include "mask.inl.h"
 #include "microkernel.inl.h"
 #include "pack.inl.h"
+#include "prefetch.inl.h"
 
 namespace fastattn::FASTATTN_ISA {
 namespace {
@@ -72,7 +73,7 @@ struct Statistics {
 template <class G, int kWide, bool kMasked>
 __attribute__((noinline)) void score_rows(Operand keys, const typename G::Step* query, int64_t steps,
                                           const Visibility& seen, float unit, const Range& range, float* tile,
-                                          const Statistics& statistics) {
+                                          const Statistics& statistics, Prefetch& prefetch) {
   constexpr int kRows = tile_rows(kWide);
   const int64_t offset = range.first * kLanes;
   F32 largest[kWide], live[kWide];
@@ -81,6 +82,7 @@ __attribute__((noinline)) void score_rows(Operand keys, const typename G::Step* 
     live[n] = kMasked ? load(statistics.live + offset + n * kLanes) : splat(1.f);
   }
   for (int64_t row = range.begin; row < range.end; row += kRows) {
+    prefetch.step();
     Tile<kRows, kWide> s;
     clear(s);
     const char* left = keys.data + row * keys.row;
@@ -154,12 +156,12 @@ __attribute__((noinline)) void exponentiate_rows(float* tile, typename G::Step* 
 template <class G>
 FASTATTN_INLINE void advance_softmax(Operand keys, const PackedRows<G>& query, const Visibility& seen, float unit,
                                      int vectors, const float* dropout, float* tile, typename G::Step* pairs,
-                                     const Statistics& statistics) {
+                                     const Statistics& statistics, Prefetch& prefetch) {
   for (int n = 0; n < vectors; n++) store(statistics.block + n * kLanes, splat(-kInf));
   for (int i = 0; i < seen.range_count; i++)
     with_width(vectors - seen.ranges[i].first, [&](auto width) {
       const auto rows = seen.ranges[i].masked ? score_rows<G, width.value, true> : score_rows<G, width.value, false>;
-      rows(keys, query.transposed, query.steps(), seen, unit, seen.ranges[i], tile, statistics);
+      rows(keys, query.transposed, query.steps(), seen, unit, seen.ranges[i], tile, statistics, prefetch);
     });
   const bool biased = seen.bias != nullptr;
   for (int n = 0; n < vectors; n++) {
