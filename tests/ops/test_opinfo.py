@@ -34,9 +34,10 @@ def samples(info, dtype, *, requires_grad=True, limit=None):
     return itertools.islice((s for s in drawn if not s.kwargs.get("dropout_p")), limit)
 
 
-def backend_for(dtype) -> dict[str, str]:
+def backend_for(sample) -> dict[str, str]:
     """float64 is the reference's; a forced backend (FASTATTN_BACKEND) would refuse it."""
-    return {"backend": "reference"} if dtype == torch.float64 else {}
+    wide = torch.float64 in (sample.input.dtype, sample.kwargs.get("dtype"))
+    return {"backend": "reference"} if wide else {}
 
 
 def leaves(sample):
@@ -80,7 +81,7 @@ def test_values_and_gradients(info, dtype, contiguous):
     kinds: dict[str, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {"output": [], "gradients": []}
     for sample in samples(info, dtype):
         sample = sample if contiguous else sample.noncontiguous()
-        torchs, ours = results(info.op, sample), results(FUNCTIONS[info.name], sample, **backend_for(dtype))
+        torchs, ours = results(info.op, sample), results(FUNCTIONS[info.name], sample, **backend_for(sample))
         truth = results(info.op, in_double(sample))
         assert ours[0].dtype == torchs[0].dtype and ours[0].shape == torchs[0].shape, sample
         kinds["output"].append((ours[0], torchs[0], truth[0]))
@@ -118,7 +119,9 @@ def test_compiled(info):
         torch._dynamo.reset()
         compiled = torch.compile(FUNCTIONS[info.name], fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(
-            results(compiled, sample), results(FUNCTIONS[info.name], sample), msg=lambda m, s=sample: f"{s}\n{m}"
+            results(compiled, sample, **backend_for(sample)),
+            results(FUNCTIONS[info.name], sample, **backend_for(sample)),
+            msg=lambda m, s=sample: f"{s}\n{m}",
         )
 
 
@@ -130,7 +133,7 @@ def test_vmap(info):
         function = FUNCTIONS[info.name]
 
         def call(x, sample=sample, function=function):
-            return function(x, *sample.args, **sample.kwargs)
+            return function(x, *sample.args, **sample.kwargs, **backend_for(sample))
 
         stacked = torch.stack([sample.input, sample.input * 0.5, -sample.input], dim=-1)
         expected = torch.stack([call(x) for x in stacked.unbind(-1)])
