@@ -26,7 +26,8 @@ Exponentials sum_exponentials(const T* x, int64_t columns, const T* ahead) {
     for_columns<2>(count, [&](int64_t c, int i, auto where) FASTATTN_LAMBDA {
       tops[i] = max(tops[i], keep(get(x + begin + c, Cheapest{}, where), splat(kLowest), where));
     });
-    const F32x2 top = max(tops[0], tops[1]);
+    F32x2 top = max(tops[0], tops[1]);
+    if (count == columns) top = splat2(reduce_max(top));  // a short row: all lanes together at once
     if (begin > 0) total = total * exp(max_so_far - top);
     max_so_far = top;
     F32x2 sums[2] = {splat2(0.f), splat2(0.f)};  // of this chunk: short sums round less
@@ -37,7 +38,8 @@ Exponentials sum_exponentials(const T* x, int64_t columns, const T* ahead) {
     total = total + (sums[0] + sums[1]);
   }
   const float top = reduce_max(max_so_far);
-  return {top, reduce_add(total * exp(max_so_far - splat2(top)))};
+  if (columns > kChunk) total = total * exp(max_so_far - splat2(top));
+  return {top, reduce_add(total)};
 }
 
 // 1 / x in two parts, so that a product with both is as good as a division.

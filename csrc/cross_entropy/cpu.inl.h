@@ -146,9 +146,9 @@ FASTATTN_INLINE F32x2 exponential(const T* x, const T* dx, F32x2 lse, Where wher
     return exp_for(x, get(x, Natural{}, where) - lse);
 }
 
-// softmax * scale; returns the softmax of the target. An fp32 row is written before its sum is known, and once more
-// only if the sum is so far off that it shows: the error (1 - sum) * |softmax| is held against one rounding of the
-// gradient's norm, |softmax - one_hot|.
+// softmax * scale; returns the target's, unrounded. An fp32 row is written before its sum is known, and once more only
+// if the sum is so far off that it shows: the error (1 - sum) * |softmax| is held against one rounding of the gradient's
+// norm, |softmax - one_hot|.
 template <class T>
 float hard_gradient(const T* x, T* dx, int64_t columns, int64_t target, float lse, float scale) {
   const F32x2 shift = splat2(lse), all = splat2(scale);
@@ -162,18 +162,19 @@ float hard_gradient(const T* x, T* dx, int64_t columns, int64_t target, float ls
       squares[i] = fma(own, own, squares[i]);
     }
   });
-  const float own = element_exp(x + target, lse);
   if constexpr (kSumAgain<T>) {
     const float sum = reduce_add(sums[0] + sums[1]), square = reduce_add(squares[0] + squares[1]);
-    const float gradient = square - 2.f * own + 1.f;
-    if ((sum - 1.f) * (sum - 1.f) * square <= 0x1p-48f * gradient) return own;
-    const F32x2 correction = splat2(1.f / sum);
-    for_columns<2>(columns, [&](int64_t c, int, auto where) FASTATTN_LAMBDA {
-      put(dx + c, get(dx + c, Natural{}, where) * correction, Natural{}, where);
-    });
-    return own / sum;
+    const float gradient = square - 2.f * (dx[target] / scale) + 1.f;
+    if (!((sum - 1.f) * (sum - 1.f) * square <= 0x1p-48f * gradient)) {
+      const F32x2 correction = splat2(1.f / sum);
+      for_columns<2>(columns, [&](int64_t c, int, auto where) FASTATTN_LAMBDA {
+        put(dx + c, get(dx + c, Natural{}, where) * correction, Natural{}, where);
+      });
+    }
+    return dx[target];
+  } else {
+    return element_exp(x + target, lse) * scale;
   }
-  return own;
 }
 
 // softmax * total - weight * spread, where softmax * total = exponential * scale
@@ -233,15 +234,17 @@ void cross_entropy_backward_row(const CrossEntropyBackward& p, int64_t row, floa
   }
   const float weight = p.weight != nullptr ? p.weight[target] : 1.f;
   // The target's own column, which has a larger coefficient, is written once more.
-  float own, scale = grad * (share * weight + spread * weight_sum);
+  const float coefficient = grad * (share * weight + spread * weight);
+  float scale = grad * (share * weight + spread * weight_sum), own;
   if (spread == 0.f) {
+    if constexpr (!kSumAgain<T>) scale *= normalizer(x, dx, p.columns, lse);
     own = hard_gradient(x, dx, p.columns, target, lse, scale);
   } else {
-    const float again = normalizer(x, dx, p.columns, lse);
-    own = element_exp(x + target, lse) * again;
-    smooth_gradient(x, dx, p.columns, p.weight, lse, scale * again, grad * spread);
+    scale *= normalizer(x, dx, p.columns, lse);
+    own = element_exp(x + target, lse) * scale;
+    smooth_gradient(x, dx, p.columns, p.weight, lse, scale, grad * spread);
   }
-  put(dx + target, splat2(own * scale - grad * weight * (share + spread)), Natural{}, Part{1});
+  put(dx + target, splat2(own - coefficient), Natural{}, Part{1});
 }
 
 template <class T>
