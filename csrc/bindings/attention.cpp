@@ -12,17 +12,17 @@ constexpr int64_t kMostColumns = 512;
 constexpr int64_t kMostRows = (int64_t{1} << 31) - 1;  // rows, columns and heads are words of the dropout counter
 // With fewer (batch, kv head) pairs than this, a backward pass deals out the queries of each.
 constexpr int64_t kFewPairs = 8;
-constexpr int64_t kPartQueries = 128;                       // a part has at least this many
+constexpr int64_t kPartQueries = 128;                      // a part has at least this many
 constexpr int64_t kMostPartialBytes = int64_t{256} << 20;  // of all parts together
 
 void check_rows(const char* what, const Tensor& tensor, ScalarType type, int64_t batches, int64_t heads, int64_t rows,
                 int64_t columns) {
-  STD_TORCH_CHECK(tensor.dim() == 4 && tensor.size(0) == batches && tensor.size(1) == heads && tensor.size(2) == rows &&
-                      tensor.size(3) == columns && tensor.scalar_type() == type,
-                  "attention: ", what, " must have shape (", batches, ", ", heads, ", ", rows, ", ", columns,
-                  ") and the dtype of query");
-  STD_TORCH_CHECK(tensor.stride(3) == 1 || columns <= 1, "attention: ", what, " must have a last stride of 1, got ",
-                  tensor.stride(3));
+  FASTATTN_CHECK(tensor.dim() == 4 && tensor.size(0) == batches && tensor.size(1) == heads && tensor.size(2) == rows &&
+                     tensor.size(3) == columns && tensor.scalar_type() == type,
+                 "attention: ", what, " must have shape (", batches, ", ", heads, ", ", rows, ", ", columns,
+                 ") and the dtype of query");
+  FASTATTN_CHECK(tensor.stride(3) == 1 || columns <= 1, "attention: ", what, " must have a last stride of 1, got ",
+                 tensor.stride(3));
 }
 
 AttentionInput input_of(const Tensor& tensor) {
@@ -42,10 +42,10 @@ Tensor empty_like_order(int64_t batches, int64_t heads, int64_t rows, int64_t co
 // Checks the inputs and describes them; everything but dropout.
 AttentionProblem problem_of(const Tensor& query, const Tensor& key, const Tensor& value,
                             const std::optional<Tensor>& mask, double scale, bool is_causal, bool bottom_right) {
-  STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
-                  "attention: query, key and value must have 4 dimensions");
+  FASTATTN_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
+                 "attention: query, key and value must have 4 dimensions");
   const ScalarType type = query.scalar_type();
-  STD_TORCH_CHECK(type != ScalarType::Bool, "attention: query must be float32, bfloat16 or float16");
+  FASTATTN_CHECK(type != ScalarType::Bool, "attention: query must be float32, bfloat16 or float16");
   AttentionProblem p{};
   p.dtype = dtype_of(type);
   p.batches = query.size(0);
@@ -58,13 +58,13 @@ AttentionProblem problem_of(const Tensor& query, const Tensor& key, const Tensor
   check_rows("query", query, type, p.batches, p.heads, p.queries, p.head_dim);
   check_rows("key", key, type, p.batches, p.kv_heads, p.keys, p.head_dim);
   check_rows("value", value, type, p.batches, p.kv_heads, p.keys, p.value_dim);
-  STD_TORCH_CHECK(p.kv_heads == 0 ? p.heads == 0 : p.heads % p.kv_heads == 0,
-                  "attention: query heads must be a multiple of key heads, got ", p.heads, " and ", p.kv_heads);
-  STD_TORCH_CHECK(p.head_dim >= 1 && p.head_dim <= kMostColumns && p.value_dim >= 1 && p.value_dim <= kMostColumns,
-                  "attention: head dims must be in [1, ", kMostColumns, "], got ", p.head_dim, " and ", p.value_dim);
-  STD_TORCH_CHECK(p.queries <= kMostRows && p.keys <= kMostRows, "attention: at most ", kMostRows,
-                  " queries and keys, got ", p.queries, " and ", p.keys);
-  STD_TORCH_CHECK(std::isfinite(scale), "attention: scale must be finite, got ", scale);
+  FASTATTN_CHECK(p.kv_heads == 0 ? p.heads == 0 : p.heads % p.kv_heads == 0,
+                 "attention: query heads must be a multiple of key heads, got ", p.heads, " and ", p.kv_heads);
+  FASTATTN_CHECK(p.head_dim >= 1 && p.head_dim <= kMostColumns && p.value_dim >= 1 && p.value_dim <= kMostColumns,
+                 "attention: head dims must be in [1, ", kMostColumns, "], got ", p.head_dim, " and ", p.value_dim);
+  FASTATTN_CHECK(p.queries <= kMostRows && p.keys <= kMostRows, "attention: at most ", kMostRows,
+                 " queries and keys, got ", p.queries, " and ", p.keys);
+  FASTATTN_CHECK(std::isfinite(scale), "attention: scale must be finite, got ", scale);
   p.scale = static_cast<float>(scale);
   p.causal = is_causal;
   p.causal_shift = bottom_right ? p.keys - p.queries : 0;
@@ -72,11 +72,11 @@ AttentionProblem problem_of(const Tensor& query, const Tensor& key, const Tensor
     const int64_t full[4] = {p.batches, p.heads, p.queries, p.keys};
     bool fits = mask->dim() == 4;
     for (int64_t i = 0; fits && i < 4; i++) fits = mask->size(i) == 1 || mask->size(i) == full[i];
-    STD_TORCH_CHECK(fits, "attention: every dimension of mask must be 1 or that of (", full[0], ", ", full[1], ", ",
-                    full[2], ", ", full[3], ")");
+    FASTATTN_CHECK(fits, "attention: every dimension of mask must be 1 or that of (", full[0], ", ", full[1], ", ",
+                   full[2], ", ", full[3], ")");
     const ScalarType mask_type = mask->scalar_type();
-    STD_TORCH_CHECK(mask_type == ScalarType::Bool || mask_type == ScalarType::Float || mask_type == type,
-                    "attention: mask must be bool, float32 or of the dtype of query");
+    FASTATTN_CHECK(mask_type == ScalarType::Bool || mask_type == ScalarType::Float || mask_type == type,
+                   "attention: mask must be bool, float32 or of the dtype of query");
     const auto stride = [&](int64_t i) { return mask->size(i) == 1 ? 0 : mask->stride(i); };
     p.mask = {mask->const_data_ptr(), dtype_of(mask_type), stride(0), stride(1), stride(2), stride(3)};
   }
@@ -84,11 +84,11 @@ AttentionProblem problem_of(const Tensor& query, const Tensor& key, const Tensor
 }
 
 AttentionDropout dropout_of(const std::optional<Tensor>& philox, double p) {
-  STD_TORCH_CHECK(p >= 0.0 && p <= 1.0, "attention: dropout_p must be in [0, 1], got ", p);
+  FASTATTN_CHECK(p >= 0.0 && p <= 1.0, "attention: dropout_p must be in [0, 1], got ", p);
   AttentionDropout dropout{};
   if (p == 0.0) return dropout;
-  STD_TORCH_CHECK(philox && philox->scalar_type() == ScalarType::Long && philox->numel() == 2 && philox->is_contiguous(),
-                  "attention: dropout needs philox, two int64 numbers: seed and offset");
+  FASTATTN_CHECK(philox && philox->scalar_type() == ScalarType::Long && philox->numel() == 2 && philox->is_contiguous(),
+                 "attention: dropout needs philox, two int64 numbers: seed and offset");
   const auto* words = static_cast<const int64_t*>(philox->const_data_ptr());
   const auto seed = static_cast<uint64_t>(words[0]);
   dropout.enabled = true;
@@ -139,10 +139,11 @@ int64_t parts_of(const AttentionProblem& p, int64_t partial_size) {
   return std::max<int64_t>(1, std::min({wanted, queries, affordable}));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
-    Tensor grad_output, std::optional<Tensor> grad_lse, Tensor query, Tensor key, Tensor value,
-    std::optional<Tensor> mask, std::optional<Tensor> philox, Tensor output, Tensor lse, double scale, bool is_causal,
-    bool bottom_right, double dropout_p, bool mask_grad) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(Tensor grad_output, std::optional<Tensor> grad_lse,
+                                                              Tensor query, Tensor key, Tensor value,
+                                                              std::optional<Tensor> mask, std::optional<Tensor> philox,
+                                                              Tensor output, Tensor lse, double scale, bool is_causal,
+                                                              bool bottom_right, double dropout_p, bool mask_grad) {
   AttentionBackward p{};
   p.problem = problem_of(query, key, value, mask, scale, is_causal, bottom_right);
   p.problem.dropout = dropout_of(philox, dropout_p);
@@ -151,10 +152,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   check_rows("grad_output", grad_output, type, problem.batches, problem.heads, problem.queries, problem.value_dim);
   check_rows("output", output, type, problem.batches, problem.heads, problem.queries, problem.value_dim);
   const auto statistic = [&](const char* what, const Tensor& tensor) {
-    STD_TORCH_CHECK(tensor.dim() == 3 && tensor.size(0) == problem.batches && tensor.size(1) == problem.heads &&
-                        tensor.size(2) == problem.queries && tensor.scalar_type() == ScalarType::Float,
-                    "attention: ", what, " must be float32 of shape (", problem.batches, ", ", problem.heads, ", ",
-                    problem.queries, ")");
+    FASTATTN_CHECK(tensor.dim() == 3 && tensor.size(0) == problem.batches && tensor.size(1) == problem.heads &&
+                       tensor.size(2) == problem.queries && tensor.scalar_type() == ScalarType::Float,
+                   "attention: ", what, " must be float32 of shape (", problem.batches, ", ", problem.heads, ", ",
+                   problem.queries, ")");
     return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
   };
   lse = statistic("lse", lse);
@@ -173,8 +174,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   p.grad_key = result_of(grad_key);
   p.grad_value = result_of(grad_value);
 
-  p.partial_size = round_up(problem.keys, kAttentionRowPad) * (round_up(problem.head_dim, kAttentionColumnPad) +
-                                                               round_up(problem.value_dim, kAttentionColumnPad));
+  p.partial_size = round_up(problem.keys, kAttentionRowPad) *
+                   (round_up(problem.head_dim, kAttentionColumnPad) + round_up(problem.value_dim, kAttentionColumnPad));
   p.parts = parts_of(problem, p.partial_size);
   std::optional<Tensor> partial;
   std::vector<int32_t> arrivals;
@@ -186,8 +187,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     p.arrivals = arrivals.data();
   }
 
-  STD_TORCH_CHECK(!mask_grad || (mask && problem.mask.dtype != DType::boolean),
-                  "attention: only an additive mask has a gradient");
+  FASTATTN_CHECK(!mask_grad || (mask && problem.mask.dtype != DType::boolean),
+                 "attention: only an additive mask has a gradient");
   Tensor grad_mask = mask_grad ? empty(mask->sizes(), mask->scalar_type()) : empty({0}, ScalarType::Float);
   if (mask_grad && grad_mask.numel() > 0) {
     p.grad_mask = grad_mask.mutable_data_ptr();

@@ -22,22 +22,22 @@ struct Problem {
 
 Problem problem(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight, int64_t ignore_index,
                 int64_t reduction) {
-  STD_TORCH_CHECK(input.dim() == 2, "cross_entropy: input must be (rows, classes), got ", input.dim(), " dimensions");
+  FASTATTN_CHECK(input.dim() == 2, "cross_entropy: input must be (rows, classes), got ", input.dim(), " dimensions");
   const int64_t rows = input.size(0), columns = input.size(1);
-  STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "cross_entropy: reduction must be 0, 1 or 2, got ", reduction);
+  FASTATTN_CHECK(reduction >= 0 && reduction <= 2, "cross_entropy: reduction must be 0, 1 or 2, got ", reduction);
   const bool probabilities = target.scalar_type() != ScalarType::Long;
   if (probabilities) {
-    STD_TORCH_CHECK(target.scalar_type() == ScalarType::Float || target.scalar_type() == input.scalar_type(),
-                    "cross_entropy: target must be int64, float32 or of the dtype of input");
-    STD_TORCH_CHECK(target.sizes() == input.sizes(), "cross_entropy: class probabilities must have the shape of input");
+    FASTATTN_CHECK(target.scalar_type() == ScalarType::Float || target.scalar_type() == input.scalar_type(),
+                   "cross_entropy: target must be int64, float32 or of the dtype of input");
+    FASTATTN_CHECK(target.sizes() == input.sizes(), "cross_entropy: class probabilities must have the shape of input");
   } else {
-    STD_TORCH_CHECK(target.dim() == 1 && target.size(0) == rows, "cross_entropy: target must have one class for each of ",
-                    rows, " rows");
+    FASTATTN_CHECK(target.dim() == 1 && target.size(0) == rows,
+                   "cross_entropy: target must have one class for each of ", rows, " rows");
   }
   if (weight) {
-    STD_TORCH_CHECK(weight->scalar_type() == ScalarType::Float && weight->numel() == columns && weight->is_contiguous(),
-                    "cross_entropy: weight must be contiguous float32 with one element for each of ", columns,
-                    " classes");
+    FASTATTN_CHECK(weight->scalar_type() == ScalarType::Float && weight->numel() == columns && weight->is_contiguous(),
+                   "cross_entropy: weight must be contiguous float32 with one element for each of ", columns,
+                   " classes");
   }
   Problem out{rows,
               columns,
@@ -50,8 +50,8 @@ Problem problem(const Tensor& input, const Tensor& target, const std::optional<T
   if (const int64_t* numbers = out.numbers()) {
     for (int64_t row = 0; row < rows; row++) {
       const int64_t value = numbers[row];
-      STD_TORCH_CHECK(value == ignore_index || (value >= 0 && value < columns), "cross_entropy: target ", value,
-                      " at row ", row, " is not in [0, ", columns, ") and is not ignore_index (", ignore_index, ")");
+      FASTATTN_CHECK(value == ignore_index || (value >= 0 && value < columns), "cross_entropy: target ", value,
+                     " at row ", row, " is not in [0, ", columns, ") and is not ignore_index (", ignore_index, ")");
     }
   }
   return out;
@@ -98,9 +98,9 @@ Tensor cross_entropy_backward(Tensor grad, Tensor input, Tensor target, std::opt
   const auto is_float = [](const Tensor& tensor, int64_t elements) {
     return tensor.scalar_type() == ScalarType::Float && tensor.numel() == elements && tensor.is_contiguous();
   };
-  STD_TORCH_CHECK(is_float(grad, q.reduction == Reduction::none ? q.rows : 1) && is_float(lse, q.rows) &&
-                      is_float(total, 1),
-                  "cross_entropy: grad, lse and total must be contiguous float32 as the forward pass gave them");
+  FASTATTN_CHECK(
+      is_float(grad, q.reduction == Reduction::none ? q.rows : 1) && is_float(lse, q.rows) && is_float(total, 1),
+      "cross_entropy: grad, lse and total must be contiguous float32 as the forward pass gave them");
   Tensor grad_input = empty({q.rows, q.columns}, input.scalar_type());
   CrossEntropyBackward p{};
   p.grad = static_cast<const float*>(grad.const_data_ptr());

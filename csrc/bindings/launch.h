@@ -4,16 +4,31 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cstdlib>
 #include <new>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
 
 #include "../cpu/table.h"
 
+// An error that says what is wrong and nothing else: no source file, no line, the same words for every backend.
+#define FASTATTN_CHECK(condition, ...)                                          \
+  do {                                                                          \
+    if (!(condition)) throw std::runtime_error(fastattn::message(__VA_ARGS__)); \
+  } while (0)
+
 namespace fastattn {
+
+template <class... Parts>
+std::string message(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
+}
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -29,7 +44,7 @@ inline DType dtype_of(ScalarType type) {
     case ScalarType::Bool:
       return DType::boolean;
     default:
-      STD_TORCH_CHECK(false, "fastattn: the cpu kernels take float32, bfloat16, float16 and bool");
+      FASTATTN_CHECK(false, "fastattn: the cpu kernels take float32, bfloat16, float16 and bool");
   }
   return DType::f32;
 }
@@ -41,7 +56,8 @@ using torch::headeronly::IntHeaderOnlyArrayRef;
 // A fresh contiguous tensor through torch's dispatcher, so that allocators, modes and poisoning apply. new_empty of
 // some tensor, because torch::stable::empty looks its op up by name: twice the time.
 inline Tensor empty(IntHeaderOnlyArrayRef sizes, ScalarType type) {
-  static const Tensor* const some = new Tensor(torch::stable::empty({0}, ScalarType::Float));  // outlives static storage
+  static const Tensor* const some =
+      new Tensor(torch::stable::empty({0}, ScalarType::Float));  // outlives static storage
   int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle fresh = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(some->get(), sizes.data(), static_cast<int64_t>(sizes.size()),

@@ -12,29 +12,29 @@ struct Shape {
 };
 
 Shape shape_of(const char* name, const Tensor& input, int64_t normalized_ndim) {
-  STD_TORCH_CHECK(normalized_ndim >= 1 && normalized_ndim <= input.dim(), name, ": normalized_ndim must be in [1, ",
-                  input.dim(), "], got ", normalized_ndim);
+  FASTATTN_CHECK(normalized_ndim >= 1 && normalized_ndim <= input.dim(), name, ": normalized_ndim must be in [1, ",
+                 input.dim(), "], got ", normalized_ndim);
   const auto sizes = input.sizes();
   const size_t split = sizes.size() - static_cast<size_t>(normalized_ndim);
   return {product(sizes, 0, split), product(sizes, split, sizes.size())};
 }
 
 void check_like(const char* name, const char* what, const Tensor& tensor, const Tensor& input) {
-  STD_TORCH_CHECK(tensor.scalar_type() == input.scalar_type() && tensor.sizes() == input.sizes(), name, ": ", what,
-                  " must have the shape and dtype of input");
+  FASTATTN_CHECK(tensor.scalar_type() == input.scalar_type() && tensor.sizes() == input.sizes(), name, ": ", what,
+                 " must have the shape and dtype of input");
 }
 
 void check_affine(const char* name, const char* what, const Tensor& tensor, const Tensor& input, int64_t columns) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float || tensor.scalar_type() == input.scalar_type(), name, ": ",
-                  what, " must be float32 or of the dtype of input");
-  STD_TORCH_CHECK(tensor.numel() == columns && tensor.is_contiguous(), name, ": ", what,
-                  " must be contiguous with as many elements as a row, ", columns, ", got ", tensor.numel());
+  FASTATTN_CHECK(tensor.scalar_type() == ScalarType::Float || tensor.scalar_type() == input.scalar_type(), name, ": ",
+                 what, " must be float32 or of the dtype of input");
+  FASTATTN_CHECK(tensor.numel() == columns && tensor.is_contiguous(), name, ": ", what,
+                 " must be contiguous with as many elements as a row, ", columns, ", got ", tensor.numel());
 }
 
 // dtype of weight and bias, which must agree; float32 if there is neither.
 DType affine_dtype(const char* name, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias) {
   if (weight && bias)
-    STD_TORCH_CHECK(weight->scalar_type() == bias->scalar_type(), name, ": weight and bias must have one dtype");
+    FASTATTN_CHECK(weight->scalar_type() == bias->scalar_type(), name, ": weight and bias must have one dtype");
   return weight ? dtype_of(*weight) : bias ? dtype_of(*bias) : DType::f32;
 }
 
@@ -93,9 +93,9 @@ Backward backward(const char* name, bool centred, const Tensor& grad_output, con
   if (bias) check_affine(name, "bias", *bias, input, columns);
   for (const Tensor* statistic : {mean, &rstd}) {
     if (statistic == nullptr) continue;
-    STD_TORCH_CHECK(statistic->scalar_type() == ScalarType::Float && statistic->numel() == rows &&
-                        statistic->is_contiguous(),
-                    name, ": mean and rstd must be contiguous float32 of one element for each of the ", rows, " rows");
+    FASTATTN_CHECK(
+        statistic->scalar_type() == ScalarType::Float && statistic->numel() == rows && statistic->is_contiguous(), name,
+        ": mean and rstd must be contiguous float32 of one element for each of the ", rows, " rows");
   }
   weight_grad = weight_grad && weight;
   bias_grad = bias_grad && bias;

@@ -9,7 +9,7 @@ struct View {
 };
 
 View view_of(const Tensor& tensor, int64_t dim) {
-  STD_TORCH_CHECK(dim >= 0 && dim < tensor.dim(), "softmax: dim must be in [0, ", tensor.dim() - 1, "], got ", dim);
+  FASTATTN_CHECK(dim >= 0 && dim < tensor.dim(), "softmax: dim must be in [0, ", tensor.dim() - 1, "], got ", dim);
   const auto sizes = tensor.sizes();
   const size_t at = static_cast<size_t>(dim);
   return {product(sizes, 0, at), sizes[at], product(sizes, at + 1, sizes.size())};
@@ -27,8 +27,8 @@ double estimate(const View& view, double nanoseconds_each) {
 }
 
 Tensor softmax_forward(Tensor input, int64_t dim, bool log, ScalarType dtype) {
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == input.scalar_type(),
-                  "softmax: dtype must be float32 or the dtype of input");
+  FASTATTN_CHECK(dtype == ScalarType::Float || dtype == input.scalar_type(),
+                 "softmax: dtype must be float32 or the dtype of input");
   const View view = view_of(input, dim);
   const Rows x = operand(input, dim, view);
   Tensor output = empty(input.sizes(), dtype);
@@ -47,10 +47,10 @@ Tensor softmax_forward(Tensor input, int64_t dim, bool log, ScalarType dtype) {
 }
 
 Tensor softmax_backward(Tensor grad_output, Tensor output, int64_t dim, bool log, ScalarType dtype) {
-  STD_TORCH_CHECK(grad_output.scalar_type() == output.scalar_type() && grad_output.sizes() == output.sizes(),
-                  "softmax: grad_output must have the shape and dtype of output");
-  STD_TORCH_CHECK(output.scalar_type() == ScalarType::Float || output.scalar_type() == dtype,
-                  "softmax: output must be float32 or of the dtype of the input");
+  FASTATTN_CHECK(grad_output.scalar_type() == output.scalar_type() && grad_output.sizes() == output.sizes(),
+                 "softmax: grad_output must have the shape and dtype of output");
+  FASTATTN_CHECK(output.scalar_type() == ScalarType::Float || output.scalar_type() == dtype,
+                 "softmax: output must be float32 or of the dtype of the input");
   const View view = view_of(output, dim);
   const Rows dy = operand(grad_output, dim, view);
   const Rows y = operand(output, dim, view);
