@@ -12,8 +12,8 @@ namespace {
 
 // Per query of a panel.
 struct SavedStatistics {
-  float* lse;    // +inf for rows that see nothing, so that their probabilities are 0
-  float* rest;   // what is too small to show in lse where that is huge, else 0
+  float* lse;   // +inf for rows that see nothing, so that their probabilities are 0
+  float* rest;  // what is too small to show in lse where that is huge, else 0
   float* delta;
 
   static SavedStatistics take(Arena& arena) {
@@ -113,21 +113,20 @@ __attribute__((noinline)) void gradient_rows(Operand keys, Operand values, const
     if constexpr (G::kPaired) {
       FASTATTN_UNROLL for (int m = 0; m < kRows; m += 2) {
         FASTATTN_UNROLL for (int n = 0; n < kWide; n++)
-          G::store_pair(tiles.score_pairs + (row + m) / 2 * kPanel + offset + n * kLanes, d.c[m][n], d.c[m + 1][n]);
+            G::store_pair(tiles.score_pairs + (row + m) / 2 * kPanel + offset + n * kLanes, d.c[m][n], d.c[m + 1][n]);
       }
     }
   }
 }
 
 template <class G>
-FASTATTN_INLINE void gradient_block(Operand keys, Operand values, const PackedRows<G>& query,
-                                    const PackedRows<G>& grad, const Visibility& seen, float unit, int vectors,
-                                    const SavedStatistics& saved, const float* dropout,
-                                    const GradientTiles<G>& tiles, Prefetch& prefetch) {
+FASTATTN_INLINE void gradient_block(Operand keys, Operand values, const PackedRows<G>& query, const PackedRows<G>& grad,
+                                    const Visibility& seen, float unit, int vectors, const SavedStatistics& saved,
+                                    const float* dropout, const GradientTiles<G>& tiles, Prefetch& prefetch) {
   for (int i = 0; i < seen.range_count; i++)
     with_width(vectors - seen.ranges[i].first, [&](auto width) {
-      const auto rows = seen.ranges[i].masked ? gradient_rows<G, width.value, true>
-                                              : gradient_rows<G, width.value, false>;
+      const auto rows =
+          seen.ranges[i].masked ? gradient_rows<G, width.value, true> : gradient_rows<G, width.value, false>;
       rows(keys, values, query, grad, seen, unit, seen.ranges[i], saved, dropout, tiles, prefetch);
     });
 }
@@ -199,8 +198,8 @@ struct BackwardPanel {
       // In the order in which dP sums: where one key has all the weight, dP - delta is exactly 0.
       F32 delta = zero();
       for (int64_t k = 0; k < grad.steps(); k++)
-        delta = G::multiply_add(G::load(output.transposed + k * kPanel + at), G::load(grad.transposed + k * kPanel + at),
-                                delta);
+        delta = G::multiply_add(G::load(output.transposed + k * kPanel + at),
+                                G::load(grad.transposed + k * kPanel + at), delta);
       if (p.grad_lse != nullptr) delta = delta - load_first(p.grad_lse + row + at, n);
       store(saved.delta + at, select(live, delta, zero()));
       store(saved.lse + at, select(live, lse, splat(kInf)));
@@ -237,8 +236,8 @@ struct BackwardPanel {
       Visibility seen;
       if (!look(problem, batch, head, first, count, first_key, n, seen, bias)) continue;
       const int64_t kv_head = head / (problem.heads / problem.kv_heads);
-      const Operand block = rows_operand<G>(
-          problem.dtype, head_rows(p.key, problem.dtype, batch, kv_head, first_key), n, problem.head_dim, false, keys);
+      const Operand block = rows_operand<G>(problem.dtype, head_rows(p.key, problem.dtype, batch, kv_head, first_key),
+                                            n, problem.head_dim, false, keys);
       advance_softmax<G>(block, query, seen, score_scale(problem.scale).unit, vectors, nullptr, tiles.probabilities,
                          tiles.score_pairs, statistics, nothing);
     }
@@ -356,8 +355,7 @@ __attribute__((noinline)) void backward_panel(const AttentionBackward& p, int64_
     const int64_t next_key = first_key + kKeyBlock;
     if (next_key < panel.end(problem)) want_keys(p, prefetch, panel.batch, kv_head, next_key);
     const Operand key_rows = head_rows(p.key, problem.dtype, panel.batch, kv_head, first_key);
-    const Operand keys =
-        rows_operand<G>(problem.dtype, key_rows, seen.keys, problem.head_dim, true, scratch.keys);
+    const Operand keys = rows_operand<G>(problem.dtype, key_rows, seen.keys, problem.head_dim, true, scratch.keys);
     const Operand values =
         rows_operand<G>(problem.dtype, head_rows(p.value, problem.dtype, panel.batch, kv_head, first_key), seen.keys,
                         problem.value_dim, false, scratch.values);
@@ -385,7 +383,9 @@ int64_t backward_pair_tasks(const AttentionBackward& p) { return p.problem.batch
 struct BackwardTask {
   int64_t pair, part, batch, kv_head;
   BackwardTask(const AttentionBackward& p, int64_t task)
-      : pair(task / p.parts), part(task % p.parts), batch(pair / p.problem.kv_heads),
+      : pair(task / p.parts),
+        part(task % p.parts),
+        batch(pair / p.problem.kv_heads),
         kv_head(pair % p.problem.kv_heads) {}
 };
 

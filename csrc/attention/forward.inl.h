@@ -108,9 +108,7 @@ struct ForwardTask {
   }
 };
 
-int64_t forward_tasks(const AttentionForward& p) {
-  return p.problem.batches * p.problem.heads * forward_groups(p);
-}
+int64_t forward_tasks(const AttentionForward& p) { return p.problem.batches * p.problem.heads * forward_groups(p); }
 
 FASTATTN_INLINE void want_keys(const AttentionForward& p, Prefetch& prefetch, const ForwardTask& task, int64_t first) {
   const AttentionProblem& problem = p.problem;
@@ -163,9 +161,9 @@ __attribute__((noinline)) int64_t forward_task(const AttentionForward& p, int64_
       if (!ready) {
         keys = rows_operand<G>(problem.dtype, head_rows(p.key, problem.dtype, task.batch, task.kv_head, first_key),
                                count, problem.head_dim, false, scratch.keys);
-        values = columns_operand<G>(problem.dtype,
-                                    head_rows(p.value, problem.dtype, task.batch, task.kv_head, first_key), count,
-                                    problem.value_dim, scratch.values);
+        values =
+            columns_operand<G>(problem.dtype, head_rows(p.value, problem.dtype, task.batch, task.kv_head, first_key),
+                               count, problem.value_dim, scratch.values);
         ready = true;
       }
       if (scratch.dropout != nullptr)
@@ -197,8 +195,7 @@ FASTATTN_INLINE void run_forward_as(const AttentionForward& p, TaskQueue& queue,
   ForwardScratch<G> scratch;
   scratch.carve(p, memory);
   Prefetch prefetch;
-  for (int64_t task = take_task(queue); task < queue.total;)
-    task = forward_task<G>(p, task, queue, scratch, prefetch);
+  for (int64_t task = take_task(queue); task < queue.total;) task = forward_task<G>(p, task, queue, scratch, prefetch);
 }
 
 int64_t forward_scratch(const AttentionForward& p) {

@@ -120,7 +120,9 @@ struct MaskTile {
     for (int64_t x = 0; x < kLanes && x < n; x++) some[x] = p[x * stride];
     return load_bias(some, kLanes);
   }
-  FASTATTN_INLINE F32 along_keys(int64_t i, int64_t j) const { return gather(data + i * query + j * key, key, keys - j); }
+  FASTATTN_INLINE F32 along_keys(int64_t i, int64_t j) const {
+    return gather(data + i * query + j * key, key, keys - j);
+  }
   FASTATTN_INLINE F32 along_queries(int64_t i, int64_t j) const {
     return gather(data + i * query + j * key, query, queries - i);
   }
@@ -210,18 +212,18 @@ __attribute__((noinline)) bool look(const AttentionProblem& problem, int64_t bat
   if (seen.ends[vectors - 1] == 0) return false;
   MaskKind kind = MaskKind::clean;
   if (problem.mask.data != nullptr) switch (problem.mask.dtype) {
-    case DType::boolean:
-      kind = apply_mask_of<uint8_t>(problem, batch, head, first_query, queries, first_key, vectors, seen, bias);
-      break;
-    case DType::f32:
-      kind = apply_mask_of<float>(problem, batch, head, first_query, queries, first_key, vectors, seen, bias);
-      break;
-    case DType::bf16:
-      kind = apply_mask_of<bf16>(problem, batch, head, first_query, queries, first_key, vectors, seen, bias);
-      break;
-    default:
-      kind = apply_mask_of<f16>(problem, batch, head, first_query, queries, first_key, vectors, seen, bias);
-  }
+      case DType::boolean:
+        kind = apply_mask_of<uint8_t>(problem, batch, head, first_query, queries, first_key, vectors, seen, bias);
+        break;
+      case DType::f32:
+        kind = apply_mask_of<float>(problem, batch, head, first_query, queries, first_key, vectors, seen, bias);
+        break;
+      case DType::bf16:
+        kind = apply_mask_of<bf16>(problem, batch, head, first_query, queries, first_key, vectors, seen, bias);
+        break;
+      default:
+        kind = apply_mask_of<f16>(problem, batch, head, first_query, queries, first_key, vectors, seen, bias);
+    }
   if (kind == MaskKind::dead) return false;
   cut_ranges(seen, vectors);
   return true;
@@ -231,8 +233,8 @@ __attribute__((noinline)) bool look(const AttentionProblem& problem, int64_t bat
 
 // What dropout multiplies each probability of the block by, in a tile (keys, kPanel): keep_scale or 0.
 __attribute__((noinline)) void fill_dropout(const AttentionProblem& problem, int64_t batch, int64_t head,
-                                            int64_t first_query, int64_t first_key, const Visibility& seen,
-                                            int vectors, float* tile) {
+                                            int64_t first_query, int64_t first_key, const Visibility& seen, int vectors,
+                                            float* tile) {
   const AttentionDropout& dropout = problem.dropout;
   const I32 stream = splat_word(static_cast<uint32_t>(batch * problem.heads + head));
   const I32 threshold = splat_word(dropout.threshold);
@@ -244,8 +246,8 @@ __attribute__((noinline)) void fill_dropout(const AttentionProblem& problem, int
       I32 words[4] = {splat_word(dropout.offset), stream, query, group};
       philox(words, dropout.seed[0], dropout.seed[1]);
       FASTATTN_UNROLL for (int w = 0; w < 4; w++)
-        store(tile + (row + w) * kPanel + n * kLanes,
-              select(unsigned_ge(words[w], threshold), splat(dropout.keep_scale), zero()));
+          store(tile + (row + w) * kPanel + n * kLanes,
+                select(unsigned_ge(words[w], threshold), splat(dropout.keep_scale), zero()));
     }
   }
 }

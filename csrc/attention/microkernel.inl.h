@@ -8,13 +8,11 @@ namespace {
 
 constexpr int kVectors = kRegisters >= 32 ? 4 : 3;
 constexpr int64_t kPanel = kVectors * kLanes;  // queries worked on together
-constexpr int64_t kKeyBlock = 128;              // keys worked on together
+constexpr int64_t kKeyBlock = 128;             // keys worked on together
 constexpr int64_t kRowPad = 8;                 // rows come in groups of this many, a multiple of every tile_rows()
 
 // Rows of a register tile that is `vectors` wide: enough sums in flight to hide the latency of a multiply-add.
-constexpr int tile_rows(int vectors) {
-  return vectors >= 3 ? 4 : kRegisters >= 32 || vectors == 1 ? 8 : 4;
-}
+constexpr int tile_rows(int vectors) { return vectors >= 3 ? 4 : kRegisters >= 32 || vectors == 1 ? 8 : 4; }
 
 // The two kinds of arithmetic. A Step is what one lane consumes of the inner dimension at a time.
 struct Single {
@@ -83,8 +81,7 @@ FASTATTN_INLINE void multiply(Tile<kRows, kWide>& tile, const char*& a, int64_t 
     FASTATTN_UNROLL for (int n = kFirst; n < kWide; n++) right[n] = G::load(b + n * kLanes);
     FASTATTN_UNROLL for (int m = 0; m < kRows; m++) {
       const typename G::Vector left = G::broadcast(a + m * a_row);
-      FASTATTN_UNROLL for (int n = kFirst; n < kWide; n++)
-        tile.c[m][n] = G::multiply_add(left, right[n], tile.c[m][n]);
+      FASTATTN_UNROLL for (int n = kFirst; n < kWide; n++) tile.c[m][n] = G::multiply_add(left, right[n], tile.c[m][n]);
     }
     a += a_step;
     b += b_row;

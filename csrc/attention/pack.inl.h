@@ -159,7 +159,7 @@ struct PackedRows {
   typename G::Step* transposed;  // (steps, kPanel)
   const float* rows;             // Single: `row` floats apart, zero up to a whole panel
   int64_t row;
-  Operand source;                // Paired: the bf16 rows, not padded
+  Operand source;  // Paired: the bf16 rows, not padded
   int64_t columns;
   float* copy;
 

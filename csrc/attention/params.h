@@ -64,7 +64,7 @@ struct AttentionBackward {
   // grad_key and grad_value into its own slice of `partial`; the last one to finish (arrivals, zeroed, one counter for
   // each pair) adds the slices up in order.
   int64_t parts;
-  float* partial;  // (batches * kv_heads, parts, partial_size), nullptr when parts == 1
+  float* partial;        // (batches * kv_heads, parts, partial_size), nullptr when parts == 1
   int64_t partial_size;  // keys, rounded up to kAttentionRowPad, x (head_dim + value_dim, each to kAttentionColumnPad)
   int32_t* arrivals;
 

@@ -44,8 +44,7 @@ __attribute__((noinline)) void add_rows(Operand a, const typename G::Step* b, in
     multiply<G, 0>(tile, left, a.row, sizeof(typename G::Step), right, b_row, steps);
     FASTATTN_UNROLL for (int m = 0; m < kRows; m++) {
       float* p = c + (row + m) * c_row;
-      FASTATTN_UNROLL for (int n = 0; n < kWide; n++)
-        store(p + n * kLanes, load(p + n * kLanes) + tile.c[m][n]);
+      FASTATTN_UNROLL for (int n = 0; n < kWide; n++) store(p + n * kLanes, load(p + n * kLanes) + tile.c[m][n]);
     }
   }
 }

@@ -9,8 +9,9 @@ constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 constexpr float kInf = __builtin_inff();
 
-// 2^x: relative error below 2.0e-7 (Degree 5), 5.5e-6 (Degree 4) or 7.5e-5 (Degree 3, enough where the result is rounded
-// to bf16). Relative minimax polynomials on [-1/2, 1/2], 1 at 0 for degrees 4 and 5; exp2(-inf) = 0, NaN stays NaN.
+// 2^x: relative error below 2.0e-7 (Degree 5), 5.5e-6 (Degree 4) or 7.5e-5 (Degree 3, enough where the result is
+// rounded to bf16). Relative minimax polynomials on [-1/2, 1/2], 1 at 0 for degrees 4 and 5; exp2(-inf) = 0, NaN stays
+// NaN.
 template <int Degree = 5>
 FASTATTN_INLINE F32 exp2(F32 x) {
   const F32 n = round_nearest(x);

@@ -1,7 +1,8 @@
 // Cross entropy, forward and backward, fp32 inside. With coefficients
 //   a_c = weight_c * ((1 - smoothing) * t_c + smoothing / C),  t the class probabilities or the one-hot of the target,
 // a row's loss is sum_c(a_c * (lse - x_c)) and its gradient softmax(x)_c * sum(a) - a_c. A class with a_c = 0 adds
-// nothing, however impossible it is. lse - x_c is taken as log(sum) - (x_c - max), so that a large offset costs nothing.
+// nothing, however impossible it is. lse - x_c is taken as log(sum) - (x_c - max), so that a large offset costs
+// nothing.
 #pragma once
 #include "../cpu/logsumexp.h"
 #include "params.h"
@@ -147,8 +148,8 @@ FASTATTN_INLINE F32x2 exponential(const T* x, const T* dx, F32x2 lse, Where wher
 }
 
 // softmax * scale; returns the target's, unrounded. An fp32 row is written before its sum is known, and once more only
-// if the sum is so far off that it shows: the error (1 - sum) * |softmax| is held against one rounding of the gradient's
-// norm, |softmax - one_hot|.
+// if the sum is so far off that it shows: the error (1 - sum) * |softmax| is held against one rounding of the
+// gradient's norm, |softmax - one_hot|.
 template <class T>
 float hard_gradient(const T* x, T* dx, int64_t columns, int64_t target, float lse, float scale) {
   const F32x2 shift = splat2(lse), all = splat2(scale);

@@ -4,7 +4,8 @@
 // output. The second sweep also sums what is left of the mean's rounding error, so that a large offset costs nothing:
 //   d_c = x_c - m,  delta = sum(d) / C,  variance = sum(d^2) / C - delta^2,  y_c = (d_c - delta) * rstd * w_c + b_c.
 // Backward (g = grad_output * weight, n = (x - mean) * rstd):
-//   grad_input = rstd * (g - mean_c(g) - n * mean_c(g * n)),  grad_weight = sum_rows(grad_output * n),  grad_bias = sum_rows(grad_output),
+//   grad_input = rstd * (g - mean_c(g) - n * mean_c(g * n)),  grad_weight = sum_rows(grad_output * n),  grad_bias =
+//   sum_rows(grad_output),
 // RMSNorm without the mean_c(g) term and with mean = 0.
 #pragma once
 #include "../cpu/row.h"
@@ -32,8 +33,8 @@ FASTATTN_INLINE void copy_affine(const A* from, float* to, int64_t columns) {
 template <class T>
 const float* affine(const void* from, DType dtype, float absent, float* to, int64_t columns) {
   if (from == nullptr) {
-    for_columns<1>(columns, [&](int64_t c, int, auto where)
-                                FASTATTN_LAMBDA { put(to + c, splat2(absent), Natural{}, where); });
+    for_columns<1>(columns,
+                   [&](int64_t c, int, auto where) FASTATTN_LAMBDA { put(to + c, splat2(absent), Natural{}, where); });
   } else if (dtype != DType::f32) {
     copy_affine<T>(static_cast<const T*>(from), to, columns);
   } else if (!kOwnOrder<T>) {
@@ -81,13 +82,13 @@ void norm_forward_rows(const NormForward& p, int64_t row, const float* weight, c
   }
 
   F32x2 mean[Rows], squares[Rows][Unroll];
-  FASTATTN_UNROLL for (int r = 0; r < Rows; r++)
-    FASTATTN_UNROLL for (int i = 0; i < Unroll; i++) squares[r][i] = splat2(0.f);
+  FASTATTN_UNROLL for (int r = 0; r < Rows; r++) FASTATTN_UNROLL for (int i = 0; i < Unroll; i++) squares[r][i] =
+      splat2(0.f);
   float variance[Rows], shift[Rows];
   if constexpr (Centred) {
     F32x2 sums[Rows][Unroll], left[Rows][Unroll];
-    FASTATTN_UNROLL for (int r = 0; r < Rows; r++)
-      FASTATTN_UNROLL for (int i = 0; i < Unroll; i++) sums[r][i] = left[r][i] = splat2(0.f);
+    FASTATTN_UNROLL for (int r = 0; r < Rows; r++) FASTATTN_UNROLL for (int i = 0; i < Unroll; i++) sums[r][i] =
+        left[r][i] = splat2(0.f);
     for_columns<Unroll>(columns, [&](int64_t c, int i, auto where) FASTATTN_LAMBDA {
       FASTATTN_UNROLL for (int r = 0; r < Rows; r++) sums[r][i] = sums[r][i] + get(x[r] + c, Cheapest{}, where);
     });
@@ -200,8 +201,8 @@ void norm_backward_rows(const NormBackward& p, int64_t row, const float* weight,
   }
 
   F32x2 sums[Rows][Unroll], products[Rows][Unroll];
-  FASTATTN_UNROLL for (int r = 0; r < Rows; r++)
-    FASTATTN_UNROLL for (int i = 0; i < Unroll; i++) sums[r][i] = products[r][i] = splat2(0.f);
+  FASTATTN_UNROLL for (int r = 0; r < Rows; r++) FASTATTN_UNROLL for (int i = 0; i < Unroll; i++) sums[r][i] =
+      products[r][i] = splat2(0.f);
   for_columns<Unroll>(columns, [&](int64_t c, int i, auto where) FASTATTN_LAMBDA {
     const F32x2 w = get(weight + c, Natural{}, where);
     FASTATTN_UNROLL for (int r = 0; r < Rows; r++) {
@@ -251,8 +252,8 @@ void add_chunks(float* partials, int64_t stride, int64_t chunks, int64_t columns
     FASTATTN_UNROLL for (int i = 0; i < 4; i++) sums[i] = splat2(0.f);
     int64_t k = 0;
     for (; k + 4 <= chunks; k += 4)
-      FASTATTN_UNROLL for (int i = 0; i < 4; i++)
-        sums[i] = sums[i] + get(partials + (k + i) * stride + c, Natural{}, where);
+      FASTATTN_UNROLL for (int i = 0; i < 4; i++) sums[i] =
+          sums[i] + get(partials + (k + i) * stride + c, Natural{}, where);
     for (; k < chunks; k++) sums[0] = sums[0] + get(partials + k * stride + c, Natural{}, where);
     put(partials + c, (sums[0] + sums[1]) + (sums[2] + sums[3]), Natural{}, where);
   });

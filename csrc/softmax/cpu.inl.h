@@ -84,7 +84,8 @@ void softmax_columns(const In* x, Out* y, int64_t columns, int64_t inner, Where 
     F32x2 now[Width];
     FASTATTN_UNROLL for (int u = 0; u < Width; u++) now[u] = top[u];
     for (int64_t c = begin; c < end; c++)
-      FASTATTN_UNROLL for (int u = 0; u < Width; u++) now[u] = max(now[u], get(x + c * inner + u * kPair, Order{}, where));
+      FASTATTN_UNROLL for (int u = 0; u < Width; u++) now[u] =
+          max(now[u], get(x + c * inner + u * kPair, Order{}, where));
     FASTATTN_UNROLL for (int u = 0; u < Width; u++) {
       sum[u] = sum[u] * exp(top[u] - now[u]);
       top[u] = now[u];
@@ -92,8 +93,8 @@ void softmax_columns(const In* x, Out* y, int64_t columns, int64_t inner, Where 
     F32x2 part[Width];  // of this chunk: short sums round less
     FASTATTN_UNROLL for (int u = 0; u < Width; u++) part[u] = splat2(0.f);
     for (int64_t c = begin; c < end; c++)
-      FASTATTN_UNROLL for (int u = 0; u < Width; u++)
-        part[u] = part[u] + exp_for(kind, get(x + c * inner + u * kPair, Order{}, where) - top[u]);
+      FASTATTN_UNROLL for (int u = 0; u < Width; u++) part[u] =
+          part[u] + exp_for(kind, get(x + c * inner + u * kPair, Order{}, where) - top[u]);
     FASTATTN_UNROLL for (int u = 0; u < Width; u++) sum[u] = sum[u] + part[u];
   }
   F32x2 last[Width];  // log of the sum, or its reciprocal

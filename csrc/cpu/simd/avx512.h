@@ -54,9 +54,7 @@ FASTATTN_INLINE F32 select(Mask m, F32 a, F32 b) { return {_mm512_mask_blend_ps(
 FASTATTN_INLINE I32 select(Mask m, I32 a, I32 b) { return {_mm512_mask_blend_epi32(m.v, b.v, a.v)}; }
 
 FASTATTN_INLINE I32 splat_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
-FASTATTN_INLINE I32 iota() {
-  return {_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)};
-}
+FASTATTN_INLINE I32 iota() { return {_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)}; }
 FASTATTN_INLINE I32 operator+(I32 a, I32 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 FASTATTN_INLINE I32 operator-(I32 a, I32 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 FASTATTN_INLINE I32 operator^(I32 a, I32 b) { return {_mm512_xor_si512(a.v, b.v)}; }
@@ -112,9 +110,7 @@ FASTATTN_INLINE void store(float* p, F32 x) { _mm512_storeu_ps(p, x.v); }
 FASTATTN_INLINE void store(bf16* p, F32 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(x)); }
 FASTATTN_INLINE void store(f16* p, F32 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_f16(x)); }
 FASTATTN_INLINE void store_first(float* p, F32 x, int64_t n) { _mm512_mask_storeu_ps(p, first(n).v, x.v); }
-FASTATTN_INLINE void store_first(bf16* p, F32 x, int64_t n) {
-  _mm256_mask_storeu_epi16(p, first(n).v, narrow_bf16(x));
-}
+FASTATTN_INLINE void store_first(bf16* p, F32 x, int64_t n) { _mm256_mask_storeu_epi16(p, first(n).v, narrow_bf16(x)); }
 FASTATTN_INLINE void store_first(f16* p, F32 x, int64_t n) { _mm256_mask_storeu_epi16(p, first(n).v, narrow_f16(x)); }
 
 FASTATTN_INLINE void split_two(F32& a, F32& b) {
@@ -172,7 +168,9 @@ FASTATTN_INLINE Pairs load_pairs(const uint32_t* p) { return {_mm512_loadu_si512
 FASTATTN_INLINE void store_pairs(uint32_t* p, Pairs x) { _mm512_storeu_si512(p, x.v); }
 FASTATTN_INLINE Pairs splat_pair(uint32_t pair) { return {_mm512_set1_epi32(static_cast<int32_t>(pair))}; }
 // 32 consecutive bf16, lo first: the layout of memory.
-FASTATTN_INLINE Pairs narrow_two(F32 lo, F32 hi) { return {reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(hi.v, lo.v))}; }
+FASTATTN_INLINE Pairs narrow_two(F32 lo, F32 hi) {
+  return {reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(hi.v, lo.v))};
+}
 // Lane i holds (lo[i], hi[i]).
 FASTATTN_INLINE Pairs pack_pairs(F32 lo, F32 hi) {
   alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
@@ -181,10 +179,10 @@ FASTATTN_INLINE Pairs pack_pairs(F32 lo, F32 hi) {
 }
 // Lane i of the 32 lanes written to `out` holds (low[i], high[i]); zero from n on, and where high is null.
 FASTATTN_INLINE void interleave_rows(const bf16* low, const bf16* high, int64_t n, uint32_t* out) {
-  alignas(64) static const uint16_t order[64] = {
-      0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
-      11, 43, 12, 44, 13, 45, 14, 46, 15, 47, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53,
-      22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+  alignas(64) static const uint16_t order[64] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                 8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47,
+                                                 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+                                                 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
   const __mmask32 live = n >= 32 ? ~__mmask32{0} : (__mmask32{1} << n) - 1;
   const __m512i a = _mm512_maskz_loadu_epi16(live, low);
   const __m512i b = high == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(live, high);

@@ -96,9 +96,7 @@ FASTATTN_INLINE F32 split_exponent(F32 x, F32& mantissa) {
 }
 
 FASTATTN_INLINE F32 widen(const float* p) { return {Floats{p[0], p[1], p[2], p[3]}}; }
-FASTATTN_INLINE F32 widen(const bf16* p) {
-  return {(Floats)(Words{p[0].bits, p[1].bits, p[2].bits, p[3].bits} << 16)};
-}
+FASTATTN_INLINE F32 widen(const bf16* p) { return {(Floats)(Words{p[0].bits, p[1].bits, p[2].bits, p[3].bits} << 16)}; }
 FASTATTN_INLINE F32 widen(const f16* p) {
   const Words half = {p[0].bits, p[1].bits, p[2].bits, p[3].bits};
   const Words sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu;

@@ -2,12 +2,11 @@
 //
 //   kLanes                     floats in a register; kRegisters: how many registers there are
 //   F32, I32, Mask             registers of kLanes floats, 32-bit integers, truth values
-//   load(p) load_first(p, n)   from float, bf16, f16 (widened); load_first reads 0 <= n <= kLanes elements, the rest is 0
-//   store(p, x) store_first    to float, bf16, f16 (rounded to nearest even, NaN kept)
-//   load_two(p, a, b)          2*kLanes bf16 in whatever order is cheapest; store_two(p, a, b) takes them back;
-//   split_two(a, b)            brings 2*kLanes consecutive elements into that order, join_two(a, b) back
-//   fma(a, b, c) = a*b + c     fnma(a, b, c) = c - a*b, rounded once if kFusedFma
-//   max(a, b)                  b when either is NaN (put the value that may be NaN second)
+//   load(p) load_first(p, n)   from float, bf16, f16 (widened); load_first reads 0 <= n <= kLanes elements, the rest is
+//   0 store(p, x) store_first    to float, bf16, f16 (rounded to nearest even, NaN kept) load_two(p, a, b) 2*kLanes
+//   bf16 in whatever order is cheapest; store_two(p, a, b) takes them back; split_two(a, b)            brings 2*kLanes
+//   consecutive elements into that order, join_two(a, b) back fma(a, b, c) = a*b + c     fnma(a, b, c) = c - a*b,
+//   rounded once if kFusedFma max(a, b)                  b when either is NaN (put the value that may be NaN second)
 //   select(m, a, b)            m ? a : b
 //   scale2(x, n)               x * 2^n for integral n of any size; n = -inf gives 0
 //   split_exponent(x, m)       x = m * 2^result with 1 <= m < 2, for positive normal x; NaN gives m = NaN
