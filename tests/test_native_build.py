@@ -35,15 +35,15 @@ def test_torch_is_reached_through_its_stable_c_abi_only():
 
 
 @pytest.mark.usefixtures("skip_without_native")
-def test_one_exported_symbol_for_each_instruction_set():
-    objects = sorted((ROOT / "build").glob("**/fastattn_*.dir/csrc/cpu/isa.cpp.o"))
+def test_one_exported_symbol_for_each_op_and_instruction_set():
+    objects = sorted((ROOT / "build").glob("**/fastattn_*.dir/csrc/*/cpu.cpp.o"))
     if not objects:
         pytest.skip("no build tree beside the tests")
     for path in objects:
         isa = re.search(r"fastattn_(\w+)\.dir", str(path)).group(1)
         # Capital letters are global symbols, V, W, v and w weak ones.
         exported = [f[-1] for f in nm(path, "--defined-only") if f[-2].isupper() or f[-2] in "vw"]
-        assert exported == [f"fastattn_kernels_{isa}"], path
+        assert exported == [f"fastattn_{path.parent.name}_{isa}"], path
 
 
 def copy_of_the_package(folder: Path, *, note: str | None = None, broken: bool = False) -> Path:

@@ -46,8 +46,8 @@ void run_backward(const AttentionBackward& p, TaskQueue& queue, char* memory) {
     run_backward_as<Single>(p, queue, memory);
 }
 
-constexpr Kernel<AttentionForward> kAttentionForward{forward_tasks, forward_scratch, run_forward};
-constexpr Kernel<AttentionBackward> kAttentionBackward{backward_tasks, backward_scratch, run_backward};
+constexpr AttentionKernels kAttentionKernels{{forward_tasks, forward_scratch, run_forward},
+                                             {backward_tasks, backward_scratch, run_backward}};
 
 }  // namespace
 }  // namespace fastattn::FASTATTN_ISA

@@ -74,4 +74,9 @@ struct AttentionBackward {
   int64_t grad_mask_batches, grad_mask_heads, grad_mask_queries, grad_mask_keys;
 };
 
+struct AttentionKernels {
+  Kernel<AttentionForward> forward;
+  Kernel<AttentionBackward> backward;
+};
+
 }  // namespace fastattn

@@ -39,8 +39,7 @@ __attribute__((noinline)) void add_rows(Operand a, const typename G::Step* b, in
     prefetch.step();
     // C is in a far cache, and the product takes about as long as it takes to come.
     FASTATTN_UNROLL for (int m = 0; m < kRows; m++) {
-      FASTATTN_UNROLL for (int n = 0; n < kWide; n++)
-        __builtin_prefetch(c + (row + m) * c_row + n * kLanes, 1, 3);
+      FASTATTN_UNROLL for (int n = 0; n < kWide; n++) __builtin_prefetch(c + (row + m) * c_row + n * kLanes, 1, 3);
     }
     Tile<kRows, kWide> tile;
     clear(tile);

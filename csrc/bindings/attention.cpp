@@ -122,7 +122,7 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor va
   p.value = input_of(value);
   p.output = result_of(output);
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  launch(kernels().attention_forward, p, nanoseconds_of(problem));
+  launch(kernels().attention->forward, p, nanoseconds_of(problem));
   return {output, lse};
 }
 
@@ -197,7 +197,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(Tensor grad_output
     p.grad_mask_queries = mask->size(2);
     p.grad_mask_keys = mask->size(3);
   }
-  launch(kernels().attention_backward, p, nanoseconds_of(problem) * 2.5);
+  launch(kernels().attention->backward, p, nanoseconds_of(problem) * 2.5);
   return {grad_query, grad_key, grad_value, grad_mask};
 }
 

@@ -15,10 +15,10 @@ namespace fastattn {
 namespace {
 
 const CeilingLoops& loops_of(const std::string& isa) {
-  for (const IsaEntry* entry = kIsaEntries; entry->table != nullptr; entry++) {
-    if (entry->table->isa != isa) continue;
+  for (const IsaEntry* entry = kIsaEntries; entry->supported != nullptr; entry++) {
+    if (entry->table.isa != isa) continue;
     if (!entry->supported()) throw std::invalid_argument(isa + " needs " + entry->needs);
-    return entry->table->ceilings;
+    return *entry->table.ceilings;
   }
   throw std::invalid_argument("this build has no instruction set " + isa);
 }

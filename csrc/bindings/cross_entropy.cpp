@@ -88,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor input, Tensor ta
   p.reduction = q.reduction;
   p.dtype = dtype_of(input);
   p.probabilities_dtype = q.probabilities ? dtype_of(target) : DType::f32;
-  launch(kernels().cross_entropy_forward, p, estimate(q, 0.2));
+  launch(kernels().cross_entropy->forward, p, estimate(q, 0.2));
   return {loss, lse, total};
 }
 
@@ -120,7 +120,7 @@ Tensor cross_entropy_backward(Tensor grad, Tensor input, Tensor target, std::opt
   p.reduction = q.reduction;
   p.dtype = dtype_of(input);
   p.probabilities_dtype = q.probabilities ? dtype_of(target) : DType::f32;
-  launch(kernels().cross_entropy_backward, p, estimate(q, 0.2));
+  launch(kernels().cross_entropy->backward, p, estimate(q, 0.2));
   return grad_input;
 }
 

@@ -21,8 +21,8 @@ PYBIND11_MODULE(_C, m) {
       "cpu_isas",
       [] {
         py::list all;
-        for (const auto* entry = fastattn::kIsaEntries; entry->table != nullptr; entry++)
-          all.append(py::make_tuple(std::string(entry->table->isa), entry->supported(), std::string(entry->needs)));
+        for (const auto* entry = fastattn::kIsaEntries; entry->supported != nullptr; entry++)
+          all.append(py::make_tuple(std::string(entry->table.isa), entry->supported(), std::string(entry->needs)));
         return all;
       },
       "(name, can run here, what it needs) of every instruction set in this build, best first.");

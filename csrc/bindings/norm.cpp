@@ -75,7 +75,7 @@ Forward forward(const char* name, bool centred, const Tensor& input, const std::
   p.dtype = dtype_of(type);
   p.affine_dtype = affine_dtype(name, weight, bias);
   p.centred = centred;
-  launch(kernels().norm_forward, p, estimate(rows * columns, 0.2));
+  launch(kernels().layer_norm->forward, p, estimate(rows * columns, 0.2));
   return out;
 }
 
@@ -136,7 +136,7 @@ Backward backward(const char* name, bool centred, const Tensor& grad_output, con
   p.dtype = dtype_of(input);
   p.affine_dtype = affine_dtype(name, weight, bias);
   p.centred = centred;
-  launch(kernels().norm_backward, p, estimate(rows * columns, 0.4));
+  launch(kernels().layer_norm->backward, p, estimate(rows * columns, 0.4));
   return out;
 }
 

@@ -42,7 +42,7 @@ Tensor softmax_forward(Tensor input, int64_t dim, bool log, ScalarType dtype) {
   p.input_dtype = dtype_of(input);
   p.output_dtype = dtype_of(dtype);
   p.log = log;
-  launch(kernels().softmax_forward, p, estimate(view, 0.3));
+  launch(kernels().softmax->forward, p, estimate(view, 0.3));
   return output;
 }
 
@@ -67,7 +67,7 @@ Tensor softmax_backward(Tensor grad_output, Tensor output, int64_t dim, bool log
   p.output_dtype = dtype_of(output);
   p.input_dtype = dtype_of(dtype);
   p.log = log;
-  launch(kernels().softmax_backward, p, estimate(view, 0.3));
+  launch(kernels().softmax->backward, p, estimate(view, 0.3));
   return grad_input;
 }
 

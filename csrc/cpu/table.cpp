@@ -7,12 +7,17 @@
 
 namespace fastattn {
 
+// What every op's cpu.cpp exports for an instruction set (csrc/cpu/export.h).
+#define FASTATTN_DECLARE(op, Type, isa) extern "C" const Type fastattn_##op##_##isa;
+#define FASTATTN_ADDRESS(op, Type, isa) &fastattn_##op##_##isa,
+#define FASTATTN_TABLE(isa) {#isa, FASTATTN_OPS(FASTATTN_ADDRESS, isa)}
+
+FASTATTN_OPS(FASTATTN_DECLARE, scalar)
 #if defined(__x86_64__)
-extern "C" const KernelTable fastattn_kernels_avx512_bf16;
-extern "C" const KernelTable fastattn_kernels_avx512;
-extern "C" const KernelTable fastattn_kernels_avx2;
+FASTATTN_OPS(FASTATTN_DECLARE, avx2)
+FASTATTN_OPS(FASTATTN_DECLARE, avx512)
+FASTATTN_OPS(FASTATTN_DECLARE, avx512_bf16)
 #endif
-extern "C" const KernelTable fastattn_kernels_scalar;
 
 namespace {
 
@@ -36,17 +41,17 @@ const KernelTable& choose() {
 #endif
   const char* wanted = std::getenv("FASTATTN_CPU_ISA");
   if (wanted == nullptr || *wanted == '\0') {
-    for (const IsaEntry* entry = kIsaEntries; entry->table != nullptr; entry++)
-      if (entry->supported()) return *entry->table;
+    for (const IsaEntry* entry = kIsaEntries; entry->supported != nullptr; entry++)
+      if (entry->supported()) return entry->table;
   } else {
     std::string names;
-    for (const IsaEntry* entry = kIsaEntries; entry->table != nullptr; entry++) {
-      if (std::strcmp(entry->table->isa, wanted) == 0) {
-        if (entry->supported()) return *entry->table;
+    for (const IsaEntry* entry = kIsaEntries; entry->supported != nullptr; entry++) {
+      if (std::strcmp(entry->table.isa, wanted) == 0) {
+        if (entry->supported()) return entry->table;
         throw std::invalid_argument(std::string("FASTATTN_CPU_ISA=") + wanted + " needs " + entry->needs +
                                     ", which this machine does not have");
       }
-      names += names.empty() ? entry->table->isa : std::string(", ") + entry->table->isa;
+      names += names.empty() ? entry->table.isa : std::string(", ") + entry->table.isa;
     }
     throw std::invalid_argument(std::string("FASTATTN_CPU_ISA=") + wanted + " is unknown; this build has " + names);
   }
@@ -57,12 +62,12 @@ const KernelTable& choose() {
 
 const IsaEntry kIsaEntries[] = {
 #if defined(__x86_64__)
-    {&fastattn_kernels_avx512_bf16, has_avx512_bf16, "AVX-512 (F, BW, DQ, VL) and AVX512_BF16"},
-    {&fastattn_kernels_avx512, has_avx512, "AVX-512 (F, BW, DQ, VL)"},
-    {&fastattn_kernels_avx2, has_avx2, "AVX2, FMA and F16C"},
+    {FASTATTN_TABLE(avx512_bf16), has_avx512_bf16, "AVX-512 (F, BW, DQ, VL) and AVX512_BF16"},
+    {FASTATTN_TABLE(avx512), has_avx512, "AVX-512 (F, BW, DQ, VL)"},
+    {FASTATTN_TABLE(avx2), has_avx2, "AVX2, FMA and F16C"},
 #endif
-    {&fastattn_kernels_scalar, always, "nothing"},
-    {nullptr, nullptr, nullptr},
+    {FASTATTN_TABLE(scalar), always, "nothing"},
+    {{}, nullptr, nullptr},
 };
 
 const KernelTable& kernels() {

@@ -1,4 +1,4 @@
-// What an instruction set offers: one table of kernels, the only symbol that its object file exports.
+// What an instruction set offers: the kernels of every op.
 #pragma once
 #include "../attention/params.h"
 #include "../ceilings/params.h"
@@ -9,22 +9,24 @@
 
 namespace fastattn {
 
+// Every op that has kernels: its folder in csrc/, the type of what its cpu.cpp exports, and a word to pass through.
+#define FASTATTN_OPS(X, isa)                 \
+  X(attention, AttentionKernels, isa)        \
+  X(ceilings, CeilingLoops, isa)             \
+  X(cross_entropy, CrossEntropyKernels, isa) \
+  X(layer_norm, NormKernels, isa)            \
+  X(softmax, SoftmaxKernels, isa)
+
 struct KernelTable {
   const char* isa;
-  Kernel<AttentionForward> attention_forward;
-  Kernel<AttentionBackward> attention_backward;
-  Kernel<NormForward> norm_forward;  // LayerNorm and RMSNorm
-  Kernel<NormBackward> norm_backward;
-  Kernel<SoftmaxForward> softmax_forward;
-  Kernel<SoftmaxBackward> softmax_backward;
-  Kernel<CrossEntropyForward> cross_entropy_forward;
-  Kernel<CrossEntropyBackward> cross_entropy_backward;
-  CeilingLoops ceilings;
+#define FASTATTN_MEMBER(op, Type, isa) const Type* op;
+  FASTATTN_OPS(FASTATTN_MEMBER, )
+#undef FASTATTN_MEMBER
 };
 
-// The instruction sets of this binary, best first, nullptr at the end.
+// The instruction sets of this binary, best first; the last entry is all zeros.
 struct IsaEntry {
-  const KernelTable* table;
+  KernelTable table;
   bool (*supported)();
   const char* needs;
 };

@@ -283,10 +283,9 @@ int64_t cross_entropy_backward_tasks(const CrossEntropyBackward& p) {
 }
 int64_t cross_entropy_backward_scratch(const CrossEntropyBackward&) { return 0; }
 
-constexpr Kernel<CrossEntropyForward> kCrossEntropyForward{cross_entropy_forward_tasks, cross_entropy_forward_scratch,
-                                                           run_cross_entropy_forward};
-constexpr Kernel<CrossEntropyBackward> kCrossEntropyBackward{
-    cross_entropy_backward_tasks, cross_entropy_backward_scratch, run_cross_entropy_backward};
+constexpr CrossEntropyKernels kCrossEntropyKernels{
+    {cross_entropy_forward_tasks, cross_entropy_forward_scratch, run_cross_entropy_forward},
+    {cross_entropy_backward_tasks, cross_entropy_backward_scratch, run_cross_entropy_backward}};
 
 }  // namespace
 }  // namespace fastattn::FASTATTN_ISA

@@ -46,4 +46,9 @@ struct CrossEntropyBackward {
   DType probabilities_dtype;
 };
 
+struct CrossEntropyKernels {
+  Kernel<CrossEntropyForward> forward;
+  Kernel<CrossEntropyBackward> backward;
+};
+
 }  // namespace fastattn

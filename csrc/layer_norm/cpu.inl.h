@@ -317,8 +317,8 @@ int64_t norm_backward_scratch(const NormBackward& p) {
   return 3 * round_up(p.columns, kPair) * static_cast<int64_t>(sizeof(float));
 }
 
-constexpr Kernel<NormForward> kNormForward{norm_forward_tasks, norm_forward_scratch, run_norm_forward};
-constexpr Kernel<NormBackward> kNormBackward{norm_backward_tasks, norm_backward_scratch, run_norm_backward};
+constexpr NormKernels kNormKernels{{norm_forward_tasks, norm_forward_scratch, run_norm_forward},
+                                   {norm_backward_tasks, norm_backward_scratch, run_norm_backward}};
 
 }  // namespace
 }  // namespace fastattn::FASTATTN_ISA

@@ -46,4 +46,9 @@ struct NormBackward {
   bool centred;        // LayerNorm, else RMSNorm
 };
 
+struct NormKernels {  // LayerNorm and RMSNorm
+  Kernel<NormForward> forward;
+  Kernel<NormBackward> backward;
+};
+
 }  // namespace fastattn

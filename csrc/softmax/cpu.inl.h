@@ -287,9 +287,8 @@ int64_t softmax_backward_tasks(const SoftmaxBackward& p) {
 }
 int64_t softmax_backward_scratch(const SoftmaxBackward&) { return 0; }
 
-constexpr Kernel<SoftmaxForward> kSoftmaxForward{softmax_forward_tasks, softmax_forward_scratch, run_softmax_forward};
-constexpr Kernel<SoftmaxBackward> kSoftmaxBackward{softmax_backward_tasks, softmax_backward_scratch,
-                                                   run_softmax_backward};
+constexpr SoftmaxKernels kSoftmaxKernels{{softmax_forward_tasks, softmax_forward_scratch, run_softmax_forward},
+                                         {softmax_backward_tasks, softmax_backward_scratch, run_softmax_backward}};
 
 }  // namespace
 }  // namespace fastattn::FASTATTN_ISA

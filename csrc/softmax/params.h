@@ -32,4 +32,9 @@ struct SoftmaxBackward {
   bool log;
 };
 
+struct SoftmaxKernels {
+  Kernel<SoftmaxForward> forward;
+  Kernel<SoftmaxBackward> backward;
+};
+
 }  // namespace fastattn
