@@ -3,7 +3,7 @@
 //   P = exp(S - lse), dV += P^T dO, dP = dO V^T, dS = P * (dP - delta), dQ = scale * dS K, dK += scale * dS^T Q
 // with delta = rowsum(dO * O) - grad_lse. Tiles are transposed: a row per key, a lane per query.
 #pragma once
-#include "prefetch.inl.h"
+#include "../cpu/prefetch.inl.h"
 #include "products.inl.h"
 #include "softmax.inl.h"
 

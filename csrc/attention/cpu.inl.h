@@ -1,10 +1,10 @@
 // Attention on the CPU: what the kernel table gets.
 //
-//   microkernel.inl.h    products on register tiles, in fp32 (Single) or by bf16 dot products (Paired)
+//   ../cpu/microkernel.inl.h  products on register tiles, in fp32 (Single) or by bf16 dot products (Paired)
 //   pack.inl.h           rows of the inputs as those products want them
 //   mask.inl.h           who sees whom; dropout
 //   softmax.inl.h        scores and the running softmax
-//   products.inl.h       products that add to an accumulator; prefetch.inl.h
+//   products.inl.h       products that add to an accumulator
 //   forward.inl.h  backward.inl.h  mask_gradient.inl.h
 #pragma once
 #include "backward.inl.h"

@@ -1,6 +1,6 @@
 // softmax(scale * Q K^T + mask) V, one task for a few panels of queries of one head.
 #pragma once
-#include "prefetch.inl.h"
+#include "../cpu/prefetch.inl.h"
 #include "products.inl.h"
 #include "softmax.inl.h"
 

@@ -1,8 +1,8 @@
 // Which keys a panel of queries sees: causal staircase, ragged end, mask tensor; and dropout.
 #pragma once
 #include "../cpu/math.h"
+#include "../cpu/microkernel.inl.h"
 #include "../cpu/philox.inl.h"
-#include "microkernel.inl.h"
 #include "pack.inl.h"
 #include "params.h"
 

@@ -1,23 +1,13 @@
 // Rows of the inputs in the form that the register tiles take: copied only where a conversion or a ragged end asks
 // for it. Copies are zero beyond the real rows and columns.
 #pragma once
+#include "../cpu/arena.inl.h"
+#include "../cpu/microkernel.inl.h"
 #include "../cpu/simd/simd.h"
-#include "microkernel.inl.h"
 #include "params.h"
 
 namespace fastattn::FASTATTN_ISA {
 namespace {
-
-// Deals out scratch memory in cache lines; with base 0 it only adds up how much that will be.
-struct Arena {
-  uintptr_t next;
-  template <class T>
-  T* take(int64_t count) {
-    T* p = reinterpret_cast<T*>(next);
-    next += static_cast<uintptr_t>(round_up(count * static_cast<int64_t>(sizeof(T)), 64));
-    return p;
-  }
-};
 
 FASTATTN_INLINE int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::boolean ? 1 : 2; }
 FASTATTN_INLINE int64_t padded_columns(int64_t columns) { return round_up(columns, kAttentionColumnPad); }

@@ -1,7 +1,7 @@
 // The products that add a block's share to an accumulator.
 #pragma once
-#include "microkernel.inl.h"
-#include "prefetch.inl.h"
+#include "../cpu/microkernel.inl.h"
+#include "../cpu/prefetch.inl.h"
 
 namespace fastattn::FASTATTN_ISA {
 namespace {

@@ -2,10 +2,10 @@
 // Gimelshein 2018; Dao et al. 2022), transposed: a row per key, a lane per query.
 #pragma once
 #include "../cpu/math.h"
+#include "../cpu/microkernel.inl.h"
+#include "../cpu/prefetch.inl.h"
 #include "mask.inl.h"
-#include "microkernel.inl.h"
 #include "pack.inl.h"
-#include "prefetch.inl.h"
 
 namespace fastattn::FASTATTN_ISA {
 namespace {

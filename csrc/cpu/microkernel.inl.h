@@ -1,7 +1,7 @@
 // Small matrix products on register tiles. Queries (or head dimensions) lie in the lanes, the other operand is
 // broadcast one element at a time from wherever it is, so that only Q^T and dO^T ever need another layout.
 #pragma once
-#include "../cpu/simd/simd.h"
+#include "simd/simd.h"
 
 namespace fastattn::FASTATTN_ISA {
 namespace {

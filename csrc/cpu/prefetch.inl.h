@@ -2,8 +2,8 @@
 // anew for every head) and rows far apart are beyond what the hardware foresees: waiting for them takes up to a third
 // of the time otherwise.
 #pragma once
-#include "../cpu/simd/simd.h"
 #include "microkernel.inl.h"
+#include "simd/simd.h"
 
 namespace fastattn::FASTATTN_ISA {
 namespace {
