@@ -112,6 +112,9 @@ class Suite:
     truth: the definition, in plain torch and in its inputs' dtype; called with everything floating in float64.
     peer: torch's own function with the same meaning, or the definition in the inputs' dtype where torch has none.
     differentiable: arguments that have gradients. results: names of what the function returns, in order.
+    workloads: what `fastattn bench <name>` runs; a suite without any is not in the bench. peers: more functions of the
+    same meaning and arguments that the bench runs beside torch's, by name. reads: the workloads' memory traffic is
+    nearly all reading (otherwise about half of it is writing), which decides the bandwidth it is held against.
     """
 
     name: str
@@ -122,6 +125,8 @@ class Suite:
     results: tuple[str, ...]
     cases: tuple[Case, ...]
     workloads: tuple[Workload, ...] = ()
+    peers: tuple[tuple[str, Callable[..., Any]], ...] = ()
+    reads: bool = False
 
     def __post_init__(self) -> None:
         names = [case.name for case in self.cases]

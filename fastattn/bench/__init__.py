@@ -10,7 +10,7 @@ import argparse
 import math
 from pathlib import Path
 
-OPS = ("attention", "layer_norm", "rms_norm", "softmax", "log_softmax", "cross_entropy")
+ALL = "all"
 
 QUICK_SECONDS, QUICK_SAMPLES = 0.25, 3
 FULL_SECONDS, FULL_SAMPLES = 1.0, 7
@@ -18,14 +18,17 @@ FULL_SECONDS, FULL_SAMPLES = 1.0, 7
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fastattn bench`."""
-    parser.add_argument("op", choices=OPS, help="what to time")
+    from fastattn.bench import cases
+
+    parser.add_argument("op", choices=(*cases.suites(), ALL), help="what to time; all: every op")
     parser.add_argument("--quick", action="store_true", help="a few workloads and short measurements")
     parser.add_argument(
         "--shape",
         action="append",
         default=[],
         metavar="SIZES",
-        help="instead of the op's own workloads: B,H,S,D for attention, ROWS,COLUMNS for the others; repeatable",
+        help="instead of the op's own workloads: BATCH,HEADS,LENGTH,DIM for attention, ROWS,COLUMNS for most others; "
+        "repeatable",
     )
     parser.add_argument("--dtype", metavar="NAMES", help="fp32, bf16, fp16; several with commas (fp32,bf16)")
     parser.add_argument("--threads", type=int, metavar="N", help="torch's threads (as many as torch would take)")
@@ -62,10 +65,13 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--out {args.out}: a file in a folder that exists is needed")
     wanted = None if args.contenders is None else tuple(args.contenders.split(","))
     settings = runner.Settings(threads, seconds, QUICK_SAMPLES if args.quick else FULL_SAMPLES, wanted)
-    selected = cases.select(
-        args.op, quick=args.quick, shapes=args.shape, dtypes=args.dtype.split(",") if args.dtype else None
-    )
-    contenders.names(cases.suite_of(args.op), wanted)
+    if args.op == ALL and args.shape:
+        raise ValueError("--shape is for one op")
+    dtypes = args.dtype.split(",") if args.dtype else None
+    selected = []
+    for op in cases.suites() if args.op == ALL else (args.op,):
+        contenders.names(cases.suite_of(op), wanted)
+        selected += cases.select(op, quick=args.quick, shapes=args.shape, dtypes=dtypes)
     for case in selected:
         runner.check_memory(case)
 

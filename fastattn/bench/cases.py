@@ -1,15 +1,19 @@
-"""What is run: workloads of fastattn/ops/<op>/cases.py, or shapes that the user gives, in each dtype."""
+"""What is run: workloads of fastattn/ops/*/cases.py, or shapes that the user gives, in each dtype."""
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 import math
+import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+import fastattn.ops
+from fastattn import testing
 from fastattn.cases import Suite, Workload
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -28,36 +32,52 @@ class BenchCase:
         return DTYPES[self.dtype_name]
 
 
+@functools.cache
+def suites() -> dict[str, Suite]:
+    """Every suite of fastattn/ops/*/cases.py that has workloads, by name: an op is in the bench by existing."""
+    return {name: suite for name, suite in testing.suites().items() if suite.workloads}
+
+
+def suite_of(op: str) -> Suite:
+    return suites()[op]
+
+
 @dataclass(frozen=True)
 class Shape:
     """How --shape reads for an op, and the workloads that it stands for."""
 
-    letters: str
+    names: tuple[str, ...]
     workloads: Callable[..., list[Workload]]
 
-
-def _cases_of(op: str) -> Any:
-    # By name: fastattn.ops.softmax, the attribute, is the function.
-    return importlib.import_module(f"fastattn.ops.{'softmax' if op == 'log_softmax' else op}.cases")
+    def __str__(self) -> str:
+        return ",".join(self.names)
 
 
-def suite_of(op: str) -> Suite:
-    return next(suite for suite in _cases_of(op).SUITES if suite.name == op)
-
-
-def shape_of(op: str) -> Shape:
-    workload = _cases_of(op).workload
-    if op == "attention":
-        return Shape("B,H,S,D", lambda *sizes: [workload(*sizes, causal=causal) for causal in (True, False)])
-    return Shape("ROWS,COLUMNS", lambda *sizes: [workload(*sizes)])
+def shape_of(op: str) -> Shape | None:
+    """From <op>_workload() or workload() in the op's cases.py: its positional parameters are the sizes, and with a
+    parameter `causal` a shape stands for two workloads. None where there is neither."""
+    for path in pkgutil.iter_modules(fastattn.ops.__path__):
+        module = importlib.import_module(f"fastattn.ops.{path.name}.cases")
+        if any(suite.name == op for suite in module.SUITES):
+            break
+    make = getattr(module, f"{op}_workload", getattr(module, "workload", None))
+    if make is None:
+        return None
+    parameters = inspect.signature(make).parameters
+    names = tuple(name.upper() for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD)
+    if "causal" in parameters:
+        return Shape(names, lambda *sizes: [make(*sizes, causal=causal) for causal in (True, False)])
+    return Shape(names, lambda *sizes: [make(*sizes)])
 
 
 def parse_shape(op: str, text: str) -> list[Workload]:
     """The workloads of one --shape; ValueError when it does not read as the op's shape."""
     shape = shape_of(op)
+    if shape is None:
+        raise ValueError(f"--shape: {op} has workloads of its own only")
     fields = text.split(",")
-    if len(fields) != len(shape.letters.split(",")) or not all(f.strip().isdecimal() for f in fields):
-        raise ValueError(f"--shape of {op} is {shape.letters} in whole numbers, got {text!r}")
+    if len(fields) != len(shape.names) or not all(f.strip().isdecimal() for f in fields):
+        raise ValueError(f"--shape of {op} is {shape} in whole numbers, got {text!r}")
     sizes = [int(f) for f in fields]
     if min(sizes) < 1 or math.prod(sizes) > LARGEST:
         raise ValueError(f"--shape {text}: sizes are 1 or more and their product at most 2**40")

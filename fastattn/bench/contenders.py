@@ -6,6 +6,7 @@ masks, block masks. Functions take the arguments by the names of the op's public
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -135,17 +136,18 @@ def _attention(suite: Suite) -> dict[str, Callable[[], Contender]]:
     }
 
 
-def _rowwise(suite: Suite) -> dict[str, Callable[[], Contender]]:
+def _others(suite: Suite) -> dict[str, Callable[[], Contender]]:
     return {
         OURS: lambda: Contender(OURS, suite.function),
         TORCH: lambda: Contender(TORCH, suite.peer),
         COMPILE: lambda: Contender(COMPILE, _compiled(suite.peer), compiles=True),
+        **{name: functools.partial(Contender, name, function) for name, function in suite.peers},
     }
 
 
 def choices(suite: Suite) -> dict[str, Callable[[], Contender]]:
     """Every contender of an op: its name and what makes it, anew for every case (torch.compile specialises)."""
-    return _attention(suite) if suite.name == "attention" else _rowwise(suite)
+    return _attention(suite) if suite.name == "attention" else _others(suite)
 
 
 def names(suite: Suite, wanted: Sequence[str] | None) -> list[str]:

@@ -162,6 +162,7 @@ def document(op: str, rows: Sequence[Row], settings: Settings) -> dict[str, Any]
 
 def _row(row: Row) -> dict[str, Any]:
     return {
+        "op": row.case.suite.name,
         "workload": row.case.workload.name,
         "dtype": row.case.dtype_name,
         "direction": row.direction,

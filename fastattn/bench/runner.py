@@ -14,7 +14,7 @@ from fastattn.bench import contenders, measure
 from fastattn.bench.cases import BenchCase
 from fastattn.bench.contenders import OURS, TORCH, Contender
 from fastattn.bench.gate import Verdict, verdict
-from fastattn.bench.trial import BOTH, DIRECTIONS, Results, Trial
+from fastattn.bench.trial import BOTH, DIRECTIONS, FORWARD, Results, Trial
 from fastattn.dispatch import BackendUnsupported, explain
 from fastattn.numerics import Error
 
@@ -105,7 +105,7 @@ def _run_case(case: BenchCase, settings: Settings) -> Iterator[Row]:
     backend = explain(case.suite.function, **trial.arguments).backend
     assert backend is not None, "the reference serves everything"
     truth, part = trial.truth()
-    for direction in DIRECTIONS:
+    for direction in DIRECTIONS if trial.differentiated else (FORWARD,):
         entries = {name: Entry() for name in taking_part}
         calls: dict[str, measure.Call] = {}
         results: dict[str, Results] = {}
@@ -168,9 +168,8 @@ def _roof(case: BenchCase, direction: str, threads: int) -> Roof | None:
     workload, dtype = case.workload, case.dtype
     flops = workload.flops() + (workload.flops(backward=True) if both else 0)
     size = workload.bytes(dtype) + (workload.bytes(dtype, backward=True) if both else 0)
-    # Attention mostly reads (in decoding only); the others write as much as they read, or nearly.
     bandwidth: Callable[[int, int], float | None] = (
-        ceilings.read_bandwidth if case.suite.name == "attention" else ceilings.copy_bandwidth
+        ceilings.read_bandwidth if case.suite.reads else ceilings.copy_bandwidth
     )
     arithmetic, memory = ceilings.arithmetic(dtype, threads), bandwidth(size, threads)
     if arithmetic is None or memory is None:

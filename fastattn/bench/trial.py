@@ -50,6 +50,8 @@ class Trial:
         self, function: Callable[..., Any], arguments: Arguments, leaves: Results, grad_outputs: Results
     ) -> Results:
         outputs = self._named(function(**arguments))
+        if not leaves:
+            return outputs
         grads = torch.autograd.grad(list(outputs.values()), list(leaves.values()), list(grad_outputs.values()))
         return {**outputs, **{f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
 

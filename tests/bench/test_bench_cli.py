@@ -2,15 +2,17 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
-from fastattn import backends
-from fastattn.bench import OPS, cases, contenders, runner
+from fastattn import backends, testing
+from fastattn.bench import cases, contenders, runner
 from fastattn.bench.contenders import OURS, TORCH, Contender
 from fastattn.cli import main
 
+OPS = tuple(cases.suites())
 TINY = ("--shape", "1,2,24,8", "--contenders", "eager", "--min-time", "0")
 
 
@@ -87,13 +89,52 @@ def test_shares_of_the_ceiling(capsys, skip_without_native):
         assert 0 < ours["ceiling_share"] < 1
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op != "attention"])
+ROWS_AND_COLUMNS = ("layer_norm", "rms_norm", "softmax", "log_softmax", "cross_entropy")
+
+
+@pytest.mark.parametrize("op", ROWS_AND_COLUMNS)
 def test_other_ops(capsys, op):
     arguments = (op, "--shape", "6,40", "--contenders", "torch", "--min-time", "0", "--dtype", "bf16")
     code, _, found = bench(capsys, *arguments)
     assert code == 0
     assert [row["direction"] for row in found["rows"]] == ["forward", "forward+backward"]
     assert all(set(row["contenders"]) == {"fastattn", "torch"} for row in found["rows"])
+
+
+def test_ops_are_found_by_existing():
+    assert set(OPS) == {name for name, suite in testing.suites().items() if suite.workloads} >= set(ROWS_AND_COLUMNS)
+
+
+def test_all_ops_make_one_document(capsys, monkeypatch):
+    monkeypatch.setattr(cases, "select", lambda op, **_: [cases.BenchCase(cases.suite_of(op), first(op), "fp32")])
+
+    def first(op):
+        return cases.parse_shape(op, {"attention": "1,2,24,8"}.get(op, "6,40"))[0]
+
+    monkeypatch.setattr(cases, "suites", lambda: {op: cases.suite_of(op) for op in ("attention", *ROWS_AND_COLUMNS)})
+    monkeypatch.setattr(cases, "suite_of", testing.suites().__getitem__)
+    code, _, found = bench(capsys, "all", "--min-time", "0", "--quick", "--contenders", "torch")
+    assert code == 0
+    assert found["op"] == "all"
+    assert [row["op"] for row in found["rows"][::2]] == ["attention", *ROWS_AND_COLUMNS]
+
+
+def test_more_peers_are_contenders(capsys, monkeypatch):
+    peers = (("formula", lambda input, dim: input.exp() / input.exp().sum(dim, keepdim=True)),)
+    suite = replace(cases.suite_of("softmax"), peers=peers)
+    monkeypatch.setattr(cases, "suite_of", lambda op: suite)
+    arguments = ("softmax", "--shape", "6,40", "--contenders", "formula", "--min-time", "0", "--dtype", "fp32")
+    code, _, found = bench(capsys, *arguments)
+    assert code == 0
+    assert all(set(row["contenders"]) == {"fastattn", "torch", "formula"} for row in found["rows"])
+
+
+def test_an_op_without_gradients_runs_forward_only(capsys, monkeypatch):
+    suite = replace(cases.suite_of("softmax"), differentiable=())
+    monkeypatch.setattr(cases, "suite_of", lambda op: suite)
+    arguments = ("softmax", "--shape", "6,40", "--contenders", "torch", "--min-time", "0", "--dtype", "fp32")
+    _, _, found = bench(capsys, *arguments)
+    assert [row["direction"] for row in found["rows"]] == ["forward"]
 
 
 def test_quick_selects_the_shapes_of_the_contract():
@@ -178,13 +219,14 @@ def test_compiled_contenders(capsys):
     [
         (("conv",), "invalid choice: 'conv'"),
         ((), "required: op"),
-        (("attention", "--shape", "1,2,3"), "--shape of attention is B,H,S,D in whole numbers, got '1,2,3'"),
+        (("attention", "--shape", "1,2,3"), "of attention is BATCH,HEADS,LENGTH,DIM in whole numbers, got '1,2,3'"),
         (("attention", "--shape", "1,2,x,4"), "got '1,2,x,4'"),
         (("attention", "--shape", "1,2,0,4"), "sizes are 1 or more"),
         (("softmax", "--shape", "1,2,3,4"), "--shape of softmax is ROWS,COLUMNS"),
         (("attention", "--shape", "1000000,1000,100000,64"), "their product at most 2**40"),
         (("attention", "--shape", "1024,1024,1024,1024"), "GiB, the machine has"),
         (("attention", "--dtype", "fp8"), "--dtype fp8: there are fp32, bf16, fp16"),
+        (("all", "--shape", "2,3"), "--shape is for one op"),
         (("attention", "--threads", "0"), "--threads must be 1 to 1024, got 0"),
         (("attention", "--threads", "two"), "invalid int value: 'two'"),
         (("attention", "--min-time", "nan"), "--min-time must be a number of seconds, 0 or more, got nan"),

@@ -552,5 +552,6 @@ SUITES = (
             )
         ),
         workloads=WORKLOADS,
+        reads=True,  # in decoding only
     ),
 )
