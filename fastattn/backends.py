@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 
 @dataclass(frozen=True)
 class Backend:
@@ -81,7 +79,6 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
-@torch.compiler.assume_constant_result
 def probe(name: str) -> str | None:
     """None when the backend is usable on this machine, else the reason; asked once per backend and process.
 
@@ -90,6 +87,10 @@ def probe(name: str) -> str | None:
     if name not in _reasons:
         _reasons[name] = BACKENDS[name].probe()
     return _reasons[name]
+
+
+# What torch.compiler.assume_constant_result does, but that imports the compiler: a second for everybody who imports us.
+probe._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 _reasons: dict[str, str | None] = {}

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -111,41 +112,28 @@ class Bound:
         self.op, self.backend, self.implementation = op, backend, implementation
         self.supports = implementation.supports
         self.forward, self.backward = implementation.forward, implementation.backward
-        self.public = op.define(backend, implementation)
         kernel = implementation.backward
-        traced = kernel if implementation.differentiable else once_differentiable(op.name, kernel)
+        traced = kernel if implementation.differentiable else op.differentiable_again(kernel)
+        self.public = op.define(backend, implementation, traced)
 
-        class Eager(torch.autograd.Function):
-            """Old ctx style: half the overhead of setup_context in eager code."""
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = implementation.forward(*args)
+            op.setup_context(ctx, args, output)
+            return output
 
-            @staticmethod
-            def forward(ctx: Any, *args: Any) -> Any:
-                output = implementation.forward(*args)
-                op.setup_context(ctx, args, output)
-                return output
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return op.backward(traced if torch.is_grad_enabled() else kernel, ctx, *grads)
 
-            @staticmethod
-            def backward(ctx: Any, *grads: Any) -> Any:
-                return op.backward(traced if torch.is_grad_enabled() else kernel, ctx, *grads)
-
-        class Transformed(torch.autograd.Function):
-            """The twin that torch.func's transforms (grad, vmap, ...) can see through."""
-
-            generate_vmap_rule = True
-
-            @staticmethod
-            def forward(*args: Any) -> Any:
-                return implementation.forward(*args)
-
-            @staticmethod
-            def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-                op.setup_context(ctx, inputs, output)
-
-            @staticmethod
-            def backward(ctx: Any, *grads: Any) -> Any:
-                return op.backward(traced, ctx, *grads)
-
-        self.eager, self.transformed = Eager.apply, Transformed.apply
+        # Old ctx style: half the overhead of setup_context in eager code.
+        self.eager = _function(op.name, forward=forward, backward=backward)
+        # The twin that torch.func's transforms (grad, vmap, ...) can see through.
+        self.transformed = _function(
+            op.name,
+            forward=implementation.forward,
+            setup_context=op.setup_context,
+            backward=functools.partial(op.backward, traced),
+            generate_vmap_rule=True,
+        )
 
     def __call__(self, *args: Any) -> Any:
         """The op's forward on canonical arguments, differentiable by whatever means the caller's context needs."""
@@ -159,32 +147,14 @@ class Bound:
         return self.forward(*args)
 
 
-def once_differentiable(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """A fused backward as autograd may see it: differentiating it again is an error, not a wrong answer.
-
-    torch.autograd.function.once_differentiable looks at the incoming gradients only; but the results depend on the
-    saved tensors, too, and would be taken for constants.
-    """
-
-    class FirstDerivative(torch.autograd.Function):
-        generate_vmap_rule = True
-
-        @staticmethod
-        def forward(*args: Any) -> Any:
-            return kernel(*args)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            pass
-
-        @staticmethod
-        def backward(ctx: Any, *_: Any) -> Any:
-            raise RuntimeError(
-                f"{name}: the fused backward cannot be differentiated again;"
-                " use backend='reference' for double backward"
-            )
-
-    return FirstDerivative.apply
+def _function(name: str, *, generate_vmap_rule: bool = False, **methods: Callable[..., Any]) -> Callable[..., Any]:
+    """`apply` of a torch.autograd.Function of these static methods, named after the op: graphs and profiles say
+    AttentionBackward."""
+    members: dict[str, Any] = {key: staticmethod(method) for key, method in methods.items()}
+    title = "".join(part.capitalize() for part in name.split("_"))
+    members["generate_vmap_rule"] = generate_vmap_rule
+    function: Any = types.new_class(title, (torch.autograd.Function,), exec_body=lambda body: body.update(members))
+    return function.apply
 
 
 class Op:
@@ -193,7 +163,10 @@ class Op:
     forward_schema, backward_schema: arguments and returns as in torch.library schemas, without the name.
     forward_fake, backward_fake: the same arguments to outputs of the right shape, strides and dtype.
     setup_context(ctx, inputs, output): saves for backward. backward(kernel, ctx, *grads): one gradient per input,
-    computed by `kernel`, the chosen backend's backward. problem_type: the op's Problem.
+    computed by `kernel`, the chosen backend's backward. Its other arithmetic is differentiable torch ops: for a second
+    derivative it is given a kernel that can be differentiated.
+    forward_flops, backward_flops: what torch.utils.flop_counter counts for a call, a function of the schema's arguments
+    with every tensor replaced by its shape. Ops that multiply matrices have both; others count nothing, as in torch.
     """
 
     def __init__(
@@ -206,17 +179,23 @@ class Op:
         backward_fake: Callable[..., Any],
         setup_context: Callable[[Any, Any, Any], None],
         backward: Callable[..., Any],
+        forward_flops: Callable[..., int] | None = None,
+        backward_flops: Callable[..., int] | None = None,
     ) -> None:
         self.name = name
         self.forward_schema, self.backward_schema = forward_schema, backward_schema
         self.forward_fake, self.backward_fake = forward_fake, backward_fake
         self.setup_context, self.backward = setup_context, backward
+        self.forward_flops, self.backward_flops = forward_flops, backward_flops
         self.bound: dict[str, Bound] = {}
         self._chosen: dict[Any, Bound] = {}
         OPS[name] = self
 
-    def define(self, backend: str, implementation: Implementation) -> Callable[..., Any]:
-        """Registers the three torch ops of a backend; returns the public one."""
+    def define(self, backend: str, implementation: Implementation, traced: Callable[..., Any]) -> Callable[..., Any]:
+        """Registers the three torch ops of a backend; returns the public one.
+
+        traced: the backward as autograd may see it where its result may be differentiated again.
+        """
         kernels = {
             f"{self.name}_forward": (self.forward_schema, self.forward_fake, implementation.forward),
             f"{self.name}_backward": (self.backward_schema, self.backward_fake, implementation.backward),
@@ -232,13 +211,75 @@ class Op:
             torch.library.register_vmap(
                 f"fastattn::{qualified}", functools.partial(_vmap_by_loop, overload), lib=LIBRARY
             )
+        kernel = getattr(getattr(torch.ops.fastattn, f"{self.name}_backward"), backend)
+
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return self.backward(traced if torch.is_grad_enabled() else kernel, ctx, *grads)
+
         torch.library.register_autograd(
-            f"fastattn::{self.name}.{backend}",
-            functools.partial(self.backward, getattr(getattr(torch.ops.fastattn, f"{self.name}_backward"), backend)),
-            setup_context=self.setup_context,
-            lib=LIBRARY,
+            f"fastattn::{self.name}.{backend}", backward, setup_context=self.setup_context, lib=LIBRARY
         )
+        if self.forward_flops is not None:
+            self._register_flops()
         return getattr(getattr(torch.ops.fastattn, self.name), backend)
+
+    def _register_flops(self) -> None:
+        """With torch's counter, which goes by the name of an op without its overload: one formula for all backends."""
+        from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+        # An op's hash changes with every overload that it is given: entries made before are put in their place again.
+        entries = list(flop_registry.items())
+        flop_registry.clear()
+        flop_registry.update(entries)
+        formulas = {"": self.forward_flops, "_forward": self.forward_flops, "_backward": self.backward_flops}
+        for suffix, formula in formulas.items():
+            packet = getattr(torch.ops.fastattn, f"{self.name}{suffix}")
+            if formula is not None and packet not in flop_registry:
+                register_flop_formula(packet)(_without_result(formula))
+
+    def differentiable_again(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        """A fused backward as autograd may see it: when its results are differentiated, the reference's backward, made
+        of differentiable torch ops, runs on the same arguments.
+
+        Saved tensors are arguments like the incoming gradients are, so that nothing is taken for a constant.
+        """
+
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            ctx.tensors = [i for i, value in enumerate(inputs) if isinstance(value, torch.Tensor)]
+            ctx.rest = [None if isinstance(value, torch.Tensor) else value for value in inputs]
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*(inputs[i] for i in ctx.tensors))
+
+        def backward(ctx: Any, *grads: Any) -> Any:
+            reference = self.bound["reference"].backward
+            args = list(ctx.rest)
+            for i, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+                args[i] = tensor
+            wanted = [i for i in ctx.tensors if ctx.needs_input_grad[i]]
+            given = [i for i, grad in enumerate(grads) if grad is not None]
+
+            def first_derivative(*leaves: Any) -> Any:
+                for i, leaf in zip(wanted, leaves, strict=True):
+                    args[i] = leaf
+                results = reference(*args)
+                results = (results,) if isinstance(results, torch.Tensor) else results
+                return tuple(results[i] for i in given)
+
+            found: list[Any] = [None] * len(args)
+            if wanted and given:
+                # torch.func's: right inside its transforms as well, and itself differentiable.
+                pull_back = torch.func.vjp(first_derivative, *(args[i] for i in wanted))[1]
+                for i, gradient in zip(wanted, pull_back(tuple(grads[i] for i in given)), strict=True):
+                    found[i] = gradient
+            return tuple(found)
+
+        return _function(
+            f"{self.name}_second",
+            forward=kernel,
+            setup_context=setup_context,
+            backward=backward,
+            generate_vmap_rule=True,
+        )
 
     def implement(self, backend: str, implementation: Implementation) -> None:
         """Adds a backend."""
@@ -321,6 +362,15 @@ def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
             return kernel(*args)
 
     return run
+
+
+def _without_result(formula: Callable[..., int]) -> Callable[..., int]:
+    """As torch's counter calls formulas: it passes the shapes of the results, too."""
+
+    def count(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return formula(*args, **kwargs)
+
+    return count
 
 
 def _opaque(kernel: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 import torch
+from torch.utils import flop_counter
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
 from fastattn import backends, dispatch
@@ -258,3 +260,75 @@ def test_an_unknown_name_in_the_environment_is_an_error_at_import():
 
 def test_an_empty_environment_variable_is_none():
     assert run_python("import fastattn", FASTATTN_BACKEND="", FASTATTN_CPU_ISA="").returncode == 0
+
+
+# ---- torch's tools ----
+
+
+def profiled(*activities):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for activity in activities:
+            activity()
+    return {event.key for event in profile.key_averages()}
+
+
+def test_profiles_show_ops_by_name(skip_without_native):
+    leaf = X.clone().requires_grad_()
+    assert "fastattn::attention_forward" in profiled(lambda: attend(X, X, X))
+    names = profiled(
+        lambda: attend(leaf, X, X).sum().backward(),
+        lambda: fastattn.layer_norm(leaf, (8,)).sum().backward(),
+        lambda: fastattn.log_softmax(leaf, -1).sum().backward(),
+    )
+    for op in ("attention", "layer_norm", "softmax"):
+        assert {f"fastattn::{op}_forward", f"fastattn::{op}_backward"} <= names
+    assert {"AttentionBackward", "LayerNormBackward", "SoftmaxBackward"} <= names
+
+
+def counted_flops(function, *tensors):
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    with FlopCounterMode(display=False) as forward:
+        output = function(*leaves)
+    with FlopCounterMode(display=False) as backward:
+        output.sum().backward()
+    return forward.get_total_flops(), backward.get_total_flops()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_flops_are_counted_as_torch_counts_its_own(causal, skip_without_native):
+    """torch has a formula for its attention on GPUs; on CPUs it counts nothing."""
+    query, key, value = torch.randn(2, 6, 7, 8), torch.randn(2, 3, 9, 8), torch.randn(2, 3, 9, 5)
+    found = counted_flops(
+        lambda *qkv: attend(*qkv, is_causal=causal, enable_gqa=True, backend="cpu"), query, key, value
+    )
+    shapes = query.shape, key.shape, value.shape
+    grad = (2, 6, 7, 5)
+    assert found == (flop_counter.sdpa_flop_count(*shapes), flop_counter.sdpa_backward_flop_count(grad, *shapes))
+
+
+def test_flops_of_the_definition_are_nearly_the_same():
+    """Two products forward; torch's formula for the backward adds the recomputed scores to the four of the chain rule,
+    as the reference's backward does."""
+    q, k, v = torch.randn(3, 2, 4, 7, 8)
+    fused = counted_flops(lambda *qkv: attend(*qkv, backend="cpu"), q, k, v)
+    assert counted_flops(lambda *qkv: attend(*qkv, backend="reference"), q, k, v) == fused
+
+
+def test_ops_without_products_count_nothing(skip_without_native):
+    assert counted_flops(lambda x: fastattn.softmax(x, -1, backend="cpu"), X) == (0, 0)
+
+
+def test_formulas_stand_by_every_op_that_declares_them():
+    for name, op in OPS.items():
+        assert (op.forward_flops is None) == (op.backward_flops is None), name
+        for suffix in ("", "_forward", "_backward"):
+            packet = getattr(torch.ops.fastattn, f"{name}{suffix}")
+            assert (packet in flop_counter.flop_registry) == (op.forward_flops is not None), packet
+
+
+def test_importing_costs_little_more_than_torch():
+    """The compiler, which costs a second, comes with the first torch.compile."""
+    code = "import torch, sys; before = set(sys.modules); import fastattn; print(*sorted(set(sys.modules) - before))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"torch._dynamo", "torch._inductor", "torch.utils.cpp_extension", "torch.testing", "torch.distributed.rpc"}
+    assert heavy & set(run.stdout.split()) == set()

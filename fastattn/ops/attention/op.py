@@ -122,6 +122,19 @@ _ARGUMENTS = (
     "float scale, bool is_causal, bool bottom_right, float dropout_p"
 )
 
+
+def _forward_flops(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: Any) -> int:
+    """Two products of all queries with all keys; like torch's count of its own attention it knows of no masks."""
+    return 2 * math.prod(query[:3]) * key[2] * (query[3] + value[3])
+
+
+def _backward_flops(
+    grad_output: Any, grad_lse: Any, query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: Any
+) -> int:
+    """Five products: the scores again, and two for each side of the two forward ones."""
+    return 2 * math.prod(query[:3]) * key[2] * (3 * query[3] + 2 * value[3])
+
+
 OP = Op(
     "attention",
     forward_schema=f"({_ARGUMENTS.format('')}) -> (Tensor output, Tensor lse)",
@@ -133,6 +146,8 @@ OP = Op(
     backward_fake=_backward_fake,
     setup_context=_setup_context,
     backward=_backward,
+    forward_flops=_forward_flops,
+    backward_flops=_backward_flops,
 )
 
 

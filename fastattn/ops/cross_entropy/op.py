@@ -75,7 +75,10 @@ def _grad_probabilities(
     grad: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor, smoothing: float, reduction: int
 ) -> Tensor:
     """Gradient of class-probability targets: -(1 - smoothing) * weight * log_softmax, the same for every backend."""
-    log_probabilities = input.to(lse.dtype) - lse[:, None]
+    if torch.is_grad_enabled():  # a second derivative: lse depends on the input
+        log_probabilities = torch.log_softmax(input.to(lse.dtype), -1)
+    else:
+        log_probabilities = input.to(lse.dtype) - lse[:, None]
     if weight is not None:
         log_probabilities = log_probabilities * weight
     per_row = grad[:, None] if reduction == 0 else grad / (input.shape[0] if reduction == 1 else 1)
