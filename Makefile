@@ -19,7 +19,7 @@ READY := $(VENV)/ready
 endif
 NATIVE := build/native
 
-.PHONY: setup demo test test-all test-torch-oldest lint format bench clean
+.PHONY: setup demo test test-all test-torch-oldest neon lint format bench clean
 setup: $(READY) $(NATIVE)
 
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -49,6 +49,10 @@ test-torch-oldest: setup
 	$(PY) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "torch==2.10.0" numpy pytest pytest-timeout pytest-benchmark expecttest hypothesis
 	.venv-oldest/bin/python -m pytest tests/ops/test_conformance.py tests/test_isa.py tests/test_dispatch.py -m "not slow"
+
+# The NEON kernels, cross-compiled, against the conformance cases in emulation: about half an hour (Debian, Ubuntu).
+neon: $(READY)
+	PYTHON=$(PYTHON) .ci/neon
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

@@ -29,7 +29,7 @@ Problem problem(const Tensor& input, const Tensor& target, const std::optional<T
   if (probabilities) {
     FASTATTN_CHECK(target.scalar_type() == ScalarType::Float || target.scalar_type() == input.scalar_type(),
                    "cross_entropy: target must be int64, float32 or of the dtype of input");
-    FASTATTN_CHECK(target.sizes() == input.sizes(), "cross_entropy: class probabilities must have the shape of input");
+    FASTATTN_CHECK(same_shape(target, input), "cross_entropy: class probabilities must have the shape of input");
   } else {
     FASTATTN_CHECK(target.dim() == 1 && target.size(0) == rows,
                    "cross_entropy: target must have one class for each of ", rows, " rows");

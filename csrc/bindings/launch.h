@@ -15,6 +15,11 @@
 
 #include "../cpu/table.h"
 
+// torch 2.10's headers have it under this name.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 // An error that says what is wrong and nothing else: no source file, no line, the same words for every backend.
 #define FASTATTN_CHECK(condition, ...)                                          \
   do {                                                                          \
@@ -52,6 +57,9 @@ inline DType dtype_of(ScalarType type) {
 inline DType dtype_of(const Tensor& tensor) { return dtype_of(tensor.scalar_type()); }
 
 using torch::headeronly::IntHeaderOnlyArrayRef;
+
+// torch 2.10's headers have no == for sizes.
+inline bool same_shape(const Tensor& a, const Tensor& b) { return a.sizes().equals(b.sizes()); }
 
 // A fresh contiguous tensor through torch's dispatcher, so that allocators, modes and poisoning apply. new_empty of
 // some tensor, because torch::stable::empty looks its op up by name: twice the time.

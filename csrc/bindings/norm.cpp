@@ -20,7 +20,7 @@ Shape shape_of(const char* name, const Tensor& input, int64_t normalized_ndim) {
 }
 
 void check_like(const char* name, const char* what, const Tensor& tensor, const Tensor& input) {
-  FASTATTN_CHECK(tensor.scalar_type() == input.scalar_type() && tensor.sizes() == input.sizes(), name, ": ", what,
+  FASTATTN_CHECK(tensor.scalar_type() == input.scalar_type() && same_shape(tensor, input), name, ": ", what,
                  " must have the shape and dtype of input");
 }
 

@@ -47,7 +47,7 @@ Tensor softmax_forward(Tensor input, int64_t dim, bool log, ScalarType dtype) {
 }
 
 Tensor softmax_backward(Tensor grad_output, Tensor output, int64_t dim, bool log, ScalarType dtype) {
-  FASTATTN_CHECK(grad_output.scalar_type() == output.scalar_type() && grad_output.sizes() == output.sizes(),
+  FASTATTN_CHECK(grad_output.scalar_type() == output.scalar_type() && same_shape(grad_output, output),
                  "softmax: grad_output must have the shape and dtype of output");
   FASTATTN_CHECK(output.scalar_type() == ScalarType::Float || output.scalar_type() == dtype,
                  "softmax: output must be float32 or of the dtype of the input");

@@ -31,11 +31,12 @@ int64_t ceiling_fma(int64_t rounds, float* result) {
   return rounds * kCeilingSums * kLanes * 2;
 }
 
-#if defined(FASTATTN_ISA_AVX512_BF16)
+#if defined(FASTATTN_HAS_DOT2)
 int64_t ceiling_dot(int64_t rounds, float* result) {
   F32 sums[kCeilingSums];
   start_sums(sums);
-  const Pairs a = splat_pair(0x3f003f00u), b = splat_pair(0xbf003f00u);  // 0.5 * 0.5 - 0.5 * 0.5
+  // x * x - x * x with x = 0.504: GCC 12 takes 0.5 for an immediate of fp16, which no plain ARMv8 has.
+  const Pairs a = splat_pair(0x3f013f01u), b = splat_pair(0xbf013f01u);
   for (int64_t round = 0; round < rounds; round++)
     FASTATTN_UNROLL for (int i = 0; i < kCeilingSums; i++) sums[i] = dot2(sums[i], a, b);
   keep_sums(sums, result);

@@ -30,7 +30,7 @@ struct Single {
   static FASTATTN_INLINE F32 multiply_add(Vector a, Vector b, F32 sum) { return fma(a, b, sum); }
 };
 
-#if defined(FASTATTN_ISA_AVX512_BF16)
+#if defined(FASTATTN_HAS_DOT2)
 struct Paired {
   using Step = uint32_t;  // two bf16
   using Vector = Pairs;

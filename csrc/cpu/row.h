@@ -118,7 +118,7 @@ FASTATTN_INLINE F32x2 keep(F32x2 x, F32 other, Part part) {
 // worth the code.
 template <int Unroll, class Body>
 FASTATTN_INLINE void for_columns(int64_t columns, Body body) {
-  constexpr int kTogether = kLanes >= 8 ? Unroll : 1;
+  constexpr int kTogether = kLanes >= 8 || kRegisters >= 32 ? Unroll : 1;
   int64_t c = 0;
   for (; c + kTogether * kPair <= columns; c += kTogether * kPair)
     FASTATTN_UNROLL for (int i = 0; i < kTogether; i++) body(c + i * kPair, i, Whole{});

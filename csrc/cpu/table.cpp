@@ -5,6 +5,13 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 namespace fastattn {
 
 // What every op's cpu.cpp exports for an instruction set (csrc/cpu/export.h).
@@ -17,6 +24,9 @@ FASTATTN_OPS(FASTATTN_DECLARE, scalar)
 FASTATTN_OPS(FASTATTN_DECLARE, avx2)
 FASTATTN_OPS(FASTATTN_DECLARE, avx512)
 FASTATTN_OPS(FASTATTN_DECLARE, avx512_bf16)
+#elif defined(__aarch64__)
+FASTATTN_OPS(FASTATTN_DECLARE, neon)
+FASTATTN_OPS(FASTATTN_DECLARE, neon_bf16)
 #endif
 
 namespace {
@@ -33,6 +43,16 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#elif defined(__linux__) && defined(__aarch64__)
+bool has_neon_bf16() { return (getauxval(AT_HWCAP2) & HWCAP2_BF16) != 0; }
+#elif defined(__APPLE__) && defined(__aarch64__)
+bool has_neon_bf16() {
+  int answer = 0;
+  size_t size = sizeof(answer);
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &answer, &size, nullptr, 0) == 0 && answer != 0;
+}
+#elif defined(__aarch64__)
+bool has_neon_bf16() { return false; }
 #endif
 
 const KernelTable& choose() {
@@ -65,6 +85,9 @@ const IsaEntry kIsaEntries[] = {
     {FASTATTN_TABLE(avx512_bf16), has_avx512_bf16, "AVX-512 (F, BW, DQ, VL) and AVX512_BF16"},
     {FASTATTN_TABLE(avx512), has_avx512, "AVX-512 (F, BW, DQ, VL)"},
     {FASTATTN_TABLE(avx2), has_avx2, "AVX2, FMA and F16C"},
+#elif defined(__aarch64__)
+    {FASTATTN_TABLE(neon_bf16), has_neon_bf16, "FEAT_BF16 (ARMv8.6)"},
+    {FASTATTN_TABLE(neon), always, "nothing"},
 #endif
     {FASTATTN_TABLE(scalar), always, "nothing"},
     {{}, nullptr, nullptr},

@@ -8,7 +8,6 @@ namespace {
 constexpr int kLanes = 8;
 constexpr int kRegisters = 16;
 constexpr bool kFusedFma = true;
-constexpr bool kHasDot2 = false;
 
 struct F32 {
   __m256 v;

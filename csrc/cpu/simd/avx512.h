@@ -156,7 +156,7 @@ FASTATTN_INLINE void transpose_tile(const float* s, int64_t ls, float* d, int64_
 }
 
 #if defined(FASTATTN_ISA_AVX512_BF16)
-constexpr bool kHasDot2 = true;
+#define FASTATTN_HAS_DOT2
 // kLanes pairs of bf16: the low half of a lane multiplies the low half, the high half the high half.
 struct Pairs {
   __m512i v;
@@ -189,8 +189,6 @@ FASTATTN_INLINE void interleave_rows(const bf16* low, const bf16* high, int64_t 
   _mm512_storeu_si512(out, _mm512_permutex2var_epi16(a, _mm512_load_si512(order), b));
   _mm512_storeu_si512(out + 16, _mm512_permutex2var_epi16(a, _mm512_load_si512(order + 32), b));
 }
-#else
-constexpr bool kHasDot2 = false;
 #endif
 
 // The even elements in a, the odd ones in b: half the work of widening them in order.

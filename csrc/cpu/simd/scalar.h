@@ -8,7 +8,6 @@ namespace {
 constexpr int kLanes = 4;
 constexpr int kRegisters = 16;
 constexpr bool kFusedFma = false;
-constexpr bool kHasDot2 = false;
 
 typedef float Floats __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(16)));
