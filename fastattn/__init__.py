@@ -1,5 +1,6 @@
 """fastattn: fused transformer kernels for CPUs and GPUs behind one op contract."""
 
+from fastattn.allocator import AllocatorTuning, tune_allocator
 from fastattn.dispatch import BackendUnsupported, explain, use_backend
 from fastattn.ops import (
     cross_entropy,
@@ -12,6 +13,7 @@ from fastattn.ops import (
 from fastattn.version import __version__
 
 __all__ = [
+    "AllocatorTuning",
     "BackendUnsupported",
     "__version__",
     "cross_entropy",
@@ -21,5 +23,6 @@ __all__ = [
     "rms_norm",
     "scaled_dot_product_attention",
     "softmax",
+    "tune_allocator",
     "use_backend",
 ]

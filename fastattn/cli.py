@@ -88,6 +88,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_allocator(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allocator",
+        choices=("tuned", "default"),
+        default="tuned",
+        help="tuned: malloc keeps freed memory, see fastattn.tune_allocator; default: as the system has it (tuned)",
+    )
+
+
 def _add_train(commands: Any) -> None:
     parser = commands.add_parser(
         "train",
@@ -99,6 +108,7 @@ def _add_train(commands: Any) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run: checkpoint and log")
     parser.add_argument("--data", nargs="+", metavar="PATH", help="UTF-8 text files, or folders of them")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out; needs no other option")
+    _add_allocator(parser)
     for title, options in TRAIN_OPTIONS.items():
         group = parser.add_argument_group(title)
         for name, meaning in options.items():
@@ -121,6 +131,7 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens")
     parser.add_argument("--top-p", type=float, metavar="P", help="sample among the likeliest that reach P together")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed gives the same text (0)")
+    _add_allocator(parser)
     parser.set_defaults(run=_generate)
 
 
@@ -135,6 +146,7 @@ def _add_demo(commands: Any) -> None:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, metavar="M", help="train for about this long on two cores (2)")
     length.add_argument("--steps", type=int, metavar="N", help="train for this many steps")
+    _add_allocator(parser)
     parser.set_defaults(run=_demo)
 
 
@@ -142,6 +154,7 @@ def _train(arguments: dict[str, Any]) -> int:
     from fastattn.train.trainer import Interrupted, Trainer
 
     out = Path(arguments.pop("out"))
+    tune_allocator = arguments.pop("allocator") == "tuned"
     data = arguments.pop("data", None)
     if arguments.pop("resume", False):
         trainer = Trainer.resume(out, data, arguments)
@@ -159,7 +172,7 @@ def _train(arguments: dict[str, Any]) -> int:
         file=sys.stderr,
     )
     try:
-        progress = trainer.run()
+        progress = trainer.run(tune_allocator=tune_allocator)
     except Interrupted as stop:
         return _stopped(stop, f"fastattn train --resume --out {shlex.quote(str(out))}")
     print(
@@ -170,8 +183,11 @@ def _train(arguments: dict[str, Any]) -> int:
 
 
 def _generate(arguments: dict[str, Any]) -> int:
+    from fastattn.allocator import tune_allocator
     from fastattn.generate import generate, load
 
+    if arguments.pop("allocator") == "tuned":
+        tune_allocator()
     model, tokenizer = load(Path(arguments.pop("checkpoint")))
     print(generate(model, tokenizer, arguments.pop("prompt"), **arguments))
     return 0
@@ -188,9 +204,10 @@ def _demo(arguments: dict[str, Any]) -> int:
         steps = DEFAULT_STEPS if minutes is None else max(1, round(minutes * STEPS_PER_MINUTE))
     out = Path(arguments["out"])
     try:
-        failures = run_demo(out, demo_config(steps))
+        failures = run_demo(out, demo_config(steps), tune_allocator=arguments["allocator"] == "tuned")
     except Interrupted as stop:
         length = "" if steps == DEFAULT_STEPS else f" --steps {steps}"
+        length += "" if arguments["allocator"] == "tuned" else f" --allocator {arguments['allocator']}"
         return _stopped(stop, f"fastattn demo --out {shlex.quote(str(out))}{length}")
     for failure in failures:
         print(f"fastattn: demo failed: {failure}", file=sys.stderr)

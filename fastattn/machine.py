@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fastattn import allocator as allocator_settings
 from fastattn.version import __version__
 
 #: Settings that change what a call costs.
@@ -32,6 +33,17 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def cpu_identity() -> tuple[str, int, int]:
+    """(vendor, family, model) as /proc/cpuinfo has them; ("", 0, 0) where there is none."""
+    cpuinfo = Path("/proc/cpuinfo")
+    found: dict[str, str] = {}
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().partition("\n\n")[0].splitlines():
+            name, _, value = line.partition(":")
+            found[name.strip()] = value.strip()
+    return found.get("vendor_id", ""), int(found.get("cpu family", 0)), int(found.get("model", 0))
+
+
 def hardware() -> dict[str, Any]:
     """The processor, the system and how busy it is, the threads that torch would use."""
     return {
@@ -51,6 +63,7 @@ def allocator() -> dict[str, Any]:
     return {
         "libc": f"{libc} {version}".strip(),
         "preloaded": preloaded,
+        "tuned": allocator_settings.is_tuned(),
         "transparent_hugepage": pages.read_text().partition("[")[2].partition("]")[0] if pages.exists() else None,
     }
 

@@ -9,8 +9,9 @@
 namespace py = pybind11;
 
 namespace fastattn {
-void add_ceilings(py::module_& m);  // ceilings.cpp
-}
+void add_allocator(py::module_& m);  // allocator.cpp
+void add_ceilings(py::module_& m);   // ceilings.cpp
+}  // namespace fastattn
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The native part of fastattn: CPU kernels, registered as torch ops, and facts about the build.";
@@ -26,6 +27,7 @@ PYBIND11_MODULE(_C, m) {
         return all;
       },
       "(name, can run here, what it needs) of every instruction set in this build, best first.");
+  fastattn::add_allocator(m);
   fastattn::add_ceilings(m);
   m.attr("built_with_torch") = FASTATTN_BUILT_WITH_TORCH;
   m.attr("compiler") = FASTATTN_COMPILER;

@@ -10,7 +10,7 @@ import argparse
 import math
 from pathlib import Path
 
-ALL = "all"
+ALL, BOTH_ALLOCATORS = "all", "both"
 
 QUICK_SECONDS, QUICK_SAMPLES = 0.25, 3
 FULL_SECONDS, FULL_SAMPLES = 1.0, 7
@@ -18,7 +18,7 @@ FULL_SECONDS, FULL_SAMPLES = 1.0, 7
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fastattn bench`."""
-    from fastattn.bench import cases
+    from fastattn.bench import cases, runner
 
     parser.add_argument("op", choices=(*cases.suites(), ALL), help="what to time; all: every op")
     parser.add_argument("--quick", action="store_true", help="a few workloads and short measurements")
@@ -43,7 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help=f"time spent on every contender of every row, at least ({FULL_SECONDS}; quick: {QUICK_SECONDS})",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the JSON document to this file")
+    parser.add_argument(
+        "--allocator",
+        choices=(runner.TUNED, runner.DEFAULT, BOTH_ALLOCATORS),
+        help="tuned: with fastattn.tune_allocator(); default: as the system has it; both: every row twice "
+        "(both, but tuned with --quick or --shape)",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="PATH", help="also write the JSON document to this file, or into this folder"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     """
     import torch
 
+    from fastattn import allocator
     from fastattn.bench import cases, contenders, report, runner
 
     threads = torch.get_num_threads() if args.threads is None else args.threads
@@ -61,8 +70,8 @@ def run(args: argparse.Namespace) -> int:
     seconds = args.min_time if args.min_time is not None else QUICK_SECONDS if args.quick else FULL_SECONDS
     if not 0 <= seconds < math.inf:
         raise ValueError(f"--min-time must be a number of seconds, 0 or more, got {seconds}")
-    if args.out is not None and (args.out.is_dir() or not args.out.absolute().parent.is_dir()):
-        raise ValueError(f"--out {args.out}: a file in a folder that exists is needed")
+    if args.out is not None and not args.out.is_dir() and not args.out.absolute().parent.is_dir():
+        raise ValueError(f"--out {args.out}: a folder that exists, or a file in one, is needed")
     wanted = None if args.contenders is None else tuple(args.contenders.split(","))
     settings = runner.Settings(threads, seconds, QUICK_SAMPLES if args.quick else FULL_SAMPLES, wanted)
     if args.op == ALL and args.shape:
@@ -75,14 +84,31 @@ def run(args: argparse.Namespace) -> int:
     for case in selected:
         runner.check_memory(case)
 
+    allocators = _allocators(args)
     print(report.header(args.op, settings), flush=True)
     rows = []
-    for row in runner.run_cases(selected, settings):
-        rows.append(row)
-        print(report.block(row, settings), flush=True)
+    for wanted_allocator in allocators:
+        if wanted_allocator == runner.TUNED:
+            print(f"allocator: {allocator.tune_allocator()}", flush=True)
+        for row in runner.run_cases(selected, settings):
+            rows.append(row)
+            print(report.block(row, settings), flush=True)
     print(report.closing(rows, settings), flush=True)
     text = report.to_json(report.document(args.op, rows, settings))
     if args.out is not None:
-        report.write_atomically(args.out, text + "\n")
+        out = args.out / report.file_name(args.op, threads) if args.out.is_dir() else args.out
+        report.write_atomically(out, text + "\n")
     print(text)
     return 1 if any(row.violations for row in rows) else 0
+
+
+def _allocators(args: argparse.Namespace) -> tuple[str, ...]:
+    """In the order in which they can be measured: malloc can be tuned, and not be untuned again."""
+    from fastattn import allocator
+    from fastattn.bench.runner import DEFAULT, TUNED
+
+    tuned = allocator.is_tuned()
+    chosen = args.allocator or (TUNED if args.quick or args.shape or tuned else BOTH_ALLOCATORS)
+    if tuned and chosen != TUNED:
+        raise ValueError(f"--allocator {chosen}: this process's allocator is tuned already")
+    return (DEFAULT, TUNED) if chosen == BOTH_ALLOCATORS else (chosen,)

@@ -16,7 +16,7 @@ from typing import Any
 from fastattn import backends, ceilings, machine
 from fastattn.bench import measure
 from fastattn.bench.contenders import OURS
-from fastattn.bench.runner import Entry, Row, Settings, geometric_mean
+from fastattn.bench.runner import TUNED, Entry, Row, Settings, geometric_mean
 from fastattn.numerics import Error
 
 SCHEMA = "fastattn-bench-1"
@@ -44,6 +44,9 @@ def header(op: str, settings: Settings) -> str:
         lines.append(
             f"ceilings of {ceiling['isa']}: fp32 multiply-add {ceiling['fma'] / 1e9:.0f} GF/s{dot}; copy {copy} GB/s"
         )
+        validity = ceilings.validity(settings.threads)
+        assert validity is not None
+        lines.append(validity.remark)
     return "\n".join(lines)
 
 
@@ -53,13 +56,15 @@ def block(row: Row, settings: Settings) -> str:
     bound = "" if row.roof is None else f", bound by {row.roof.bound}"
     lines = [
         "",
-        f"{case.suite.name} {case.workload.name} {case.dtype_name} {row.direction} (backend {row.backend}{bound})",
+        f"{case.suite.name} {case.workload.name} {case.dtype_name} {row.direction} "
+        f"(backend {row.backend}{bound}, {row.allocator} allocator)",
     ]
     if row.violations:
         lines += [f"  FAILED {violation}" for violation in row.violations]
         return "\n".join(lines)
     lines.append(
-        f"  {'':10}{'median ms':>11}{'p20':>10}{'p80':>10}{'n':>6}{'x ours':>8}{'ceiling':>9}{'extra MiB':>11}  error"
+        f"  {'':10}{'median ms':>11}{'p20':>10}{'p80':>10}{'n':>6}{'x ours':>8}{'ceiling':>9}{'faults':>8}"
+        f"{'extra MiB':>11}  error"
     )
     lines += [f"  {name:10}" + _line(row, name, entry) for name, entry in row.entries.items()]
     if row.speedup is not None:
@@ -86,6 +91,7 @@ def _line(row: Row, name: str, entry: Entry) -> str:
         f"{1e3 * times.median:11.3f}{1e3 * low:10.3f}{1e3 * high:10.3f}{len(times.seconds):6}"
         f"{times.median / ours.median:8.2f}"
         + (f"{'-':>9}" if share is None else f"{100 * share:8.1f}%")
+        + f"{times.faults / len(times.seconds):8.0f}"
         + (f"{'-':>11}" if entry.memory is None else f"{entry.memory / MIB:11.1f}")
         + f"  {_errors(entry.errors)}"
     )
@@ -139,7 +145,8 @@ def closing(rows: Sequence[Row], settings: Settings) -> str:
 
 
 def _name(row: Row) -> str:
-    return f"{row.case.suite.name} {row.case.workload.name} {row.case.dtype_name} {row.direction}"
+    allocator = "" if row.allocator == TUNED else f" ({row.allocator} allocator)"
+    return f"{row.case.suite.name} {row.case.workload.name} {row.case.dtype_name} {row.direction}{allocator}"
 
 
 def document(op: str, rows: Sequence[Row], settings: Settings) -> dict[str, Any]:
@@ -155,6 +162,7 @@ def document(op: str, rows: Sequence[Row], settings: Settings) -> dict[str, Any]
         "environment": machine.environment(),
         "clock": measure.clock_for(settings.threads)[0],
         "ceilings": ceilings.summary(settings.threads),
+        "validity": None if (validity := ceilings.validity(settings.threads)) is None else asdict(validity),
         "summary": summary(rows),
         "rows": [_row(row) for row in rows],
     }
@@ -166,6 +174,7 @@ def _row(row: Row) -> dict[str, Any]:
         "workload": row.case.workload.name,
         "dtype": row.case.dtype_name,
         "direction": row.direction,
+        "allocator": row.allocator,
         "backend": row.backend,
         "violations": list(row.violations),
         "roof": None if row.roof is None else asdict(row.roof),
@@ -196,6 +205,15 @@ def rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}") if value - value == 0 else None
     return value
+
+
+def file_name(what: str, threads: int) -> str:
+    """As in benchmarks/results: processor, what was run, threads, date."""
+    vendor, family, model = machine.cpu_identity()
+    words = f"{machine.cpu_name()} {f'{vendor} {family}.{model}' if vendor else ''}"
+    cpu = "-".join("".join(c if c.isalnum() or c == "." else " " for c in words.lower()).split())
+    date = datetime.now(timezone.utc).date().isoformat()
+    return f"{cpu}-{what.replace('_', '-')}-{threads}-thread{'s' if threads > 1 else ''}-{date}.json"
 
 
 def write_atomically(path: Path, text: str) -> None:

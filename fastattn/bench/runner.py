@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fastattn import ceilings
+from fastattn import allocator, ceilings
 from fastattn.bench import contenders, measure
 from fastattn.bench.cases import BenchCase
 from fastattn.bench.contenders import OURS, TORCH, Contender
@@ -17,6 +17,8 @@ from fastattn.bench.gate import Verdict, verdict
 from fastattn.bench.trial import BOTH, DIRECTIONS, FORWARD, Results, Trial
 from fastattn.dispatch import BackendUnsupported, explain
 from fastattn.numerics import Error
+
+TUNED, DEFAULT = "tuned", "default"
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Row:
-    """One case in one direction. violations: of the accuracy law by our result; then nothing was timed."""
+    """One case in one direction. violations: of the accuracy law by our result; then nothing was timed.
+
+    allocator: "tuned" (fastattn.tune_allocator) or "default".
+    """
 
     case: BenchCase
     direction: str
@@ -59,6 +64,7 @@ class Row:
     roof: Roof | None
     entries: dict[str, Entry]
     violations: tuple[str, ...]
+    allocator: str
 
     @property
     def best_peer(self) -> str | None:
@@ -136,7 +142,12 @@ def _run_case(case: BenchCase, settings: Settings) -> Iterator[Row]:
             times = measure.interleave(calls, clock, settings.min_seconds, settings.min_samples)
             for name in times:
                 entries[name].times = times[name]
-        yield Row(case, direction, backend, _roof(case, direction, settings.threads), entries, judged.violations)
+        roof = _roof(case, direction, settings.threads)
+        yield Row(case, direction, backend, roof, entries, judged.violations, allocator_in_use())
+
+
+def allocator_in_use() -> str:
+    return TUNED if allocator.is_tuned() else DEFAULT
 
 
 def _physical_memory() -> int:

@@ -71,9 +71,14 @@ def prepare(out: Path, config: TrainConfig, data: Sequence[str], say: Callable[[
 
 
 def run_demo(
-    out: Path, config: TrainConfig, data: Sequence[str] = (), *, say: Callable[[str], None] = print
+    out: Path,
+    config: TrainConfig,
+    data: Sequence[str] = (),
+    *,
+    say: Callable[[str], None] = print,
+    tune_allocator: bool = True,
 ) -> list[str]:
-    """Train, sample, compare, report; without data on the default corpus.
+    """Train, sample, compare, report; without data on the default corpus. tune_allocator: as in Trainer.run.
 
     Returns what the demo promises and this run did not keep, one line each; empty when all is well.
 
@@ -88,7 +93,7 @@ def run_demo(
         f"training {trainer.model.num_parameters():,} parameters for {config.steps} steps "
         f"on {trainer.corpus.name}, {torch.get_num_threads()} threads"
     )
-    progress = trainer.run()
+    progress = trainer.run(tune_allocator=tune_allocator)
     say(f"validation: {progress.val_bits_per_byte:.4f} bits per byte after {progress.seconds:.0f} s of steps")
 
     model = trainer.model.eval()

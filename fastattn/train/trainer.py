@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastattn import allocator
 from fastattn.models.gpt import GPT, GPTConfig
 from fastattn.train import checkpoint as checkpoints
 from fastattn.train.checkpoint import Checkpoint, CheckpointError
@@ -269,13 +270,18 @@ class Trainer:
         }
         checkpoints.save(self.out, Checkpoint(tensors, state))
 
-    def run(self, *, show_progress: bool = True) -> Progress:
+    def run(self, *, show_progress: bool = True, tune_allocator: bool = True) -> Progress:
         """Train to the last step.
+
+        tune_allocator: let malloc keep the memory of freed tensors, for the whole process and for good
+        (fastattn.tune_allocator); without it every large activation of every step is made of fresh pages.
 
         Raises:
             Interrupted: on SIGINT or SIGTERM, after the step in hand and a checkpoint.
             TrainingDiverged: the loss or the gradient is not finite; the last checkpoint stays as it is.
         """
+        if tune_allocator:
+            allocator.tune_allocator()
         config, progress = self.config, self.progress
         tokens_per_step = config.batch_size * config.block_size * config.grad_accum
         terminal = sys.stderr.isatty()

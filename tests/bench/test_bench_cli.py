@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastattn import backends, testing
+import fastattn
+from fastattn import allocator, backends, ceilings, machine, testing
 from fastattn.bench import cases, contenders, runner
 from fastattn.bench.contenders import OURS, TORCH, Contender
 from fastattn.cli import main
@@ -158,6 +159,50 @@ def wrong(monkeypatch, function):
     monkeypatch.setattr(contenders, "choices", lambda suite: choices(suite) | {OURS: lambda: Contender(OURS, function)})
 
 
+def test_both_allocators(capsys, monkeypatch):
+    """The default first: malloc cannot be untuned."""
+    monkeypatch.setitem(allocator._last, "tuning", None)
+    monkeypatch.setattr(fastattn._C, "tune_allocator", lambda: (True, "as asked"))
+    arguments = ("softmax", "--shape", "6,40", "--contenders", "torch", "--min-time", "0", "--dtype", "fp32")
+    code, lines, found = bench(capsys, *arguments, "--allocator", "both")
+    assert code == 0
+    assert [row["allocator"] for row in found["rows"]] == ["default", "default", "tuned", "tuned"]
+    assert found["allocator"]["tuned"]
+    assert "allocator: as asked" in lines
+    assert main(["bench", *arguments, "--allocator", "both"]) == 2
+    assert "this process's allocator is tuned already" in capsys.readouterr().err
+
+
+def test_an_allocator_that_cannot_be_tuned_is_not_called_tuned(capsys, monkeypatch):
+    monkeypatch.setitem(allocator._last, "tuning", None)
+    monkeypatch.setattr(fastattn._C, "tune_allocator", lambda: (False, "malloc is somebody's"))
+    arguments = ("softmax", "--shape", "6,40", "--contenders", "torch", "--min-time", "0", "--dtype", "fp32")
+    _, lines, found = bench(capsys, *arguments, "--allocator", "tuned")
+    assert {row["allocator"] for row in found["rows"]} == {"default"}
+    assert "allocator: malloc is somebody's" in lines
+
+
+def test_a_slow_machine_makes_an_invalid_run(capsys, monkeypatch, skip_without_native):
+    isa = backends.cpu_isa()
+    for rate, valid in ((1e15, False), (1e3, True)):
+        known = ceilings.KnownCpu("This one", *machine.cpu_identity()[:2], {isa: (rate, None)})
+        monkeypatch.setattr(ceilings, "KNOWN_CPUS", (known,))
+        arguments = ("softmax", "--shape", "6,40", "--contenders", "torch", "--min-time", "0", "--dtype", "fp32")
+        _, lines, found = bench(capsys, *arguments)
+        assert found["validity"]["valid"] is valid
+        assert any(("INVALID run" in line) is not valid for line in lines)
+    monkeypatch.setattr(ceilings, "KNOWN_CPUS", ())
+    assert ceilings.validity(1).valid is None
+
+
+def test_results_into_a_folder_are_named_by_machine_op_threads_and_date(capsys, tmp_path):
+    arguments = ("log_softmax", "--shape", "6,40", "--contenders", "torch", "--min-time", "0", "--dtype", "fp32")
+    _, _, found = bench(capsys, *arguments, "--threads", "1", "--out", str(tmp_path))
+    (path,) = tmp_path.iterdir()
+    assert re.fullmatch(rf"[a-z0-9.-]+-log-softmax-1-thread-{found['date'][:10]}\.json", path.name), path.name
+    assert json.loads(path.read_text()) == found
+
+
 def test_a_wrong_kernel_is_not_timed(capsys, monkeypatch):
     wrong(monkeypatch, lambda **call: torch.nn.functional.scaled_dot_product_attention(**call) * 1.001)
     code, lines, found = bench(capsys, "attention", *TINY, "--dtype", "fp32")
@@ -233,8 +278,8 @@ def test_compiled_contenders(capsys):
         (("attention", "--min-time", "-1"), "got -1.0"),
         (("attention", "--contenders", "cudnn"), "no contender 'cudnn'"),
         (("softmax", "--contenders", "eager"), "no contender 'eager'"),
-        (("attention", "--out", "/no/such/folder/x.json"), "a file in a folder that exists is needed"),
-        (("attention", "--out", "."), "a file in a folder that exists is needed"),
+        (("attention", "--out", "/no/such/folder/x.json"), "a folder that exists, or a file in one, is needed"),
+        (("attention", "--allocator", "jemalloc"), "invalid choice: 'jemalloc'"),
         (("attention", "--quik"), "unrecognized arguments: --quik"),
     ],
 )

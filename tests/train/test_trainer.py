@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastattn import allocator
 from fastattn.train import checkpoint as checkpoints
 from fastattn.train.checkpoint import CheckpointError
 from fastattn.train.trainer import (
@@ -50,6 +51,16 @@ def test_a_run_learns_and_logs_every_step(tiny, text_file, tmp_path):
     assert log[-1]["loss"] < log[0]["loss"] - 1.0
     assert log[-1]["val_bits_per_byte"] == progress.val_bits_per_byte < log[4]["val_bits_per_byte"]
     assert [record["lr"] for record in log] == [config.learning_rate(step) for step in range(60)]
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_allocator_is_tuned_unless_told_not_to(tiny, text_file, tmp_path, monkeypatch, wanted):
+    calls = []
+    monkeypatch.setattr(allocator, "tune_allocator", lambda: calls.append("tuned"))
+    trainer = start(tiny(steps=1), text_file, tmp_path / "run")
+    assert calls == []
+    trainer.run(show_progress=False, **({} if wanted else {"tune_allocator": False}))
+    assert calls == ["tuned"] * wanted
 
 
 def test_log_interval_keeps_the_last_and_the_validated_steps(tiny, text_file, tmp_path):
