@@ -4,7 +4,7 @@
 // with delta = rowsum(dO * O) - grad_lse. Tiles are transposed: a row per key, a lane per query.
 #pragma once
 #include "../cpu/prefetch.inl.h"
-#include "products.inl.h"
+#include "band.inl.h"
 #include "softmax.inl.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -38,7 +38,7 @@ struct GradientTiles {
   Operand rows(const float* tile, int first) const {
     return {reinterpret_cast<const char*>(tile) + first * kLanes * 4 / G::kPack, kRowBytes};
   }
-  const typename G::Step* score_columns() const {
+  typename G::Step* score_columns() const {
     if constexpr (G::kPaired)
       return score_pairs;
     else
@@ -52,8 +52,23 @@ struct GradientTiles {
   }
 };
 
+// exp(score - lse), unless the score is excluded.
+template <class G, View kView>
+FASTATTN_INLINE F32 probability(F32 product, F32 unit, F32 lse, float score_unit, const Visibility& seen, int64_t row,
+                                int64_t lane, const SavedStatistics& saved, Mask& visible) {
+  if constexpr (kView == View::general) {
+    if (seen.finished()) {
+      F32 slope;
+      const F32 score = finish_score(seen, product, score_unit, row, lane, visible, slope);
+      if (seen.slopes != nullptr) store(seen.slopes + row * kPanel + lane, slope);
+      return exp_of<G, G::kExpDegree>(score - load(saved.lse + lane) - load(saved.rest + lane));
+    }
+  }
+  return exp_of_product<G, G::kExpDegree>(product, unit, lse);
+}
+
 // P and dS of a range.
-template <class G, int kWide, bool kMasked>
+template <class G, int kWide, View kView>
 __attribute__((noinline)) void gradient_rows(Operand keys, Operand values, const PackedRows<G>& query,
                                              const PackedRows<G>& grad, const Visibility& seen, float score_unit,
                                              const Range& range, const SavedStatistics& saved, const float* dropout,
@@ -75,17 +90,10 @@ __attribute__((noinline)) void gradient_rows(Operand keys, Operand values, const
     multiply<G, 0>(p, left, keys.row, sizeof(typename G::Step), right, kPanel, query.steps());
     FASTATTN_UNROLL for (int m = 0; m < kRows; m++) {
       FASTATTN_UNROLL for (int n = 0; n < kWide; n++) {
-        if constexpr (kMasked) {
-          Mask visible = sees(seen, row + m, range.first + n);
-          if (seen.bias != nullptr) {
-            const int64_t at = offset + n * kLanes;
-            const F32 bias = load(seen.bias + (row + m) * seen.bias_row + at);
-            visible = visible & ~(bias == splat(-kInf));
-            const F32 score = fma(p.c[m][n], splat(score_unit), bias);
-            p.c[m][n] = exp_of<G, G::kExpDegree>(score - load(saved.lse + at) - load(saved.rest + at));
-          } else {
-            p.c[m][n] = exp_of_product<G, G::kExpDegree>(p.c[m][n], unit, lse[n]);
-          }
+        if constexpr (kView != View::clean) {
+          Mask visible = sees<kView>(seen, row + m, range.first + n);
+          p.c[m][n] = probability<G, kView>(p.c[m][n], unit, lse[n], score_unit, seen, row + m, offset + n * kLanes,
+                                            saved, visible);
           p.c[m][n] = select(visible, p.c[m][n], zero());
         } else {
           p.c[m][n] = exp_of_product<G, G::kExpDegree>(p.c[m][n], unit, lse[n]);
@@ -107,6 +115,8 @@ __attribute__((noinline)) void gradient_rows(Operand keys, Operand values, const
         }
         GradientTiles<G>::put(tiles.probabilities, at, kept);
         d.c[m][n] = p.c[m][n] * (d.c[m][n] - delta[n]);
+        if constexpr (kView == View::general)
+          if (seen.slopes != nullptr) d.c[m][n] = d.c[m][n] * load(seen.slopes + at);
         GradientTiles<G>::put(tiles.scores, at, d.c[m][n]);
       }
     }
@@ -121,12 +131,13 @@ __attribute__((noinline)) void gradient_rows(Operand keys, Operand values, const
 
 template <class G>
 FASTATTN_INLINE void gradient_block(Operand keys, Operand values, const PackedRows<G>& query, const PackedRows<G>& grad,
-                                    const Visibility& seen, float unit, int vectors, const SavedStatistics& saved,
+                                    const Visibility& seen, float unit, const SavedStatistics& saved,
                                     const float* dropout, const GradientTiles<G>& tiles, Prefetch& prefetch) {
   for (int i = 0; i < seen.range_count; i++)
-    with_width(vectors - seen.ranges[i].first, [&](auto width) {
+    with_width(seen.ranges[i].last - seen.ranges[i].first, [&](auto width) {
       const auto rows =
-          seen.ranges[i].masked ? gradient_rows<G, width.value, true> : gradient_rows<G, width.value, false>;
+          of_view(seen.ranges[i].view, gradient_rows<G, width.value, View::clean>,
+                  gradient_rows<G, width.value, View::stairs>, gradient_rows<G, width.value, View::general>);
       rows(keys, values, query, grad, seen, unit, seen.ranges[i], saved, dropout, tiles, prefetch);
     });
 }
@@ -134,14 +145,14 @@ FASTATTN_INLINE void gradient_block(Operand keys, Operand values, const PackedRo
 // gradient[key] += sum over the panel's queries of tile[key][query] * rows[query].
 template <class G>
 FASTATTN_INLINE void add_key_gradient(const float* tile, const GradientTiles<G>& tiles, const typename G::Step* rows,
-                                      int64_t row, int64_t columns, const Visibility& seen, int vectors,
-                                      float* gradient, Prefetch& prefetch) {
+                                      int64_t row, int64_t columns, const Visibility& seen, float* gradient,
+                                      Prefetch& prefetch) {
   const int64_t gradient_row = padded_columns(columns);
   const int wide = static_cast<int>(ceil_div(columns, kLanes));
   for (int i = 0; i < seen.range_count; i++) {
     const Range& range = seen.ranges[i];
     const int64_t skipped = range.first * kLanes / G::kPack;
-    const int64_t steps = (vectors - range.first) * kLanes / G::kPack;
+    const int64_t steps = (range.last - range.first) * kLanes / G::kPack;
     for (int c = 0; c < wide; c += kVectors)
       with_width(static_cast<int>(min_of(kVectors, wide - c)), [&](auto width) {
         add_rows<G, width.value>(tiles.rows(tile, range.first), rows + skipped * row + c * kLanes, row, steps,
@@ -155,20 +166,24 @@ template <class G>
 struct BackwardPanel {
   PackedRows<G> query, grad, output;
   SavedStatistics saved;
-  Statistics statistics;  // only where lse cannot tell
-  float *bias, *dropout;  // tiles, nullptr where there is none
+  Statistics statistics;           // only where lse cannot tell
+  float *bias, *dropout, *slopes;  // tiles, nullptr where there is none
   GradientTiles<G> tiles;
   int64_t batch, head, first, count;
+  Sequence sequence;
+  KeyRange range;
   int vectors;
 
-  static BackwardPanel take(Arena& arena, const AttentionProblem& problem) {
+  // `capped`: dS is of the scores before softcap.
+  static BackwardPanel take(Arena& arena, const AttentionProblem& problem, bool capped) {
     BackwardPanel panel = {};
     panel.query = PackedRows<G>::take(arena, problem.head_dim);
     panel.grad = PackedRows<G>::take(arena, problem.value_dim);
     panel.output = PackedRows<G>::take(arena, problem.value_dim);
     panel.saved = SavedStatistics::take(arena);
     panel.statistics = Statistics::take(arena);
-    panel.bias = problem.mask.data != nullptr ? arena.take<float>(kKeyBlock * kPanel) : nullptr;
+    panel.bias = wants_bias(problem) ? arena.take<float>(kKeyBlock * kPanel) : nullptr;
+    panel.slopes = capped && problem.softcap != 0.f ? arena.take<float>(kKeyBlock * kPanel) : nullptr;
     panel.dropout = problem.dropout.enabled ? arena.take<float>(kKeyBlock * kPanel) : nullptr;
     panel.tiles = GradientTiles<G>::take(arena);
     return panel;
@@ -180,15 +195,17 @@ struct BackwardPanel {
     const AttentionProblem& problem = p.problem;
     batch = which_batch;
     head = which_head;
-    first = which_panel * kPanel;
-    count = min_of(kPanel, problem.queries - first);
+    sequence = sequence_of(problem, batch);
+    first = sequence.query_begin + which_panel * kPanel;
+    count = min_of(kPanel, sequence.query_end - first);
+    range = key_range(problem, sequence, batch, first, count);
     vectors = static_cast<int>(ceil_div(count, kLanes));
     query.pack(problem.dtype, head_rows(p.query, problem.dtype, batch, head, first), count,
                score_scale(problem.scale).sign);
     const Operand grads = head_rows(p.grad_output, problem.dtype, batch, head, first);
     grad.pack(problem.dtype, grads, count);
     output.pack(problem.dtype, head_rows(p.output, problem.dtype, batch, head, first), count);
-    const int64_t row = (batch * problem.heads + head) * problem.queries + first;
+    const int64_t row = batch * problem.lse_batch + head * problem.lse_head + first;
     bool huge = false;
     for (int64_t at = 0; at < count; at += kLanes) {
       const int64_t n = min_of(kLanes, count - at);
@@ -206,19 +223,15 @@ struct BackwardPanel {
       store(saved.rest + at, zero());
       huge = huge || any(is_huge(lse) & live);
     }
-    if (huge && bias != nullptr && problem.mask.dtype != DType::boolean) recover_statistics(p, keys);
+    if (huge && problem.mask.data != nullptr && problem.mask.dtype != DType::boolean) recover_statistics(p, keys);
   }
 
   bool look_at(const AttentionProblem& problem, int64_t first_key, Visibility& seen) const {
-    const int64_t keys = min_of(kKeyBlock, problem.keys - first_key);
-    if (!look(problem, batch, head, first, count, first_key, keys, seen, bias)) return false;
-    if (dropout != nullptr) fill_dropout(problem, batch, head, first, first_key, seen, vectors, dropout);
+    const int64_t keys = min_of(kKeyBlock, sequence.key_end - first_key);
+    if (!look(problem, sequence, batch, head, first, count, first_key, keys, seen, bias)) return false;
+    seen.slopes = slopes;
+    if (dropout != nullptr) fill_dropout(problem, sequence, batch, head, first, first_key, seen, vectors, dropout);
     return true;
-  }
-
-  // One past the last key that the panel may see.
-  int64_t end(const AttentionProblem& problem) const {
-    return problem.causal ? min_of(problem.keys, first + count + problem.causal_shift) : problem.keys;
   }
 
  private:
@@ -230,11 +243,11 @@ struct BackwardPanel {
   __attribute__((noinline)) void recover_statistics(const AttentionBackward& p, void* keys) {
     const AttentionProblem& problem = p.problem;
     Prefetch nothing;
-    statistics.reset();
-    for (int64_t first_key = 0; first_key < end(problem); first_key += kKeyBlock) {
-      const int64_t n = min_of(kKeyBlock, problem.keys - first_key);
+    statistics.reset(sink_of(problem, head));
+    for (int64_t first_key = range.begin; first_key < range.end; first_key += kKeyBlock) {
+      const int64_t n = min_of(kKeyBlock, sequence.key_end - first_key);
       Visibility seen;
-      if (!look(problem, batch, head, first, count, first_key, n, seen, bias)) continue;
+      if (!look(problem, sequence, batch, head, first, count, first_key, n, seen, bias)) continue;
       const int64_t kv_head = head / (problem.heads / problem.kv_heads);
       const Operand block = rows_operand<G>(problem.dtype, head_rows(p.key, problem.dtype, batch, kv_head, first_key),
                                             n, problem.head_dim, false, keys);
@@ -263,7 +276,7 @@ struct BackwardScratch {
     const uintptr_t start = reinterpret_cast<uintptr_t>(memory);
     const int64_t key_columns = padded_columns(problem.head_dim), value_columns = padded_columns(problem.value_dim);
     Arena arena{start};
-    panel = BackwardPanel<G>::take(arena, problem);
+    panel = BackwardPanel<G>::take(arena, problem, true);
     query_pairs = arena.take<typename G::Step>(G::kPaired ? kPanel / 2 * key_columns : 0);
     grad_pairs = arena.take<typename G::Step>(G::kPaired ? kPanel / 2 * value_columns : 0);
     key_pairs = arena.take<typename G::Step>(G::kPaired ? kKeyBlock / 2 * key_columns : 0);
@@ -299,14 +312,18 @@ __attribute__((noinline)) void finish_grad_query(const AttentionBackward& p, con
 // What one task adds up: gradients of all keys, then of all values, of one kv head.
 struct Partial {
   float *keys, *values;
-  Partial(const AttentionProblem& problem, float* memory)
-      : keys(memory), values(memory + padded_rows(problem.keys) * padded_columns(problem.head_dim)) {}
+  int64_t count, size;  // keys; floats
+  Partial(const AttentionProblem& problem, const Sequence& sequence, float* memory)
+      : keys(memory), count(sequence.key_end - sequence.key_begin) {
+    values = memory + padded_rows(count) * padded_columns(problem.head_dim);
+    size = values - memory + padded_rows(count) * padded_columns(problem.value_dim);
+  }
 };
 
 FASTATTN_INLINE void want_keys(const AttentionBackward& p, Prefetch& prefetch, int64_t batch, int64_t kv_head,
-                               int64_t first) {
+                               int64_t first, int64_t end) {
   const AttentionProblem& problem = p.problem;
-  const int64_t count = min_of(kKeyBlock, problem.keys - first), size = size_of(problem.dtype);
+  const int64_t count = min_of(kKeyBlock, end - first), size = size_of(problem.dtype);
   prefetch.add(head_rows(p.key, problem.dtype, batch, kv_head, first), count, problem.head_dim * size);
   prefetch.add(head_rows(p.value, problem.dtype, batch, kv_head, first), count, problem.value_dim * size);
 }
@@ -314,7 +331,8 @@ FASTATTN_INLINE void want_keys(const AttentionBackward& p, Prefetch& prefetch, i
 FASTATTN_INLINE void want_panel(const AttentionBackward& p, Prefetch& prefetch, int64_t batch, int64_t head,
                                 int64_t which_panel) {
   const AttentionProblem& problem = p.problem;
-  const int64_t first = which_panel * kPanel, count = min_of(kPanel, problem.queries - first);
+  const Sequence sequence = sequence_of(problem, batch);
+  const int64_t first = sequence.query_begin + which_panel * kPanel, count = min_of(kPanel, sequence.query_end - first);
   const int64_t size = size_of(problem.dtype);
   prefetch.add(head_rows(p.query, problem.dtype, batch, head, first), count, problem.head_dim * size);
   prefetch.add(head_rows(p.grad_output, problem.dtype, batch, head, first), count, problem.value_dim * size);
@@ -349,30 +367,31 @@ __attribute__((noinline)) void backward_panel(const AttentionBackward& p, int64_
   memset(scratch.grad_query, 0, static_cast<size_t>(padded_rows(problem.head_dim) * kPanel) * sizeof(float));
   for (int64_t i = 0; i < kPanel; i += kLanes) store(scratch.ones + i, splat(1.f));
 
-  for (int64_t first_key = 0; first_key < panel.end(problem); first_key += kKeyBlock) {
+  if (p.delta != nullptr)
+    memcpy(p.delta + panel.batch * problem.lse_batch + panel.head * problem.lse_head + panel.first, panel.saved.delta,
+           static_cast<size_t>(panel.count) * sizeof(float));
+
+  for (int64_t first_key = panel.range.begin; first_key < panel.range.end; first_key += kKeyBlock) {
     Visibility seen;
     if (!panel.look_at(problem, first_key, seen)) continue;
     const int64_t next_key = first_key + kKeyBlock;
-    if (next_key < panel.end(problem)) want_keys(p, prefetch, panel.batch, kv_head, next_key);
+    if (next_key < panel.range.end) want_keys(p, prefetch, panel.batch, kv_head, next_key, panel.range.end);
     const Operand key_rows = head_rows(p.key, problem.dtype, panel.batch, kv_head, first_key);
     const Operand keys = rows_operand<G>(problem.dtype, key_rows, seen.keys, problem.head_dim, true, scratch.keys);
     const Operand values =
         rows_operand<G>(problem.dtype, head_rows(p.value, problem.dtype, panel.batch, kv_head, first_key), seen.keys,
                         problem.value_dim, false, scratch.values);
-    gradient_block<G>(keys, values, panel.query, panel.grad, seen, unit, panel.vectors, panel.saved, panel.dropout,
-                      panel.tiles, prefetch);
+    gradient_block<G>(keys, values, panel.query, panel.grad, seen, unit, panel.saved, panel.dropout, panel.tiles,
+                      prefetch);
     const Operand key_columns =
         G::kPaired ? columns_operand<G>(problem.dtype, key_rows, seen.keys, problem.head_dim, scratch.key_pairs) : keys;
-    int64_t ends[kVectors];
-    for (int n = 0; n < kVectors; n++) ends[n] = ceil_div(seen.ends[n], G::kPack);
-    with_width(panel.vectors, [&](auto width) {
-      add_columns<G, width.value>(key_columns, padded_rows(problem.head_dim), panel.tiles.score_columns(), ends,
-                                  scratch.grad_query, scratch.ones, prefetch);
-    });
+    add_seen_columns<G>(key_columns, padded_rows(problem.head_dim), panel.tiles.score_columns(), seen, panel.vectors,
+                        scratch.grad_query, scratch.ones, prefetch);
+    const int64_t at = first_key - panel.sequence.key_begin;
     add_key_gradient<G>(panel.tiles.probabilities, panel.tiles, grad_rows, grad_row, problem.value_dim, seen,
-                        panel.vectors, sums.values + first_key * padded_columns(problem.value_dim), prefetch);
-    add_key_gradient<G>(panel.tiles.scores, panel.tiles, query_rows, query_row, problem.head_dim, seen, panel.vectors,
-                        sums.keys + first_key * padded_columns(problem.head_dim), prefetch);
+                        sums.values + at * padded_columns(problem.value_dim), prefetch);
+    add_key_gradient<G>(panel.tiles.scores, panel.tiles, query_rows, query_row, problem.head_dim, seen,
+                        sums.keys + at * padded_columns(problem.head_dim), prefetch);
   }
   finish_grad_query<G>(p, scratch);
 }
@@ -382,11 +401,15 @@ int64_t backward_pair_tasks(const AttentionBackward& p) { return p.problem.batch
 // One of `parts` tasks for a (batch, kv head): every parts-th panel of its query heads.
 struct BackwardTask {
   int64_t pair, part, batch, kv_head;
+  Sequence sequence;
+  int64_t panels;  // of each query head
   BackwardTask(const AttentionBackward& p, int64_t task)
       : pair(task / p.parts),
         part(task % p.parts),
         batch(pair / p.problem.kv_heads),
-        kv_head(pair % p.problem.kv_heads) {}
+        kv_head(pair % p.problem.kv_heads),
+        sequence(sequence_of(p.problem, batch)),
+        panels(ceil_div(sequence.query_end - sequence.query_begin, kPanel)) {}
 };
 
 // Returns the number of the next task, taken just before it is needed so that its rows can be asked for.
@@ -397,10 +420,10 @@ __attribute__((noinline)) int64_t backward_task(const AttentionBackward& p, int6
   const BackwardTask task(p, number);
   const int64_t pair = task.pair, batch = task.batch, kv_head = task.kv_head;
   int64_t next_number = -1;
-  const int64_t group = problem.heads / problem.kv_heads, panels = ceil_div(problem.queries, kPanel);
+  const int64_t group = problem.heads / problem.kv_heads, panels = task.panels;
   float* memory = p.parts == 1 ? scratch.partial : p.partial + (pair * p.parts + task.part) * p.partial_size;
-  const Partial sums(problem, memory);
-  memset(memory, 0, static_cast<size_t>(p.partial_size) * sizeof(float));
+  const Partial sums(problem, task.sequence, memory);
+  memset(memory, 0, static_cast<size_t>(sums.size) * sizeof(float));
   for (int64_t i = task.part; i < group * panels; i += p.parts) {
     scratch.panel.load_panel(p, batch, kv_head * group + i / panels, i % panels, scratch.keys);
     const int64_t next = i + p.parts;
@@ -410,9 +433,14 @@ __attribute__((noinline)) int64_t backward_task(const AttentionBackward& p, int6
       next_number = take_task(queue);
       if (next_number < backward_pair_tasks(p)) {
         const BackwardTask other(p, next_number);
-        if (other.part < group * panels) {
-          want_panel(p, prefetch, other.batch, other.kv_head * group + other.part / panels, other.part % panels);
-          want_keys(p, prefetch, other.batch, other.kv_head, 0);
+        if (other.part < group * other.panels) {
+          const int64_t panel = other.part % other.panels;
+          want_panel(p, prefetch, other.batch, other.kv_head * group + other.part / other.panels, panel);
+          const Sequence& sequence = other.sequence;
+          const int64_t first = sequence.query_begin + panel * kPanel;
+          const KeyRange range =
+              key_range(problem, sequence, other.batch, first, min_of(kPanel, sequence.query_end - first));
+          want_keys(p, prefetch, other.batch, other.kv_head, range.begin, range.end);
         }
       }
     }
@@ -422,17 +450,18 @@ __attribute__((noinline)) int64_t backward_task(const AttentionBackward& p, int6
   if (p.parts > 1) {
     if (__atomic_add_fetch(p.arrivals + pair, 1, __ATOMIC_ACQ_REL) != p.parts) return next_number;
     memory = p.partial + pair * p.parts * p.partial_size;
-    for (int64_t i = 0; i < p.partial_size; i += kLanes) {
+    for (int64_t i = 0; i < sums.size; i += kLanes) {
       F32 sum = load(memory + i);
       for (int64_t other = 1; other < p.parts; other++) sum = sum + load(memory + other * p.partial_size + i);
       store(memory + i, sum);
     }
   }
-  const Partial total(problem, memory);
-  narrow_rows(problem.dtype, total.keys, padded_columns(problem.head_dim), problem.keys, problem.head_dim,
-              head_rows(p.grad_key, problem.dtype, batch, kv_head, 0), __builtin_fabsf(problem.scale));
-  narrow_rows(problem.dtype, total.values, padded_columns(problem.value_dim), problem.keys, problem.value_dim,
-              head_rows(p.grad_value, problem.dtype, batch, kv_head, 0), 1.f);
+  const Partial total(problem, task.sequence, memory);
+  const int64_t first_key = task.sequence.key_begin;
+  narrow_rows(problem.dtype, total.keys, padded_columns(problem.head_dim), total.count, problem.head_dim,
+              head_rows(p.grad_key, problem.dtype, batch, kv_head, first_key), __builtin_fabsf(problem.scale));
+  narrow_rows(problem.dtype, total.values, padded_columns(problem.value_dim), total.count, problem.value_dim,
+              head_rows(p.grad_value, problem.dtype, batch, kv_head, first_key), 1.f);
   return next_number;
 }
 

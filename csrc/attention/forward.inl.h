@@ -1,7 +1,7 @@
 // softmax(scale * Q K^T + mask) V, one task for a few panels of queries of one head.
 #pragma once
 #include "../cpu/prefetch.inl.h"
-#include "products.inl.h"
+#include "band.inl.h"
 #include "softmax.inl.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -48,7 +48,7 @@ struct ForwardScratch {
     }
     tile = arena.take<float>(kKeyBlock * kPanel);
     pairs = arena.take<typename G::Step>(G::kPaired ? kKeyBlock / 2 * kPanel : 0);
-    bias = arena.take<float>(problem.mask.data != nullptr ? kKeyBlock * kPanel : 0);
+    bias = wants_bias(problem) ? arena.take<float>(kKeyBlock * kPanel) : nullptr;
     dropout = problem.dropout.enabled ? arena.take<float>(kKeyBlock * kPanel) : nullptr;
     keys = arena.take<float>(kKeyBlock * key_columns);
     values = arena.take<float>(kKeyBlock * value_columns);
@@ -62,7 +62,7 @@ template <class G>
 __attribute__((noinline)) void finish_panel(const AttentionForward& p, const typename ForwardScratch<G>::Panel& panel,
                                             int64_t batch, int64_t head, int64_t first, int64_t count, float* rows) {
   const AttentionProblem& problem = p.problem;
-  float* lse = p.lse + (batch * problem.heads + head) * problem.queries + first;
+  float* lse = p.lse + batch * problem.lse_batch + head * problem.lse_head + first;
   const int64_t columns = padded_rows(problem.value_dim);
   for (int64_t at = 0; at < count; at += kLanes) {
     const F32 sum = load(panel.statistics.sum + at), largest = load(panel.statistics.max + at);
@@ -96,23 +96,49 @@ __attribute__((noinline)) void finish_panel(const AttentionForward& p, const typ
 // The queries [first, end) of one head.
 struct ForwardTask {
   int64_t batch, head, kv_head, first, end;
+  Sequence sequence;
+  KeyRange range;
 
   ForwardTask(const AttentionForward& p, int64_t task) {
     const AttentionProblem& problem = p.problem;
-    const int64_t groups = forward_groups(p), queries = forward_panels(p) * kPanel;
-    batch = task / groups / problem.heads;
+    const int64_t queries = forward_panels(p) * kPanel;
+    int64_t groups = forward_groups(p);
+    if (problem.sequences == nullptr) {
+      batch = task / groups / problem.heads;
+    } else {
+      int64_t end = problem.batches;
+      for (batch = 0; end - batch > 1;) {
+        const int64_t middle = (batch + end) / 2;
+        (p.first_tasks[middle] <= task ? batch : end) = middle;
+      }
+      task -= p.first_tasks[batch];
+      groups = (p.first_tasks[batch + 1] - p.first_tasks[batch]) / problem.heads;
+    }
+    sequence = sequence_of(problem, batch);
     head = task / groups % problem.heads;
     kv_head = head / (problem.heads / problem.kv_heads);
-    first = (groups - 1 - task % groups) * queries;  // causal: the longest first
-    end = min_of(problem.queries, first + queries);
+    first = sequence.query_begin + (groups - 1 - task % groups) * queries;  // causal: the longest first
+    end = min_of(sequence.query_end, first + queries);
+    range = key_range(problem, sequence, batch, first, end - first);
   }
 };
 
-int64_t forward_tasks(const AttentionForward& p) { return p.problem.batches * p.problem.heads * forward_groups(p); }
+int64_t forward_tasks(const AttentionForward& p) {
+  const AttentionProblem& problem = p.problem;
+  if (problem.sequences == nullptr) return problem.batches * problem.heads * forward_groups(p);
+  int64_t tasks = 0;
+  for (int64_t i = 0; i < problem.batches; i++) {
+    const AttentionSequence& rows = problem.sequences[i];
+    p.first_tasks[i] = tasks;
+    tasks += problem.heads * ceil_div(ceil_div(rows.query_end - rows.query_begin, kPanel), forward_panels(p));
+  }
+  p.first_tasks[problem.batches] = tasks;
+  return tasks;
+}
 
 FASTATTN_INLINE void want_keys(const AttentionForward& p, Prefetch& prefetch, const ForwardTask& task, int64_t first) {
   const AttentionProblem& problem = p.problem;
-  const int64_t count = min_of(kKeyBlock, problem.keys - first), size = size_of(problem.dtype);
+  const int64_t count = min_of(kKeyBlock, task.range.end - first), size = size_of(problem.dtype);
   prefetch.add(head_rows(p.key, problem.dtype, task.batch, task.kv_head, first), count, problem.head_dim * size);
   prefetch.add(head_rows(p.value, problem.dtype, task.batch, task.kv_head, first), count, problem.value_dim * size);
 }
@@ -132,14 +158,13 @@ __attribute__((noinline)) int64_t forward_task(const AttentionForward& p, int64_
     const int64_t first = task.first + i * kPanel;
     panel.query.pack(problem.dtype, head_rows(p.query, problem.dtype, task.batch, task.head, first),
                      min_of(kPanel, task.end - first), scale.sign);
-    panel.statistics.reset();
+    panel.statistics.reset(sink_of(problem, task.head));
     memset(panel.output, 0, static_cast<size_t>(padded_rows(problem.value_dim) * kPanel) * sizeof(float));
   }
 
-  const int64_t end = problem.causal ? min_of(problem.keys, task.end + problem.causal_shift) : problem.keys;
-  for (int64_t first_key = 0; first_key < end; first_key += kKeyBlock) {
-    const int64_t count = min_of(kKeyBlock, problem.keys - first_key);
-    if (first_key + kKeyBlock < end) {
+  for (int64_t first_key = task.range.begin; first_key < task.range.end; first_key += kKeyBlock) {
+    const int64_t count = min_of(kKeyBlock, task.sequence.key_end - first_key);
+    if (first_key + kKeyBlock < task.range.end) {
       want_keys(p, prefetch, task, first_key + kKeyBlock);
     } else {
       next_number = take_task(queue);
@@ -147,7 +172,7 @@ __attribute__((noinline)) int64_t forward_task(const AttentionForward& p, int64_
         const ForwardTask next(p, next_number);
         prefetch.add(head_rows(p.query, problem.dtype, next.batch, next.head, next.first), next.end - next.first,
                      problem.head_dim * size_of(problem.dtype));
-        want_keys(p, prefetch, next, 0);
+        want_keys(p, prefetch, next, next.range.begin);
       }
     }
     bool ready = false;
@@ -157,7 +182,8 @@ __attribute__((noinline)) int64_t forward_task(const AttentionForward& p, int64_
       const int64_t first = task.first + i * kPanel, queries = min_of(kPanel, task.end - first);
       const int vectors = static_cast<int>(ceil_div(queries, kLanes));
       Visibility seen;
-      if (!look(problem, task.batch, task.head, first, queries, first_key, count, seen, scratch.bias)) continue;
+      if (!look(problem, task.sequence, task.batch, task.head, first, queries, first_key, count, seen, scratch.bias))
+        continue;
       if (!ready) {
         keys = rows_operand<G>(problem.dtype, head_rows(p.key, problem.dtype, task.batch, task.kv_head, first_key),
                                count, problem.head_dim, false, scratch.keys);
@@ -167,20 +193,16 @@ __attribute__((noinline)) int64_t forward_task(const AttentionForward& p, int64_
         ready = true;
       }
       if (scratch.dropout != nullptr)
-        fill_dropout(problem, task.batch, task.head, first, first_key, seen, vectors, scratch.dropout);
+        fill_dropout(problem, task.sequence, task.batch, task.head, first, first_key, seen, vectors, scratch.dropout);
       advance_softmax<G>(keys, panel.query, seen, scale.unit, vectors, scratch.dropout, scratch.tile, scratch.pairs,
                          panel.statistics, prefetch);
-      int64_t ends[kVectors];
-      for (int n = 0; n < kVectors; n++) ends[n] = ceil_div(seen.ends[n], G::kPack);
-      const typename G::Step* probabilities;
+      typename G::Step* probabilities;
       if constexpr (G::kPaired)
         probabilities = scratch.pairs;
       else
         probabilities = scratch.tile;
-      with_width(vectors, [&](auto width) {
-        add_columns<G, width.value>(values, padded_rows(problem.value_dim), probabilities, ends, panel.output,
-                                    panel.statistics.alpha, prefetch);
-      });
+      add_seen_columns<G>(values, padded_rows(problem.value_dim), probabilities, seen, vectors, panel.output,
+                          panel.statistics.alpha, prefetch);
     }
   }
   for (int i = 0; i < panels; i++) {

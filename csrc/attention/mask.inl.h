@@ -1,4 +1,5 @@
-// Which keys a panel of queries sees: causal staircase, ragged end, mask tensor; and dropout.
+// Which keys a panel of queries sees: window and causality (staircases), prefix, ragged end, documents, mask tensor;
+// what is added to their scores; and dropout.
 #pragma once
 #include "../cpu/math.h"
 #include "../cpu/microkernel.inl.h"
@@ -11,61 +12,155 @@ namespace {
 
 constexpr int64_t kFar = int64_t{1} << 30;
 
-// Rows [begin, end) of a block, seen by no vector before `first`; if not `masked`, all others see all of them.
+FASTATTN_INLINE int64_t round_down(int64_t a, int64_t b) { return a / b * b; }
+FASTATTN_INLINE int64_t clamp(int64_t x, int64_t low, int64_t high) { return max_of(low, min_of(high, x)); }
+
+// A batch element's rows of the inputs. Queries and keys are numbered as these rows are.
+struct Sequence {
+  int64_t query_begin, query_end, key_begin, key_end;
+  int64_t shift;   // query i is level with key i + shift
+  int64_t prefix;  // keys before this one are seen by all queries
+};
+FASTATTN_INLINE Sequence sequence_of(const AttentionProblem& problem, int64_t batch) {
+  Sequence s = {0, problem.queries, 0, problem.keys, 0, 0};
+  if (problem.sequences != nullptr) {
+    const AttentionSequence& rows = problem.sequences[batch];
+    s = {rows.query_begin, rows.query_end, rows.key_begin, rows.key_end, rows.key_begin - rows.query_begin, 0};
+  }
+  if (problem.window.bottom_right) s.shift = s.key_end - s.query_end;
+  s.prefix = s.key_begin + (problem.window.prefixes != nullptr ? problem.window.prefixes[batch] : 0);
+  return s;
+}
+
+// What stands between a product and its probability: nothing, causality and the ragged end of the keys, or anything.
+enum class View { clean, stairs, general };
+
+template <class F>
+FASTATTN_INLINE F* of_view(View view, F& clean, F& stairs, F& general) {
+  return view == View::clean ? &clean : view == View::stairs ? &stairs : &general;
+}
+
+// Rows [begin, end) of a block, of which vectors [first, last) see something.
 struct Range {
-  int first;
-  bool masked;
+  int first, last;
+  View view;
   int64_t begin, end;
 };
 
 // A block of keys as the queries of one panel see it. Rows are keys, lanes are queries.
 struct Visibility {
-  int64_t keys;            // in the block
-  int64_t clean;           // rows that every query sees and no mask touches; a multiple of kRowPad
-  int64_t ends[kVectors];  // vector n of the panel sees no key from ends[n] on; not decreasing
-  int64_t diagonal;        // lane x sees row r only if r <= x + diagonal
-  const float* bias;       // (keys, kPanel), added to the scores, -inf where excluded; nullptr: none
-  int64_t bias_row;        // kPanel, or 0 when all keys share one row
-  Range ranges[kVectors + 1];
+  int64_t keys;                    // in the block
+  int64_t clean_begin, clean_end;  // rows that every query sees and nothing is done to; multiples of kRowPad
+  int64_t begins[kVectors];        // vector n of the panel sees no key before begins[n], none from ends[n] on;
+  int64_t ends[kVectors];          // neither decreases
+  int64_t low, high;               // lane x sees row r if x + low <= r <= x + high,
+  int64_t prefix;                  // or r < prefix
+  float cap, cap_inverse;          // of softcap; 0: none
+  float* slopes;                   // backward: room for softcap's derivative (keys, kPanel), or nullptr
+  const float* bias;               // (keys, kPanel), added to the scores, -inf where excluded; nullptr: none
+  int64_t bias_row;                // kPanel, or 0 when all keys share one row
+  Range ranges[2 * kVectors + 3];
   int range_count;
+
+  // Score tiles hold finished scores, and not products that `unit` makes scores of.
+  bool finished() const { return bias != nullptr || cap != 0.f; }
+  int64_t first_row() const { return round_down(begins[0], kRowPad); }
 };
 
-// Before any mask tensor is looked at.
-FASTATTN_INLINE Visibility structural_visibility(const AttentionProblem& problem, int64_t first_query,
-                                                 int64_t first_key, int64_t keys) {
+// What position lets the panel see, before any tensor is looked at.
+FASTATTN_INLINE Visibility structural_visibility(const AttentionProblem& problem, const Sequence& sequence,
+                                                 int64_t first_query, int vectors, int64_t first_key, int64_t keys) {
+  const AttentionWindow& window = problem.window;
   Visibility seen;
   seen.keys = keys;
+  seen.cap = 0.f;
+  seen.slopes = nullptr;
   seen.bias = nullptr;
   seen.bias_row = 0;
-  const int64_t ahead = first_query + problem.causal_shift - first_key;
-  seen.diagonal = problem.causal ? max_of(-kFar, min_of(kFar, ahead)) : kFar;
-  for (int n = 0; n < kVectors; n++) seen.ends[n] = max_of(0, min_of(keys, seen.diagonal + (n + 1) * kLanes));
-  seen.clean = max_of(0, min_of(keys, seen.diagonal + 1)) / kRowPad * kRowPad;
+  const int64_t level = first_query + sequence.shift - first_key;
+  seen.high = clamp(level + window.right, -kFar, kFar);
+  seen.low = clamp(level - window.left, -kFar, kFar);
+  seen.prefix = clamp(sequence.prefix - first_key, 0, keys);
+  for (int n = 0; n < kVectors; n++) {
+    seen.ends[n] = clamp(seen.high + (n + 1) * kLanes, seen.prefix, keys);
+    seen.begins[n] = seen.prefix > 0 ? 0 : clamp(seen.low + n * kLanes, 0, keys);
+  }
+  seen.clean_begin = round_up(clamp(seen.low + vectors * kLanes - 1, 0, keys), kRowPad);
+  seen.clean_end = round_down(clamp(seen.high + 1, 0, keys), kRowPad);
+  if (seen.prefix == keys || seen.clean_end <= seen.clean_begin) {
+    seen.clean_begin = 0;
+    seen.clean_end = round_down(seen.prefix, kRowPad);
+  }
   return seen;
 }
 
-// Lanes of vector n that see row r, the mask tensor apart.
+// Lanes of vector n that see row r, whatever `bias` says.
+template <View kView>
 FASTATTN_INLINE Mask sees(const Visibility& seen, int64_t row, int n) {
-  const int64_t first_lane = row < seen.keys ? row - seen.diagonal - n * kLanes : kFar;
-  return iota() >= splat_int(static_cast<int32_t>(first_lane));
+  const int64_t before = row - n * kLanes;
+  const int64_t first_lane = row < seen.keys ? before - seen.high : kFar;
+  const Mask right = iota() >= splat_int(static_cast<int32_t>(first_lane));
+  if constexpr (kView == View::stairs) return right;
+  if (row < seen.prefix) return iota() >= splat_int(0);
+  return right & (iota() < splat_int(static_cast<int32_t>(before - seen.low + 1)));
 }
 
 // Cuts the block into ranges of rows for which the same vectors matter.
 FASTATTN_INLINE void cut_ranges(Visibility& seen, int vectors) {
-  int64_t begin = 0;
+  const int64_t end = round_up(seen.ends[vectors - 1], kRowPad);
+  int64_t row = seen.first_row();
+  int first = 0, last = 1;
+  const bool stairs = !seen.finished() && seen.prefix == 0 && seen.low + vectors * kLanes <= 1;
   seen.range_count = 0;
-  for (int n = 0; n < vectors; n++) {
-    const int64_t end = round_up(seen.ends[n], kRowPad);
-    const int64_t clean = min_of(seen.clean, end);
-    if (begin < clean) {
-      seen.ranges[seen.range_count++] = {n, false, begin, clean};
-      begin = clean;
-    }
-    if (begin < end) {
-      seen.ranges[seen.range_count++] = {n, true, begin, end};
-      begin = end;
-    }
+  while (row < end) {
+    while (round_up(seen.ends[first], kRowPad) <= row) first++;
+    while (last < vectors && seen.begins[last] < row + kRowPad) last++;
+    int64_t next = round_up(seen.ends[first], kRowPad);
+    if (last < vectors) next = min_of(next, round_down(seen.begins[last], kRowPad));
+    const bool clean = seen.clean_begin <= row && row < seen.clean_end;
+    if (clean)
+      next = min_of(next, seen.clean_end);
+    else if (row < seen.clean_begin && seen.clean_begin < seen.clean_end)
+      next = min_of(next, seen.clean_begin);
+    if (first < last)
+      seen.ranges[seen.range_count++] = {first, last,
+                                         clean    ? View::clean
+                                         : stairs ? View::stairs
+                                                  : View::general,
+                                         row, next};
+    row = next;
   }
+}
+
+// The keys that some of `queries` queries may see: whole blocks from the start of the sequence, but for the end.
+struct KeyRange {
+  int64_t begin, end;
+};
+__attribute__((noinline)) KeyRange key_range(const AttentionProblem& problem, const Sequence& sequence, int64_t batch,
+                                             int64_t first_query, int64_t queries) {
+  const AttentionWindow& window = problem.window;
+  const int64_t level = first_query + sequence.shift;
+  KeyRange range;
+  range.end = clamp(level + queries + window.right, sequence.prefix, sequence.key_end);
+  range.begin = clamp(level - window.left, sequence.key_begin, sequence.key_end);
+  if (sequence.prefix > sequence.key_begin) range.begin = sequence.key_begin;
+  range.begin = sequence.key_begin + round_down(range.begin - sequence.key_begin, kKeyBlock);
+  if (problem.documents.queries == nullptr) return range;
+  static_assert(kKeyBlock == kAttentionIdBlock, "a block of keys has one range of ids");
+  const int32_t* ids = problem.documents.queries + batch * problem.documents.queries_batch + first_query;
+  int32_t smallest = ids[0], largest = ids[0];
+  for (int64_t i = 1; i < queries; i++) {
+    smallest = ids[i] < smallest ? ids[i] : smallest;
+    largest = ids[i] > largest ? ids[i] : largest;
+  }
+  const int32_t* ranges = problem.documents.key_ranges + batch * problem.documents.ranges_batch;
+  const auto apart = [&](int64_t key) {
+    const int32_t* block = ranges + key / kKeyBlock * 2;
+    return block[1] < smallest || block[0] > largest;
+  };
+  while (range.begin < range.end && apart(range.begin)) range.begin += kKeyBlock;
+  while (range.begin < range.end && apart(range.end - 1)) range.end = round_down(range.end - 1, kKeyBlock);
+  return range;
 }
 
 // ---- mask tensors ----
@@ -182,12 +277,12 @@ struct MaskTile {
   }
 };
 
+// Fills `bias` where the mask is neither dead nor clean; bias_row becomes the distance of its rows.
 template <class T>
 FASTATTN_INLINE MaskKind apply_mask_of(const AttentionProblem& problem, int64_t batch, int64_t head,
                                        int64_t first_query, int64_t queries, int64_t first_key, int vectors,
-                                       Visibility& seen, float* bias) {
+                                       int64_t live_keys, float* bias, int64_t& bias_row) {
   const AttentionMask& mask = problem.mask;
-  const int64_t live_keys = seen.ends[vectors - 1];
   const int64_t offset = batch * mask.batch + head * mask.head + first_query * mask.query + first_key * mask.key;
   const MaskTile<T> tile = {static_cast<const T*>(mask.data) + offset, mask.query == 0 ? 1 : queries,
                             mask.key == 0 ? 1 : live_keys, mask.query, mask.key};
@@ -196,53 +291,176 @@ FASTATTN_INLINE MaskKind apply_mask_of(const AttentionProblem& problem, int64_t 
     for (int64_t j = 0; j < kKeyBlock && mask.key == 1; j += 64 / static_cast<int64_t>(sizeof(T)))
       __builtin_prefetch(tile.data + i * mask.query + kKeyBlock + j);
   const MaskKind kind = tile.kind();
-  if (kind == MaskKind::mixed) {
-    seen.clean = 0;
-    seen.bias = bias;
-    seen.bias_row = tile.fill(bias, vectors);
-  }
+  if (kind == MaskKind::mixed) bias_row = tile.fill(bias, vectors);
   return kind;
 }
 
-// What a panel of `queries` queries sees of a block of keys; false if nothing. `bias` has room for a tile.
-__attribute__((noinline)) bool look(const AttentionProblem& problem, int64_t batch, int64_t head, int64_t first_query,
-                                    int64_t queries, int64_t first_key, int64_t keys, Visibility& seen, float* bias) {
-  const int vectors = static_cast<int>(ceil_div(queries, kLanes));
-  seen = structural_visibility(problem, first_query, first_key, keys);
-  if (seen.ends[vectors - 1] == 0) return false;
-  MaskKind kind = MaskKind::clean;
-  if (problem.mask.data != nullptr) switch (problem.mask.dtype) {
-      case DType::boolean:
-        kind = apply_mask_of<uint8_t>(problem, batch, head, first_query, queries, first_key, vectors, seen, bias);
-        break;
-      case DType::f32:
-        kind = apply_mask_of<float>(problem, batch, head, first_query, queries, first_key, vectors, seen, bias);
-        break;
-      case DType::bf16:
-        kind = apply_mask_of<bf16>(problem, batch, head, first_query, queries, first_key, vectors, seen, bias);
-        break;
-      default:
-        kind = apply_mask_of<f16>(problem, batch, head, first_query, queries, first_key, vectors, seen, bias);
+__attribute__((noinline)) MaskKind apply_mask(const AttentionProblem& problem, int64_t batch, int64_t head,
+                                              int64_t first_query, int64_t queries, int64_t first_key, int vectors,
+                                              int64_t live_keys, float* bias, int64_t& bias_row) {
+  const auto apply = [&](auto type) {
+    return apply_mask_of<decltype(type)>(problem, batch, head, first_query, queries, first_key, vectors, live_keys,
+                                         bias, bias_row);
+  };
+  switch (problem.mask.dtype) {
+    case DType::boolean:
+      return apply(uint8_t{});
+    case DType::f32:
+      return apply(float{});
+    case DType::bf16:
+      return apply(bf16{});
+    default:
+      return apply(f16{});
+  }
+}
+
+// ---- documents ----
+
+// The ids of the panel's queries and of the block's keys.
+struct DocumentTile {
+  const int32_t *query_ids, *key_ids;
+  int64_t queries, keys;
+
+  MaskKind kind() const {
+    int32_t smallest = query_ids[0], largest = query_ids[0];
+    for (int64_t i = 1; i < queries; i++) {
+      smallest = query_ids[i] < smallest ? query_ids[i] : smallest;
+      largest = query_ids[i] > largest ? query_ids[i] : largest;
     }
-  if (kind == MaskKind::dead) return false;
+    int32_t first = key_ids[0], last = key_ids[0];
+    for (int64_t j = 1; j < keys; j++) {
+      first = key_ids[j] < first ? key_ids[j] : first;
+      last = key_ids[j] > last ? key_ids[j] : last;
+    }
+    if (last < smallest || largest < first) return MaskKind::dead;
+    return smallest == largest && first == last ? MaskKind::clean : MaskKind::mixed;
+  }
+
+  // -inf into a tile (keys, kPanel) where the ids differ.
+  void exclude(float* tile, int vectors) const {
+    alignas(64) int32_t ids[kPanel];
+    for (int64_t x = 0; x < kPanel; x++) ids[x] = query_ids[x < queries ? x : queries - 1];
+    for (int n = 0; n < vectors; n++) {
+      const I32 query = load_ints(ids + n * kLanes);
+      float* to = tile + n * kLanes;
+      for (int64_t j = 0; j < keys; j++, to += kPanel)
+        store(to, select(query == splat_int(key_ids[j]), load(to), splat(-kInf)));
+    }
+  }
+};
+
+// ---- what a panel sees of a block ----
+
+// Minus slope times the distance between query and key.
+FASTATTN_INLINE void add_distances(float slope, int64_t level, int64_t begin, int64_t end, int vectors, float* tile) {
+  alignas(64) float lanes[kLanes];
+  for (int x = 0; x < kLanes; x++) lanes[x] = static_cast<float>(x);
+  for (int n = 0; n < vectors; n++) {
+    const F32 position = load(lanes) + splat(static_cast<float>(level + n * kLanes));
+    for (int64_t j = begin; j < end; j++) {
+      float* to = tile + j * kPanel + n * kLanes;
+      const F32 ahead = position - splat(static_cast<float>(j));
+      store(to, fnma(splat(slope), max(ahead, zero() - ahead), load(to)));
+    }
+  }
+}
+
+// Rows at both ends of which a vector sees nothing are taken off it.
+FASTATTN_INLINE void trim(Visibility& seen, int vectors) {
+  for (int n = 0; n < vectors; n++) {
+    const auto dead = [&](int64_t row) { return all(load(seen.bias + row * kPanel + n * kLanes) == splat(-kInf)); };
+    int64_t begin = seen.begins[n], end = seen.ends[n];
+    while (begin < end && dead(begin)) begin++;
+    while (begin < end && dead(end - 1)) end--;
+    // Neither may decrease from vector to vector: of a vector that sees nothing, only the next one's are left.
+    seen.begins[n] = begin < end ? begin : kFar;
+    seen.ends[n] = begin < end ? end : 0;
+  }
+  for (int n = vectors - 2; n >= 0; n--) seen.begins[n] = min_of(seen.begins[n], seen.begins[n + 1]);
+  for (int n = 1; n < vectors; n++) seen.ends[n] = max_of(seen.ends[n], seen.ends[n - 1]);
+  for (int n = 0; n < vectors; n++) {
+    seen.begins[n] = min_of(seen.begins[n], seen.ends[vectors - 1]);
+    seen.ends[n] = max_of(seen.ends[n], seen.begins[n]);
+  }
+}
+
+// Mask, documents and distances, in this order, into `bias`; false if nothing is left to be seen.
+__attribute__((noinline)) bool look_closer(const AttentionProblem& problem, const Sequence& sequence, int64_t batch,
+                                           int64_t head, int64_t first_query, int64_t queries, int64_t first_key,
+                                           int vectors, Visibility& seen, float* bias) {
+  const int64_t live_keys = seen.ends[vectors - 1];
+  MaskKind documents = MaskKind::clean, mask = MaskKind::clean;
+  DocumentTile ids = {};
+  if (problem.documents.queries != nullptr) {
+    ids = {problem.documents.queries + batch * problem.documents.queries_batch + first_query,
+           problem.documents.keys + batch * problem.documents.keys_batch + first_key, queries, live_keys};
+    documents = ids.kind();
+    if (documents == MaskKind::dead) return false;
+  }
+  int64_t row = kPanel;
+  if (problem.mask.data != nullptr) {
+    mask = apply_mask(problem, batch, head, first_query, queries, first_key, vectors, live_keys, bias, row);
+    if (mask == MaskKind::dead) return false;
+  }
+  const float slope = problem.slopes == nullptr ? 0.f : problem.slopes[batch * problem.slopes_batch + head];
+  const bool distances = slope != 0.f;
+  if (mask == MaskKind::clean && documents == MaskKind::clean && !distances) return true;
+  if (documents == MaskKind::mixed || distances) {
+    if (mask == MaskKind::clean)
+      memset(bias, 0, static_cast<size_t>(round_up(live_keys, kRowPad) * kPanel) * sizeof(float));
+    else if (row == 0)
+      for (int64_t j = 1; j < live_keys; j++) memcpy(bias + j * kPanel, bias, kPanel * sizeof(float));
+    row = kPanel;
+    if (distances)
+      add_distances(slope, first_query + sequence.shift - first_key, seen.first_row(), live_keys, vectors, bias);
+    if (documents == MaskKind::mixed) ids.exclude(bias, vectors);
+  }
+  seen.clean_begin = seen.clean_end = 0;
+  seen.bias = bias;
+  seen.bias_row = row;
+  if (row != 0 && (mask == MaskKind::mixed || documents == MaskKind::mixed)) trim(seen, vectors);
+  return seen.begins[0] < seen.ends[vectors - 1];
+}
+
+// What a panel of `queries` queries sees of a block of keys; false if nothing. `bias` has room for a tile.
+__attribute__((noinline)) bool look(const AttentionProblem& problem, const Sequence& sequence, int64_t batch,
+                                    int64_t head, int64_t first_query, int64_t queries, int64_t first_key, int64_t keys,
+                                    Visibility& seen, float* bias) {
+  const int vectors = static_cast<int>(ceil_div(queries, kLanes));
+  seen = structural_visibility(problem, sequence, first_query, vectors, first_key, keys);
+  if (seen.ends[vectors - 1] <= seen.begins[0]) return false;
+  if (bias != nullptr &&
+      !look_closer(problem, sequence, batch, head, first_query, queries, first_key, vectors, seen, bias))
+    return false;
+  if (problem.softcap != 0.f) {
+    seen.cap = problem.softcap;
+    seen.cap_inverse = 1.f / problem.softcap;
+    seen.clean_begin = seen.clean_end = 0;
+  }
   cut_ranges(seen, vectors);
   return true;
+}
+
+// Whether `look` may need room for a tile.
+FASTATTN_INLINE bool wants_bias(const AttentionProblem& problem) {
+  return problem.mask.data != nullptr || problem.documents.queries != nullptr || problem.slopes != nullptr;
 }
 
 // ---- dropout ----
 
 // What dropout multiplies each probability of the block by, in a tile (keys, kPanel): keep_scale or 0.
-__attribute__((noinline)) void fill_dropout(const AttentionProblem& problem, int64_t batch, int64_t head,
-                                            int64_t first_query, int64_t first_key, const Visibility& seen, int vectors,
-                                            float* tile) {
+__attribute__((noinline)) void fill_dropout(const AttentionProblem& problem, const Sequence& sequence, int64_t batch,
+                                            int64_t head, int64_t first_query, int64_t first_key,
+                                            const Visibility& seen, int vectors, float* tile) {
   const AttentionDropout& dropout = problem.dropout;
   const I32 stream = splat_word(static_cast<uint32_t>(batch * problem.heads + head));
   const I32 threshold = splat_word(dropout.threshold);
   for (int64_t row = 0; row < padded_rows(seen.keys); row += 4) {
-    const I32 group = splat_word(static_cast<uint32_t>((first_key + row) / 4));
+    const I32 group = splat_word(static_cast<uint32_t>((first_key - sequence.key_begin + row) / 4));
     for (int n = 0; n < vectors; n++) {
-      if (seen.ends[n] <= row / kRowPad * kRowPad) continue;
-      const I32 query = iota() + splat_word(static_cast<uint32_t>(first_query + n * kLanes));
+      if (seen.ends[n] <= round_down(row, kRowPad) || round_up(row + 1, kRowPad) <= seen.begins[n]) continue;
+      const int64_t lanes = first_query - sequence.query_begin + n * kLanes;
+      const I32 query = iota() + splat_word(static_cast<uint32_t>(lanes));
       I32 words[4] = {splat_word(dropout.offset), stream, query, group};
       philox(words, dropout.seed[0], dropout.seed[1]);
       FASTATTN_UNROLL for (int w = 0; w < 4; w++)

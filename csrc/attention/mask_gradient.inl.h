@@ -37,7 +37,7 @@ struct MaskGradientScratch {
     const uintptr_t start = reinterpret_cast<uintptr_t>(memory);
     const int64_t range = round_up(MaskGradientPlan(p).range_keys, kKeyBlock);
     Arena arena{start};
-    panel = BackwardPanel<Single>::take(arena, p.problem);
+    panel = BackwardPanel<Single>::take(arena, p.problem, false);
     keys = arena.take<float>(kKeyBlock * padded_columns(p.problem.head_dim));
     values = arena.take<float>(kKeyBlock * padded_columns(p.problem.value_dim));
     sums = arena.take<float>(range * kPanel);
@@ -53,7 +53,8 @@ __attribute__((noinline)) void add_mask_gradient(const AttentionBackward& p, int
   const BackwardPanel<Single>& panel = scratch.panel;
   Prefetch nothing;
   const int64_t kv_head = panel.head / (problem.heads / problem.kv_heads);
-  for (int64_t first_key = begin; first_key < min_of(end, panel.end(problem)); first_key += kKeyBlock) {
+  for (int64_t first_key = max_of(begin, panel.range.begin); first_key < min_of(end, panel.range.end);
+       first_key += kKeyBlock) {
     Visibility seen;
     if (!panel.look_at(problem, first_key, seen)) continue;
     const Operand keys =
@@ -62,13 +63,13 @@ __attribute__((noinline)) void add_mask_gradient(const AttentionBackward& p, int
     const Operand values =
         rows_operand<Single>(problem.dtype, head_rows(p.value, problem.dtype, panel.batch, kv_head, first_key),
                              seen.keys, problem.value_dim, false, scratch.values);
-    gradient_block<Single>(keys, values, panel.query, panel.grad, seen, score_scale(problem.scale).unit, panel.vectors,
-                           panel.saved, panel.dropout, panel.tiles, nothing);
+    gradient_block<Single>(keys, values, panel.query, panel.grad, seen, score_scale(problem.scale).unit, panel.saved,
+                           panel.dropout, panel.tiles, nothing);
     float* sums = scratch.sums + (first_key - begin) * kPanel;
     for (int i = 0; i < seen.range_count; i++)
       for (int64_t row = seen.ranges[i].begin; row < seen.ranges[i].end; row++)
-        for (int64_t at = row * kPanel + seen.ranges[i].first * kLanes; at < row * kPanel + panel.vectors * kLanes;
-             at += kLanes)
+        for (int64_t at = row * kPanel + seen.ranges[i].first * kLanes;
+             at < row * kPanel + seen.ranges[i].last * kLanes; at += kLanes)
           store(sums + at, load(sums + at) + load(panel.tiles.scores + at));
   }
 }

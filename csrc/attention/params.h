@@ -36,28 +36,61 @@ struct AttentionDropout {
   float keep_scale;
 };
 
+// Which keys a query sees by position: j with i + shift - left <= j <= i + shift + right, and all j < prefix; i and j
+// count from the start of their sequence, and shift is 0 or, bottom_right, keys - queries of the sequence.
+constexpr int64_t kAttentionUnbounded = int64_t{1} << 40;
+struct AttentionWindow {
+  int64_t left, right;  // kAttentionUnbounded: no bound. Causal is right = 0
+  bool bottom_right;
+  const int64_t* prefixes;  // one for each batch element, or nullptr
+};
+
+// Query i sees key j only if their ids are equal.
+constexpr int64_t kAttentionIdBlock = 128;
+struct AttentionDocuments {
+  const int32_t *queries, *keys;  // nullptr: none
+  int64_t queries_batch, keys_batch;
+  const int32_t* key_ranges;  // smallest and largest id of every kAttentionIdBlock keys
+  int64_t ranges_batch;
+};
+
+// Rows of the inputs that are one sequence, where several are packed one behind the other.
+struct AttentionSequence {
+  int64_t query_begin, query_end, key_begin, key_end;
+};
+
+// A score is softcap(scale * q.k) - slope * |i + shift - j| + mask, where the documents and the window let i see j.
 struct AttentionProblem {
   DType dtype;  // of query, key, value and everything shaped like them
+  // queries and keys: of every batch element, or of the longest sequences.
   int64_t batches, heads, kv_heads, queries, keys, head_dim, value_dim;
   float scale;
-  bool causal;
-  int64_t causal_shift;  // causal: query i sees key j iff j <= i + causal_shift
+  float softcap;  // c: scores become c * tanh(score / c); 0: they do not
+  AttentionWindow window;
   AttentionMask mask;
+  AttentionDocuments documents;
   AttentionDropout dropout;
+  const float* slopes;  // (batch, head) at slopes_batch * batch + head, or nullptr
+  int64_t slopes_batch;
+  const float* sinks;                  // (head): a score that every query has and no value, or nullptr
+  const AttentionSequence* sequences;  // one for each batch element, or nullptr: each is a whole one
+  int64_t lse_batch, lse_head;         // strides of everything with one number for each (batch, head, query)
 };
 
 struct AttentionForward {
   AttentionProblem problem;
   AttentionInput query, key, value;
   AttentionResult output;
-  float* lse;  // (batch, head, query) contiguous, natural logarithm, -inf for rows that see no key
+  float* lse;            // natural logarithm, -inf for rows that see no key and no sink
+  int64_t* first_tasks;  // with sequences: room for the number of each one's first task, and the end
 };
 
 struct AttentionBackward {
   AttentionProblem problem;
   AttentionInput grad_output, query, key, value, output;
-  const float* lse;       // (batch, head, query) contiguous
-  const float* grad_lse;  // the same shape, or nullptr
+  const float* lse;
+  const float* grad_lse;  // the same strides, or nullptr
+  float* delta;           // with sinks: rowsum(dO * O) - grad_lse goes here, the same strides; else nullptr
   AttentionResult grad_query, grad_key, grad_value;
 
   // With few (batch, kv head) pairs, the queries of each are dealt out to `parts` tasks. Each sums its share of

@@ -10,8 +10,8 @@
 namespace fastattn::FASTATTN_ISA {
 namespace {
 
-// Score tiles without a bias hold q.k, and `unit` * q.k are the scores; with one they hold the scores. The unit must be
-// positive for the maximum of one to be the maximum of the other, so queries carry the scale's sign.
+// Score tiles hold q.k, and `unit` * q.k are the scores, unless the scores are finished (Visibility::finished). The
+// unit must be positive for the maximum of one to be the maximum of the other, so queries carry the scale's sign.
 struct ScoreScale {
   float sign;  // 1, -1, or 0 for scale == 0
   float unit;  // |scale|, or 1 for scale == 0
@@ -60,17 +60,39 @@ struct Statistics {
     s.live = arena.take<float>(kPanel);
     return s;
   }
-  void reset() const {
+  // Of no keys; a sink above -inf is a score without a value.
+  void reset(float sink) const {
+    const float any = sink == -kInf ? 0.f : 1.f;
     for (int64_t i = 0; i < kPanel; i += kLanes) {
-      store(max + i, splat(-kInf));
-      store(sum + i, zero());
-      store(live + i, zero());
+      store(max + i, splat(sink));
+      store(sum + i, splat(any));
+      store(live + i, splat(any));
     }
   }
 };
 
+FASTATTN_INLINE float sink_of(const AttentionProblem& problem, int64_t head) {
+  return problem.sinks == nullptr ? -kInf : problem.sinks[head];
+}
+
+// The score that a product becomes where tiles hold finished scores: capped, and with the bias added, which may exclude
+// it. `slope` becomes the cap's derivative.
+FASTATTN_INLINE F32 finish_score(const Visibility& seen, F32 product, float unit, int64_t row, int64_t lane,
+                                 Mask& visible, F32& slope) {
+  F32 score = product * splat(unit);
+  if (seen.cap != 0.f) {
+    const F32 t = tanh(score * splat(seen.cap_inverse));
+    slope = fnma(t, t, splat(1.f));
+    score = t * splat(seen.cap);
+  }
+  if (seen.bias == nullptr) return score;
+  const F32 bias = load(seen.bias + row * seen.bias_row + lane);
+  visible = visible & ~(bias == splat(-kInf));
+  return seen.cap != 0.f ? score + bias : fma(product, splat(unit), bias);
+}
+
 // Scores of a range, their maximum and who sees anything at all.
-template <class G, int kWide, bool kMasked>
+template <class G, int kWide, View kView>
 __attribute__((noinline)) void score_rows(Operand keys, const typename G::Step* query, int64_t steps,
                                           const Visibility& seen, float unit, const Range& range, float* tile,
                                           const Statistics& statistics, Prefetch& prefetch) {
@@ -79,7 +101,7 @@ __attribute__((noinline)) void score_rows(Operand keys, const typename G::Step* 
   F32 largest[kWide], live[kWide];
   FASTATTN_UNROLL for (int n = 0; n < kWide; n++) {
     largest[n] = load(statistics.block + offset + n * kLanes);
-    live[n] = kMasked ? load(statistics.live + offset + n * kLanes) : splat(1.f);
+    live[n] = kView != View::clean ? load(statistics.live + offset + n * kLanes) : splat(1.f);
   }
   for (int64_t row = range.begin; row < range.end; row += kRows) {
     prefetch.step();
@@ -92,12 +114,11 @@ __attribute__((noinline)) void score_rows(Operand keys, const typename G::Step* 
       float* out = tile + (row + m) * kPanel + offset;
       FASTATTN_UNROLL for (int n = 0; n < kWide; n++) {
         F32 x = s.c[m][n];
-        if constexpr (kMasked) {
-          Mask visible = sees(seen, row + m, range.first + n);
-          if (seen.bias != nullptr) {
-            const F32 bias = load(seen.bias + (row + m) * seen.bias_row + offset + n * kLanes);
-            visible = visible & ~(bias == splat(-kInf));
-            x = fma(x, splat(unit), bias);
+        if constexpr (kView != View::clean) {
+          Mask visible = sees<kView>(seen, row + m, range.first + n);
+          if constexpr (kView == View::general) {
+            F32 slope;
+            if (seen.finished()) x = finish_score(seen, x, unit, row + m, offset + n * kLanes, visible, slope);
           }
           x = select(visible, x, splat(-kInf));
           live[n] = select(visible, splat(1.f), live[n]);
@@ -114,12 +135,12 @@ __attribute__((noinline)) void score_rows(Operand keys, const typename G::Step* 
 }
 
 // Scores become probabilities (relative to the running maximum): in place, or as pairs of neighbouring keys. The tile
-// holds products, or with kBiased scores.
-template <class G, int kWide, bool kBiased>
+// holds products, or with kFinished scores.
+template <class G, int kWide, bool kFinished>
 __attribute__((noinline)) void exponentiate_rows(float* tile, typename G::Step* pairs, const float* dropout,
                                                  float score_unit, const Range& range, const Statistics& statistics) {
   const int64_t offset = range.first * kLanes;
-  const float base = kBiased ? 1.f : exponent_base<G>();
+  const float base = kFinished ? 1.f : exponent_base<G>();
   const F32 unit = splat(score_unit * base);
   F32 shift[kWide], sum[kWide];
   FASTATTN_UNROLL for (int n = 0; n < kWide; n++) {
@@ -132,7 +153,7 @@ __attribute__((noinline)) void exponentiate_rows(float* tile, typename G::Step* 
       FASTATTN_UNROLL for (int m = 0; m < G::kPack; m++) {
         const int64_t at = (row + m) * kPanel + offset + n * kLanes;
         // The sum goes into lse, which is fp32 whatever the inputs are: full precision.
-        if constexpr (kBiased)
+        if constexpr (kFinished)
           p[m] = exp_of<G, 5>(load(tile + at) - shift[n]);
         else
           p[m] = exp_of_product<G, 5>(load(tile + at), unit, shift[n]);
@@ -159,15 +180,16 @@ FASTATTN_INLINE void advance_softmax(Operand keys, const PackedRows<G>& query, c
                                      const Statistics& statistics, Prefetch& prefetch) {
   for (int n = 0; n < vectors; n++) store(statistics.block + n * kLanes, splat(-kInf));
   for (int i = 0; i < seen.range_count; i++)
-    with_width(vectors - seen.ranges[i].first, [&](auto width) {
-      const auto rows = seen.ranges[i].masked ? score_rows<G, width.value, true> : score_rows<G, width.value, false>;
+    with_width(seen.ranges[i].last - seen.ranges[i].first, [&](auto width) {
+      const auto rows = of_view(seen.ranges[i].view, score_rows<G, width.value, View::clean>,
+                                score_rows<G, width.value, View::stairs>, score_rows<G, width.value, View::general>);
       rows(keys, query.transposed, query.steps(), seen, unit, seen.ranges[i], tile, statistics, prefetch);
     });
-  const bool biased = seen.bias != nullptr;
+  const bool finished = seen.finished();
   for (int n = 0; n < vectors; n++) {
     const int64_t at = n * kLanes;
     const F32 before = load(statistics.max + at);
-    const F32 now = max(before, load(statistics.block + at) * splat(biased ? 1.f : unit));
+    const F32 now = max(before, load(statistics.block + at) * splat(finished ? 1.f : unit));
     const F32 shift = select(now == splat(-kInf), zero(), now);
     const F32 alpha = exp(before - shift);
     store(statistics.max + at, now);
@@ -176,8 +198,8 @@ FASTATTN_INLINE void advance_softmax(Operand keys, const PackedRows<G>& query, c
     store(statistics.sum + at, load(statistics.sum + at) * alpha);
   }
   for (int i = 0; i < seen.range_count; i++)
-    with_width(vectors - seen.ranges[i].first, [&](auto width) {
-      const auto rows = biased ? exponentiate_rows<G, width.value, true> : exponentiate_rows<G, width.value, false>;
+    with_width(seen.ranges[i].last - seen.ranges[i].first, [&](auto width) {
+      const auto rows = finished ? exponentiate_rows<G, width.value, true> : exponentiate_rows<G, width.value, false>;
       rows(tile, pairs, dropout, unit, seen.ranges[i], statistics);
     });
 }

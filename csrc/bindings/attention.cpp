@@ -1,5 +1,10 @@
 // fastattn::attention on the CPU.
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
 #include <cmath>
+#include <cstring>
+#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -39,7 +44,161 @@ Tensor empty_like_order(int64_t batches, int64_t heads, int64_t rows, int64_t co
   return empty({batches, heads, rows, columns}, like.scalar_type());
 }
 
-// Checks the inputs and describes them; everything but dropout.
+// What there may be beyond the mask, as it is handed over.
+struct Features {
+  int64_t window_left, window_right;
+  double softcap;
+  const std::optional<Tensor>&sinks, &slopes, &query_ids, &key_ids, &prefix_len;
+};
+
+// What kernels read of them, where the tensors are not in that form.
+struct FeatureStorage {
+  std::vector<float> sinks, slopes;
+  std::vector<int32_t> query_ids, key_ids, ranges;
+  std::vector<int64_t> prefixes;
+};
+
+template <class T, class To>
+void copy_as(const Tensor& tensor, std::vector<To>& to) {
+  const auto* from = static_cast<const T*>(tensor.const_data_ptr());
+  for (size_t i = 0; i < to.size(); i++) to[i] = static_cast<To>(from[i]);
+}
+
+// The numbers of a tensor, row after row.
+std::vector<float> floats_of(const char* what, const Tensor& given) {
+  const Tensor tensor = given.is_contiguous() ? given : torch::stable::contiguous(given);
+  std::vector<float> numbers(static_cast<size_t>(tensor.numel()));
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      copy_as<float>(tensor, numbers);
+      break;
+    case ScalarType::BFloat16:
+      copy_as<torch::headeronly::BFloat16>(tensor, numbers);
+      break;
+    case ScalarType::Half:
+      copy_as<torch::headeronly::Half>(tensor, numbers);
+      break;
+    default:
+      FASTATTN_CHECK(false, "attention: ", what, " must be float32, bfloat16 or float16");
+  }
+  return numbers;
+}
+std::vector<int64_t> integers_of(const char* what, const Tensor& given) {
+  const Tensor tensor = given.is_contiguous() ? given : torch::stable::contiguous(given);
+  std::vector<int64_t> numbers(static_cast<size_t>(tensor.numel()));
+  FASTATTN_CHECK(tensor.scalar_type() == ScalarType::Int || tensor.scalar_type() == ScalarType::Long,
+                 "attention: ", what, " must be int32 or int64");
+  if (tensor.scalar_type() == ScalarType::Int)
+    copy_as<int32_t>(tensor, numbers);
+  else
+    copy_as<int64_t>(tensor, numbers);
+  return numbers;
+}
+
+// Ids only have to be told apart: those that do not fit 32 bits are replaced by their ranks.
+void documents_of(const Tensor& queries, const Tensor& keys, AttentionProblem& p, FeatureStorage& storage) {
+  const auto fits = [&](const Tensor& ids, int64_t length) {
+    return ids.dim() == 2 && (ids.size(0) == 1 || ids.size(0) == p.batches) && ids.size(1) == length;
+  };
+  FASTATTN_CHECK(fits(queries, p.queries) && fits(keys, p.keys), "attention: document ids must have shape (1 or ",
+                 p.batches, ", ", p.queries, ") of queries and (1 or ", p.batches, ", ", p.keys, ") of keys");
+  const std::vector<int64_t> wide_queries = integers_of("document ids", queries);
+  const std::vector<int64_t> wide_keys = integers_of("document ids", keys);
+  std::vector<int64_t> ranks;
+  const auto small = [](int64_t id) { return id == static_cast<int32_t>(id); };
+  if (!std::all_of(wide_queries.begin(), wide_queries.end(), small) ||
+      !std::all_of(wide_keys.begin(), wide_keys.end(), small)) {
+    ranks = wide_queries;
+    ranks.insert(ranks.end(), wide_keys.begin(), wide_keys.end());
+    std::sort(ranks.begin(), ranks.end());
+    ranks.erase(std::unique(ranks.begin(), ranks.end()), ranks.end());
+  }
+  const auto narrow = [&](const std::vector<int64_t>& wide, std::vector<int32_t>& ids) {
+    ids.resize(wide.size());
+    for (size_t i = 0; i < wide.size(); i++)
+      ids[i] = static_cast<int32_t>(
+          ranks.empty() ? wide[i] : std::lower_bound(ranks.begin(), ranks.end(), wide[i]) - ranks.begin());
+  };
+  narrow(wide_queries, storage.query_ids);
+  narrow(wide_keys, storage.key_ids);
+  const int64_t blocks = (p.keys + kAttentionIdBlock - 1) / kAttentionIdBlock;
+  for (int64_t batch = 0; batch < keys.size(0); batch++)
+    for (int64_t first = 0; first < p.keys; first += kAttentionIdBlock) {
+      const auto begin = storage.key_ids.begin() + batch * p.keys + first;
+      const auto ends = std::minmax_element(begin, begin + std::min(kAttentionIdBlock, p.keys - first));
+      storage.ranges.push_back(*ends.first);
+      storage.ranges.push_back(*ends.second);
+    }
+  const auto stride = [](const Tensor& ids, int64_t size) { return ids.size(0) == 1 ? 0 : size; };
+  // Without queries or keys there is nothing to point at.
+  if (!storage.query_ids.empty() && !storage.key_ids.empty())
+    p.documents = {storage.query_ids.data(), storage.key_ids.data(), stride(queries, p.queries),
+                   stride(keys, p.keys),     storage.ranges.data(),  stride(keys, 2 * blocks)};
+}
+
+void add_features(const Features& features, AttentionProblem& p, FeatureStorage& storage) {
+  FASTATTN_CHECK(features.window_left >= -1 && features.window_right >= -1,
+                 "attention: window must hold two numbers of at least -1, got (", features.window_left, ", ",
+                 features.window_right, ")");
+  if (features.window_left >= 0) p.window.left = std::min(features.window_left, kAttentionUnbounded);
+  if (features.window_right >= 0) p.window.right = std::min(p.window.right, features.window_right);
+  FASTATTN_CHECK(std::isfinite(features.softcap) && features.softcap >= 0.0, "attention: softcap must be finite and",
+                 " not negative, got ", features.softcap);
+  p.softcap = static_cast<float>(features.softcap);
+  if (features.sinks) {
+    FASTATTN_CHECK(features.sinks->dim() == 1 && features.sinks->size(0) == p.heads, "attention: sinks must have ",
+                   "shape (", p.heads, ")");
+    storage.sinks = floats_of("sinks", *features.sinks);
+    p.sinks = storage.sinks.data();
+  }
+  if (features.slopes) {
+    const Tensor& slopes = *features.slopes;
+    const int64_t dims = slopes.dim();
+    FASTATTN_CHECK((dims == 1 && slopes.size(0) == p.heads) ||
+                       (dims == 2 && slopes.size(0) == p.batches && slopes.size(1) == p.heads),
+                   "attention: alibi_slopes must have shape (", p.heads, ") or (", p.batches, ", ", p.heads, ")");
+    storage.slopes = floats_of("alibi_slopes", slopes);
+    p.slopes = storage.slopes.data();
+    p.slopes_batch = dims == 2 ? p.heads : 0;
+  }
+  if (features.query_ids && features.key_ids) documents_of(*features.query_ids, *features.key_ids, p, storage);
+  if (features.prefix_len) {
+    storage.prefixes = integers_of("prefix_len", *features.prefix_len);
+    if (storage.prefixes.size() == 1) storage.prefixes.resize(static_cast<size_t>(p.batches), storage.prefixes[0]);
+    FASTATTN_CHECK(static_cast<int64_t>(storage.prefixes.size()) == p.batches,
+                   "attention: prefix_len must have shape (", p.batches, ") or (1)");
+    for (const int64_t prefix : storage.prefixes)
+      FASTATTN_CHECK(prefix >= 0 && prefix <= p.keys, "attention: prefix_len must be in [0, ", p.keys, "], got ",
+                     prefix);
+    p.window.prefixes = storage.prefixes.data();
+  }
+}
+
+// Of sinks: each query's probability of the sink times what its gradient lacks, summed in an order of its own.
+Tensor sink_gradient(const AttentionProblem& p, const std::optional<Tensor>& sinks, const float* lse,
+                     const float* delta, int64_t rows) {
+  if (!sinks) return empty({0}, ScalarType::Float);
+  Tensor gradient = empty({p.heads}, sinks->scalar_type());
+  for (int64_t head = 0; head < p.heads; head++) {
+    const double sink = p.sinks[head];
+    double sum = 0.0;
+    for (int64_t batch = 0; batch < (p.sequences == nullptr ? p.batches : 1); batch++)
+      for (int64_t i = 0; i < rows; i++) {
+        const int64_t at = batch * p.lse_batch + head * p.lse_head + i;
+        if (!std::isinf(lse[at])) sum -= std::exp(sink - static_cast<double>(lse[at])) * static_cast<double>(delta[at]);
+      }
+    void* data = gradient.mutable_data_ptr();
+    if (sinks->scalar_type() == ScalarType::Float)
+      static_cast<float*>(data)[head] = static_cast<float>(sum);
+    else if (sinks->scalar_type() == ScalarType::BFloat16)
+      static_cast<torch::headeronly::BFloat16*>(data)[head] = static_cast<float>(sum);
+    else
+      static_cast<torch::headeronly::Half*>(data)[head] = static_cast<float>(sum);
+  }
+  return gradient;
+}
+
+// Checks the inputs and describes them; everything but features and dropout.
 AttentionProblem problem_of(const Tensor& query, const Tensor& key, const Tensor& value,
                             const std::optional<Tensor>& mask, double scale, bool is_causal, bool bottom_right) {
   FASTATTN_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
@@ -66,8 +225,9 @@ AttentionProblem problem_of(const Tensor& query, const Tensor& key, const Tensor
                  " queries and keys, got ", p.queries, " and ", p.keys);
   FASTATTN_CHECK(std::isfinite(scale), "attention: scale must be finite, got ", scale);
   p.scale = static_cast<float>(scale);
-  p.causal = is_causal;
-  p.causal_shift = bottom_right ? p.keys - p.queries : 0;
+  p.window = {kAttentionUnbounded, is_causal ? 0 : kAttentionUnbounded, bottom_right, nullptr};
+  p.lse_batch = p.heads * p.queries;
+  p.lse_head = p.queries;
   if (mask) {
     const int64_t full[4] = {p.batches, p.heads, p.queries, p.keys};
     bool fits = mask->dim() == 4;
@@ -103,16 +263,25 @@ AttentionDropout dropout_of(const std::optional<Tensor>& philox, double p) {
 
 // Of the forward pass on one thread: two products, at 100 GF/s in fp32.
 double nanoseconds_of(const AttentionProblem& p) {
-  const double products = static_cast<double>(p.batches * p.heads) * static_cast<double>(p.queries) *
-                          static_cast<double>(p.keys) * static_cast<double>(p.head_dim + p.value_dim);
-  return products * 2.0 / (p.dtype == DType::bf16 ? 200.0 : 100.0) * (p.causal ? 0.5 : 1.0);
+  const int64_t half = p.keys / 2;
+  const auto seen =
+      static_cast<double>(std::min(p.keys, std::min(half, p.window.left) + std::min(half, p.window.right) + 1));
+  const double products = static_cast<double>(p.batches * p.heads) * static_cast<double>(p.queries) * seen *
+                          static_cast<double>(p.head_dim + p.value_dim);
+  return products * 2.0 / (p.dtype == DType::bf16 ? 200.0 : 100.0);
 }
 
 std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask,
                                              std::optional<Tensor> philox, double scale, bool is_causal,
-                                             bool bottom_right, double dropout_p) {
+                                             bool bottom_right, double dropout_p, int64_t window_left,
+                                             int64_t window_right, double softcap, std::optional<Tensor> sinks,
+                                             std::optional<Tensor> alibi_slopes, std::optional<Tensor> query_ids,
+                                             std::optional<Tensor> key_ids, std::optional<Tensor> prefix_len) {
   AttentionForward p{};
   p.problem = problem_of(query, key, value, mask, scale, is_causal, bottom_right);
+  FeatureStorage storage;
+  add_features({window_left, window_right, softcap, sinks, alibi_slopes, query_ids, key_ids, prefix_len}, p.problem,
+               storage);
   p.problem.dropout = dropout_of(philox, dropout_p);
   const AttentionProblem& problem = p.problem;
   Tensor output = empty_like_order(problem.batches, problem.heads, problem.queries, problem.value_dim, query);
@@ -139,13 +308,19 @@ int64_t parts_of(const AttentionProblem& p, int64_t partial_size) {
   return std::max<int64_t>(1, std::min({wanted, queries, affordable}));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(Tensor grad_output, std::optional<Tensor> grad_lse,
-                                                              Tensor query, Tensor key, Tensor value,
-                                                              std::optional<Tensor> mask, std::optional<Tensor> philox,
-                                                              Tensor output, Tensor lse, double scale, bool is_causal,
-                                                              bool bottom_right, double dropout_p, bool mask_grad) {
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients attention_backward(Tensor grad_output, std::optional<Tensor> grad_lse, Tensor query, Tensor key, Tensor value,
+                             std::optional<Tensor> mask, std::optional<Tensor> philox, Tensor output, Tensor lse,
+                             double scale, bool is_causal, bool bottom_right, double dropout_p, bool mask_grad,
+                             int64_t window_left, int64_t window_right, double softcap, std::optional<Tensor> sinks,
+                             std::optional<Tensor> alibi_slopes, std::optional<Tensor> query_ids,
+                             std::optional<Tensor> key_ids, std::optional<Tensor> prefix_len) {
   AttentionBackward p{};
   p.problem = problem_of(query, key, value, mask, scale, is_causal, bottom_right);
+  FeatureStorage storage;
+  add_features({window_left, window_right, softcap, sinks, alibi_slopes, query_ids, key_ids, prefix_len}, p.problem,
+               storage);
   p.problem.dropout = dropout_of(philox, dropout_p);
   const AttentionProblem& problem = p.problem;
   const ScalarType type = query.scalar_type();
@@ -197,8 +372,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(Tensor grad_output
     p.grad_mask_queries = mask->size(2);
     p.grad_mask_keys = mask->size(3);
   }
+  std::vector<float> delta(sinks ? static_cast<size_t>(lse.numel()) : 0);
+  if (sinks) p.delta = delta.data();
   launch(kernels().attention->backward, p, nanoseconds_of(problem) * 2.5);
-  return {grad_query, grad_key, grad_value, grad_mask};
+  return {grad_query, grad_key, grad_value, grad_mask, sink_gradient(problem, sinks, p.lse, p.delta, problem.queries)};
 }
 
 }  // namespace

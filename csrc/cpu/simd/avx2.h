@@ -54,6 +54,8 @@ FASTATTN_INLINE I32 operator&(I32 a, I32 b) { return {_mm256_and_si256(a.v, b.v)
 FASTATTN_INLINE Mask operator<(I32 a, I32 b) { return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(b.v, a.v))}; }
 FASTATTN_INLINE Mask operator~(Mask a) { return {_mm256_xor_ps(a.v, _mm256_castsi256_ps(_mm256_set1_epi32(-1)))}; }
 FASTATTN_INLINE Mask operator>=(I32 a, I32 b) { return ~(a < b); }
+FASTATTN_INLINE I32 load_ints(const int32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+FASTATTN_INLINE Mask operator==(I32 a, I32 b) { return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(a.v, b.v))}; }
 FASTATTN_INLINE Mask unsigned_ge(I32 a, I32 b) {
   return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(a.v, b.v), a.v))};
 }

@@ -61,6 +61,8 @@ FASTATTN_INLINE I32 operator^(I32 a, I32 b) { return {_mm512_xor_si512(a.v, b.v)
 FASTATTN_INLINE I32 operator&(I32 a, I32 b) { return {_mm512_and_si512(a.v, b.v)}; }
 FASTATTN_INLINE Mask operator>=(I32 a, I32 b) { return {_mm512_cmpge_epi32_mask(a.v, b.v)}; }
 FASTATTN_INLINE Mask operator<(I32 a, I32 b) { return {_mm512_cmplt_epi32_mask(a.v, b.v)}; }
+FASTATTN_INLINE I32 load_ints(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+FASTATTN_INLINE Mask operator==(I32 a, I32 b) { return {_mm512_cmpeq_epi32_mask(a.v, b.v)}; }
 FASTATTN_INLINE Mask unsigned_ge(I32 a, I32 b) { return {_mm512_cmpge_epu32_mask(a.v, b.v)}; }
 FASTATTN_INLINE void mul_wide(I32 a, I32 b, I32& hi, I32& lo) {
   const __m512i even = _mm512_mul_epu32(a.v, b.v);

@@ -52,6 +52,8 @@ FASTATTN_INLINE I32 operator^(I32 a, I32 b) { return {a.v ^ b.v}; }
 FASTATTN_INLINE I32 operator&(I32 a, I32 b) { return {a.v & b.v}; }
 FASTATTN_INLINE Mask operator>=(I32 a, I32 b) { return {a.v >= b.v}; }
 FASTATTN_INLINE Mask operator<(I32 a, I32 b) { return {a.v < b.v}; }
+FASTATTN_INLINE I32 load_ints(const int32_t* p) { return {Ints{p[0], p[1], p[2], p[3]}}; }
+FASTATTN_INLINE Mask operator==(I32 a, I32 b) { return {a.v == b.v}; }
 FASTATTN_INLINE Mask unsigned_ge(I32 a, I32 b) { return {(Words)a.v >= (Words)b.v}; }
 FASTATTN_INLINE void mul_wide(I32 a, I32 b, I32& hi, I32& lo) {
   for (int i = 0; i < kLanes; i++) {

@@ -2,6 +2,8 @@
 
     output = dropout(softmax(scale * Q K^T + mask)) V          (Vaswani et al. 2017, equation 1)
 
+docs/attention.md says what every mask and feature means, and how they combine.
+
 Shapes are named B batch, H query heads, Hkv key/value heads, Sq queries, Sk keys, D head dim, Dv value dim.
 """
 
@@ -39,6 +41,41 @@ class AttentionProblem(Problem):
     is_causal: bool
     causal_alignment: str
     dropout: bool
+    window: tuple[int, int] = (-1, -1)
+    softcap: bool = False
+    alibi: bool = False
+    sinks: bool = False
+    documents: bool = False
+    prefix: bool = False
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a call asks for beyond attn_mask, causality and dropout, as the kernels take it."""
+
+    window: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    sinks: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    query_ids: Tensor | None = None
+    key_ids: Tensor | None = None
+    prefix_len: Tensor | None = None
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The end of the schema."""
+        return (
+            *self.window, self.softcap, self.sinks, self.alibi_slopes, self.query_ids, self.key_ids, self.prefix_len,
+        )  # fmt: skip
+
+    def signature(self) -> tuple[Any, ...]:
+        """All that validation and backends may look at."""
+        tensors = (self.sinks, self.alibi_slopes, self.query_ids, self.key_ids, self.prefix_len)
+        described = tuple(None if t is None else (t.shape, t.dtype, t.device) for t in tensors)
+        return (*self.window, self.softcap > 0.0, described)
+
+
+#: What a call without features has; the schema's defaults stand for it.
+PLAIN = Features()
 
 
 def memory_order(tensor: Tensor, like: Tensor) -> Tensor:
@@ -61,6 +98,7 @@ def _forward_fake(
     is_causal: bool,
     bottom_right: bool,
     dropout_p: float,
+    *features: Any,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, queries, _ = query.shape
     output = memory_order(query.new_empty((batch, heads, queries, value.shape[-1])), query)
@@ -82,7 +120,9 @@ def _backward_fake(
     bottom_right: bool,
     dropout_p: float,
     mask_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *features: Any,
+) -> tuple[Tensor, ...]:
+    sinks = features[3] if features else None
     if mask_grad:
         assert mask is not None
         grad_mask = mask.new_empty(mask.shape)
@@ -93,33 +133,44 @@ def _backward_fake(
         memory_order(key.new_empty(key.shape), key),
         memory_order(value.new_empty(value.shape), value),
         grad_mask,
+        query.new_empty((0,), dtype=torch.float32) if sinks is None else sinks.new_empty(sinks.shape),
     )
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    query, key, value, mask, philox, *ctx.options = inputs
-    ctx.mask_grad = mask is not None and mask.requires_grad
-    ctx.save_for_backward(query, key, value, mask, philox, *output)
+    query, key, value, mask, philox, *ctx.options = inputs[:FEATURES]
+    ctx.extra = inputs[FEATURES : FEATURES + 3]
+    ctx.save_for_backward(query, key, value, mask, philox, *output, *inputs[FEATURES + 3 :])
     ctx.set_materialize_grads(False)
 
 
 def _backward(kernel: Any, ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    query, key, value, mask, philox, output, lse = ctx.saved_tensors
-    nothing = (None,) * 9
+    query, key, value, mask, philox, output, lse, *features = ctx.saved_tensors
+    count = FEATURES + len(ctx.extra) + len(features)
     if grad_output is None:
         if grad_lse is None:
-            return nothing
+            return (None,) * count
         grad_output = torch.zeros_like(output)
     elif grad_output.stride(-1) != 1 and grad_output.shape[-1] != 1:
         grad_output = grad_output.contiguous()
     mask_grad = mask is not None and ctx.needs_input_grad[3]
-    grads = kernel(grad_output, grad_lse, query, key, value, mask, philox, output, lse, *ctx.options, mask_grad)
-    return (*grads[:3], grads[3] if mask_grad else None, *nothing[4:])
+    grads = kernel(
+        grad_output, grad_lse, query, key, value, mask, philox, output, lse, *ctx.options, mask_grad,
+        *ctx.extra, *features,
+    )  # fmt: skip
+    result = [*grads[:3], grads[3] if mask_grad else None] + [None] * (count - 4)
+    if features and features[0] is not None:
+        result[FEATURES + 3] = grads[4]
+    return tuple(result)
 
 
+#: Where the features start among the forward's arguments; they may be left away as a whole.
+FEATURES = 9
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? philox, {}"
-    "float scale, bool is_causal, bool bottom_right, float dropout_p"
+    "float scale, bool is_causal, bool bottom_right, float dropout_p{}"
+    ", int window_left=-1, int window_right=-1, float softcap=0.0, Tensor? sinks=None, Tensor? alibi_slopes=None"
+    ", Tensor? query_ids=None, Tensor? key_ids=None, Tensor? prefix_len=None"
 )
 
 
@@ -137,10 +188,11 @@ def _backward_flops(
 
 OP = Op(
     "attention",
-    forward_schema=f"({_ARGUMENTS.format('')}) -> (Tensor output, Tensor lse)",
+    forward_schema=f"({_ARGUMENTS.format('', '')}) -> (Tensor output, Tensor lse)",
     backward_schema=(
-        f"(Tensor grad_output, Tensor? grad_lse, {_ARGUMENTS.format('Tensor output, Tensor lse, ')}, bool mask_grad)"
-        " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask)"
+        "(Tensor grad_output, Tensor? grad_lse, "
+        f"{_ARGUMENTS.format('Tensor output, Tensor lse, ', ', bool mask_grad')})"
+        " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask, Tensor grad_sinks)"
     ),
     forward_fake=_forward_fake,
     backward_fake=_backward_fake,
