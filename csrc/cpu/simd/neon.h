@@ -47,6 +47,8 @@ FASTATTN_INLINE I32 operator^(I32 a, I32 b) { return {veorq_s32(a.v, b.v)}; }
 FASTATTN_INLINE I32 operator&(I32 a, I32 b) { return {vandq_s32(a.v, b.v)}; }
 FASTATTN_INLINE Mask operator>=(I32 a, I32 b) { return {vcgeq_s32(a.v, b.v)}; }
 FASTATTN_INLINE Mask operator<(I32 a, I32 b) { return {vcltq_s32(a.v, b.v)}; }
+FASTATTN_INLINE I32 load_ints(const int32_t* p) { return {vld1q_s32(p)}; }
+FASTATTN_INLINE Mask operator==(I32 a, I32 b) { return {vceqq_s32(a.v, b.v)}; }
 FASTATTN_INLINE Mask unsigned_ge(I32 a, I32 b) {
   return {vcgeq_u32(vreinterpretq_u32_s32(a.v), vreinterpretq_u32_s32(b.v))};
 }
