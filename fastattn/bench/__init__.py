@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
+from typing import Any
 
-ALL, BOTH_ALLOCATORS = "all", "both"
+ALL, TRAIN_STEP, BOTH_ALLOCATORS = "all", "train-step", "both"
 
 QUICK_SECONDS, QUICK_SAMPLES = 0.25, 3
 FULL_SECONDS, FULL_SAMPLES = 1.0, 7
@@ -20,7 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fastattn bench`."""
     from fastattn.bench import cases, runner
 
-    parser.add_argument("op", choices=(*cases.suites(), ALL), help="what to time; all: every op")
+    parser.add_argument(
+        "op",
+        choices=(*cases.suites(), ALL, TRAIN_STEP),
+        help="what to time; all: every op; train-step: a GPT's whole step",
+    )
     parser.add_argument("--quick", action="store_true", help="a few workloads and short measurements")
     parser.add_argument(
         "--shape",
@@ -29,6 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZES",
         help="instead of the op's own workloads: BATCH,HEADS,LENGTH,DIM for attention, ROWS,COLUMNS for most others; "
         "repeatable",
+    )
+    parser.add_argument(
+        "--workload",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="only the workloads whose name contains this; repeatable",
     )
     parser.add_argument("--dtype", metavar="NAMES", help="fp32, bf16, fp16; several with commas (fp32,bf16)")
     parser.add_argument("--threads", type=int, metavar="N", help="torch's threads (as many as torch would take)")
@@ -47,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allocator",
         choices=(runner.TUNED, runner.DEFAULT, BOTH_ALLOCATORS),
         help="tuned: with fastattn.tune_allocator(); default: as the system has it; both: every row twice "
-        "(both, but tuned with --quick or --shape)",
+        "(both, but tuned with --quick, --shape, --workload)",
     )
     parser.add_argument(
         "--out", type=Path, metavar="PATH", help="also write the JSON document to this file, or into this folder"
@@ -62,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from fastattn import allocator
-    from fastattn.bench import cases, contenders, report, runner
+    from fastattn.bench import report, runner
 
     threads = torch.get_num_threads() if args.threads is None else args.threads
     if not 1 <= threads <= 1024:
@@ -74,32 +86,54 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--out {args.out}: a folder that exists, or a file in one, is needed")
     wanted = None if args.contenders is None else tuple(args.contenders.split(","))
     settings = runner.Settings(threads, seconds, QUICK_SAMPLES if args.quick else FULL_SAMPLES, wanted)
-    if args.op == ALL and args.shape:
-        raise ValueError("--shape is for one op")
-    dtypes = args.dtype.split(",") if args.dtype else None
-    selected = []
-    for op in cases.suites() if args.op == ALL else (args.op,):
-        contenders.names(cases.suite_of(op), wanted)
-        selected += cases.select(op, quick=args.quick, shapes=args.shape, dtypes=dtypes)
-    for case in selected:
-        runner.check_memory(case)
-
     allocators = _allocators(args)
+    rows_of, block, as_json = _train_step(args, settings) if args.op == TRAIN_STEP else _ops(args, settings, wanted)
     print(report.header(args.op, settings), flush=True)
     rows = []
     for wanted_allocator in allocators:
         if wanted_allocator == runner.TUNED:
             print(f"allocator: {allocator.tune_allocator()}", flush=True)
-        for row in runner.run_cases(selected, settings):
+        for row in rows_of():
             rows.append(row)
-            print(report.block(row, settings), flush=True)
+            print(block(row), flush=True)
     print(report.closing(rows, settings), flush=True)
-    text = report.to_json(report.document(args.op, rows, settings))
+    text = report.to_json(report.document(args.op, rows, settings, as_json))
     if args.out is not None:
         out = args.out / report.file_name(args.op, threads) if args.out.is_dir() else args.out
         report.write_atomically(out, text + "\n")
     print(text)
     return 1 if any(row.violations for row in rows) else 0
+
+
+def _ops(args: argparse.Namespace, settings: Any, wanted: tuple[str, ...] | None) -> Any:
+    """(what yields rows, how a row is printed, how it is written) for an op, or for all."""
+    from fastattn.bench import cases, contenders, report, runner
+
+    if args.op == ALL and (args.shape or args.workload):
+        raise ValueError("--shape and --workload are for one op")
+    dtypes = args.dtype.split(",") if args.dtype else None
+    selected = []
+    for op in cases.suites() if args.op == ALL else (args.op,):
+        contenders.names(cases.suite_of(op), wanted)
+        selected += cases.select(op, quick=args.quick, shapes=args.shape, names=args.workload, dtypes=dtypes)
+    for case in selected:
+        runner.check_memory(case)
+    return (
+        lambda: runner.run_cases(selected, settings),
+        lambda row: report.block(row, settings),
+        report.as_json,
+    )
+
+
+def _train_step(args: argparse.Namespace, settings: Any) -> Any:
+    """The same for training steps."""
+    from fastattn.bench import train_step
+
+    if args.shape or args.contenders:
+        raise ValueError(f"--shape and --contenders are not for {TRAIN_STEP}; --workload chooses a model")
+    dtypes = args.dtype.split(",") if args.dtype else None
+    selected = train_step.select(quick=args.quick, names=args.workload, dtypes=dtypes)
+    return lambda: train_step.run_steps(selected, settings), train_step.block, train_step.as_json
 
 
 def _allocators(args: argparse.Namespace) -> tuple[str, ...]:
@@ -108,7 +142,7 @@ def _allocators(args: argparse.Namespace) -> tuple[str, ...]:
     from fastattn.bench.runner import DEFAULT, TUNED
 
     tuned = allocator.is_tuned()
-    chosen = args.allocator or (TUNED if args.quick or args.shape or tuned else BOTH_ALLOCATORS)
+    chosen = args.allocator or (TUNED if args.quick or args.shape or args.workload or tuned else BOTH_ALLOCATORS)
     if tuned and chosen != TUNED:
         raise ValueError(f"--allocator {chosen}: this process's allocator is tuned already")
     return (DEFAULT, TUNED) if chosen == BOTH_ALLOCATORS else (chosen,)

@@ -84,10 +84,13 @@ def parse_shape(op: str, text: str) -> list[Workload]:
     return shape.workloads(*sizes)
 
 
-def select(op: str, *, quick: bool, shapes: Sequence[str], dtypes: Sequence[str] | None) -> list[BenchCase]:
+def select(
+    op: str, *, quick: bool, shapes: Sequence[str], dtypes: Sequence[str] | None, names: Sequence[str] = ()
+) -> list[BenchCase]:
     """All workloads of an op, or its quick ones, or the given shapes; ValueError for what cannot be read.
 
-    dtypes: names of DTYPES; fp32 and bf16 by default.
+    names: only the workloads whose names contain one of these, quick or not. dtypes: names of DTYPES; fp32 and bf16 by
+    default.
     """
     for name in dtypes or ():
         if name not in DTYPES:
@@ -96,5 +99,7 @@ def select(op: str, *, quick: bool, shapes: Sequence[str], dtypes: Sequence[str]
     if shapes:
         workloads = [workload for text in shapes for workload in parse_shape(op, text)]
     else:
-        workloads = [workload for workload in suite.workloads if workload.quick or not quick]
+        workloads = [w for w in suite.workloads if (any(n in w.name for n in names) if names else w.quick or not quick)]
+        if not workloads:
+            raise ValueError(f"--workload: {op} has {', '.join(w.name for w in suite.workloads)}")
     return [BenchCase(suite, workload, name) for workload in workloads for name in dtypes or DEFAULT_DTYPES]

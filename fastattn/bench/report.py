@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 from fastattn import backends, ceilings, machine
 from fastattn.bench import measure
 from fastattn.bench.contenders import OURS
-from fastattn.bench.runner import TUNED, Entry, Row, Settings, geometric_mean
+from fastattn.bench.runner import Entry, Row, Settings, geometric_mean
 from fastattn.numerics import Error
 
 SCHEMA = "fastattn-bench-1"
@@ -105,14 +105,17 @@ def _errors(errors: dict[str, Error]) -> str:
     return f"{text}, gradients {max(gradients):.1e}" if gradients else text
 
 
-def summary(rows: Sequence[Row]) -> dict[str, Any]:
-    """How many rows are ahead, by how much at least and on average, and where the gate was red."""
+def summary(rows: Sequence[Any]) -> dict[str, Any]:
+    """How many rows are ahead, by how much at least and on average, and where the gate was red.
+
+    rows: of runner.py or train_step.py.
+    """
     timed = [(row, row.speedup) for row in rows if row.speedup is not None]
-    behind = [_name(row) for row, _ in timed if not row.ahead]
+    behind = [row.name for row, _ in timed if not row.ahead]
     busy = [times.cores_busy for row in rows if (times := row.entries[OURS].times) is not None]
     return {
         "rows": len(rows),
-        "failed": [_name(row) for row in rows if row.violations],
+        "failed": [row.name for row in rows if row.violations],
         "ahead": len(timed) - len(behind),
         "behind": behind,
         "least_speedup": min((s for _, s in timed), default=None),
@@ -121,7 +124,7 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def closing(rows: Sequence[Row], settings: Settings) -> str:
+def closing(rows: Sequence[Any], settings: Settings) -> str:
     """The summary in words."""
     found = summary(rows)
     lines = [""]
@@ -144,13 +147,8 @@ def closing(rows: Sequence[Row], settings: Settings) -> str:
     return "\n".join(lines)
 
 
-def _name(row: Row) -> str:
-    allocator = "" if row.allocator == TUNED else f" ({row.allocator} allocator)"
-    return f"{row.case.suite.name} {row.case.workload.name} {row.case.dtype_name} {row.direction}{allocator}"
-
-
-def document(op: str, rows: Sequence[Row], settings: Settings) -> dict[str, Any]:
-    """Everything, for machines."""
+def document(op: str, rows: Sequence[Any], settings: Settings, as_json: Callable[[Any], Any]) -> dict[str, Any]:
+    """Everything, for machines. as_json: of one row."""
     return {
         "schema": SCHEMA,
         "op": op,
@@ -164,11 +162,12 @@ def document(op: str, rows: Sequence[Row], settings: Settings) -> dict[str, Any]
         "ceilings": ceilings.summary(settings.threads),
         "validity": None if (validity := ceilings.validity(settings.threads)) is None else asdict(validity),
         "summary": summary(rows),
-        "rows": [_row(row) for row in rows],
+        "rows": [as_json(row) for row in rows],
     }
 
 
-def _row(row: Row) -> dict[str, Any]:
+def as_json(row: Row) -> dict[str, Any]:
+    """A row of the document."""
     return {
         "op": row.case.suite.name,
         "workload": row.case.workload.name,

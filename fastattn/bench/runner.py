@@ -67,6 +67,11 @@ class Row:
     allocator: str
 
     @property
+    def name(self) -> str:
+        allocator = "" if self.allocator == TUNED else f" ({self.allocator} allocator)"
+        return f"{self.case.suite.name} {self.case.workload.name} {self.case.dtype_name} {self.direction}{allocator}"
+
+    @property
     def best_peer(self) -> str | None:
         """The fastest contender that is not ours."""
         timed = {n: e.times.median for n, e in self.entries.items() if e.times is not None and n != OURS}

@@ -271,7 +271,7 @@ def test_compiled_contenders(capsys):
         (("attention", "--shape", "1000000,1000,100000,64"), "their product at most 2**40"),
         (("attention", "--shape", "1024,1024,1024,1024"), "GiB, the machine has"),
         (("attention", "--dtype", "fp8"), "--dtype fp8: there are fp32, bf16, fp16"),
-        (("all", "--shape", "2,3"), "--shape is for one op"),
+        (("all", "--shape", "2,3"), "--shape and --workload are for one op"),
         (("attention", "--threads", "0"), "--threads must be 1 to 1024, got 0"),
         (("attention", "--threads", "two"), "invalid int value: 'two'"),
         (("attention", "--min-time", "nan"), "--min-time must be a number of seconds, 0 or more, got nan"),
