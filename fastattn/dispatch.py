@@ -111,14 +111,17 @@ class Bound:
     def __init__(self, op: Op, backend: str, implementation: Implementation) -> None:
         self.op, self.backend, self.implementation = op, backend, implementation
         self.supports = implementation.supports
-        self.forward, self.backward = implementation.forward, implementation.backward
-        kernel = implementation.backward
-        traced = kernel if implementation.differentiable else op.differentiable_again(kernel)
+        again = implementation.backward
+        traced = again if implementation.differentiable else op.differentiable_again(again)
         self.public = op.define(backend, implementation, traced)
+        self.forward = run = _direct(implementation.forward)
+        self.backward = kernel = _direct(implementation.backward)
+        self.tensors = op.tensor_arguments(backend)
+        setup_context = op.setup_context
 
         def forward(ctx: Any, *args: Any) -> Any:
-            output = implementation.forward(*args)
-            op.setup_context(ctx, args, output)
+            output = run(*args)
+            setup_context(ctx, args, output)
             return output
 
         def backward(ctx: Any, *grads: Any) -> Any:
@@ -142,8 +145,11 @@ class Bound:
         _served[self.backend] += 1
         if torch._C._are_functorch_transforms_active():
             return self.transformed(*args)
-        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
-            return self.eager(*args)
+        if torch.is_grad_enabled():
+            given = len(args)  # arguments with defaults may be left away
+            for i in self.tensors:
+                if i < given and args[i] is not None and args[i].requires_grad:
+                    return self.eager(*args)
         return self.forward(*args)
 
 
@@ -281,6 +287,11 @@ class Op:
             generate_vmap_rule=True,
         )
 
+    def tensor_arguments(self, backend: str) -> list[int]:
+        """Places of the forward's arguments that are tensors or None."""
+        schema = getattr(getattr(torch.ops.fastattn, self.name), backend)._schema
+        return [i for i, argument in enumerate(schema.arguments) if "Tensor" in str(argument.type)]
+
     def implement(self, backend: str, implementation: Implementation) -> None:
         """Adds a backend."""
         if not isinstance(implementation.forward, NativeKernel):
@@ -337,10 +348,19 @@ class NativeKernel:
         self.name, self.backend = name, backend
         self._overload: Any = None
 
-    def __call__(self, *args: Any) -> Any:
+    @property
+    def overload(self) -> Any:
         if self._overload is None:
             self._overload = getattr(getattr(torch.ops.fastattn, self.name), self.backend)
-        return self._overload(*args)
+        return self._overload
+
+    def __call__(self, *args: Any) -> Any:
+        return self.overload(*args)
+
+
+def _direct(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel without frames of Python around it: what torch's overload calls in the end; a tenth of a tiny call."""
+    return getattr(kernel.overload, "_op", kernel) if isinstance(kernel, NativeKernel) else kernel
 
 
 def native(op: Op, supports: Callable[[Any], str | None]) -> Implementation:

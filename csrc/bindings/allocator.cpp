@@ -1,8 +1,10 @@
-// fastattn._C.tune_allocator: what glibc's malloc does with large blocks, for the whole process.
+// Memory. fastattn._C.tune_allocator: what glibc's malloc does with large blocks, for the whole process.
 #include <pybind11/pybind11.h>
 
 #include <string>
 #include <utility>
+
+#include "fresh.h"
 
 #if defined(__GLIBC__)
 #include <dlfcn.h>
@@ -56,6 +58,9 @@ Answer tune_allocator() { return {false, "this C library is not glibc: nothing w
 void add_allocator(py::module_& m) {
   m.def("tune_allocator", &tune_allocator,
         "(whether malloc was set to keep large blocks, what was done or why not). For the whole process, for good.");
+  m.def(
+      "allocate_through_dispatcher", [](bool on) { return through_dispatcher.exchange(on); },
+      "Whether the ops' results are made by torch's dispatcher, where modes see them; returns what was set before.");
 }
 
 }  // namespace fastattn

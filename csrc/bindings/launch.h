@@ -14,6 +14,7 @@
 #include <string>
 
 #include "../cpu/table.h"
+#include "fresh.h"
 
 // torch 2.10's headers have it under this name.
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK
@@ -61,21 +62,34 @@ using torch::headeronly::IntHeaderOnlyArrayRef;
 // torch 2.10's headers have no == for sizes.
 inline bool same_shape(const Tensor& a, const Tensor& b) { return a.sizes().equals(b.sizes()); }
 
-// A fresh contiguous tensor through torch's dispatcher, so that allocators, modes and poisoning apply. new_empty of
-// some tensor, because torch::stable::empty looks its op up by name: twice the time.
+// A fresh contiguous tensor.
 inline Tensor empty(IntHeaderOnlyArrayRef sizes, ScalarType type) {
-  static const Tensor* const some =
-      new Tensor(torch::stable::empty({0}, ScalarType::Float));  // outlives static storage
   int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  const auto dims = static_cast<int64_t>(sizes.size());
+  constexpr int64_t kMostDims = 64;  // as many as torch has
   AtenTensorHandle fresh = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(some->get(), sizes.data(), static_cast<int64_t>(sizes.size()),
-                                                          &dtype, nullptr, nullptr, 0, nullptr, &fresh));
+  if (through_dispatcher.load(std::memory_order_relaxed) || dims > kMostDims) {
+    // new_empty of some tensor, because torch::stable::empty looks its op up by name: twice the time.
+    static const Tensor* const some =
+        new Tensor(torch::stable::empty({0}, ScalarType::Float));  // outlives static storage
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_aten_new_empty(some->get(), sizes.data(), dims, &dtype, nullptr, nullptr, 0, nullptr, &fresh));
+    return Tensor(fresh);
+  }
+  int64_t strides[kMostDims];
+  int64_t stride = 1;
+  for (int64_t i = dims - 1; i >= 0; i--) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(1, sizes[static_cast<size_t>(i)]);
+  }
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes.data(), strides, dtype, aoti_torch_device_type_cpu(), 0, &fresh));
   return Tensor(fresh);
 }
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
   return empty(IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
 }
-// A workspace or a tensor without elements: straight from the allocator, three times as fast again.
+// A workspace or a tensor without elements: nobody needs to see it.
 inline Tensor unpoisoned(int64_t elements, ScalarType type) {
   const int64_t stride = 1;
   AtenTensorHandle fresh = nullptr;
