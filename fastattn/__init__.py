@@ -5,6 +5,7 @@ from fastattn.dispatch import BackendUnsupported, explain, use_backend
 from fastattn.ops import (
     cross_entropy,
     layer_norm,
+    linear,
     log_softmax,
     rms_norm,
     scaled_dot_product_attention,
@@ -19,6 +20,7 @@ __all__ = [
     "cross_entropy",
     "explain",
     "layer_norm",
+    "linear",
     "log_softmax",
     "rms_norm",
     "scaled_dot_product_attention",

@@ -45,6 +45,7 @@ struct Paired {
   }
   static FASTATTN_INLINE F32 multiply_add(Vector a, Vector b, F32 sum) { return dot2(sum, a, b); }
   static FASTATTN_INLINE void store_pair(Step* p, F32 low, F32 high) { store_pairs(p, pack_pairs(low, high)); }
+  static FASTATTN_INLINE void store_row(Step* p, F32 low, F32 high) { store_pairs(p, narrow_two(low, high)); }
   static FASTATTN_INLINE void interleave(const bf16* low, const bf16* high, int64_t n, Step* out) {
     interleave_rows(low, high, n, out);
   }

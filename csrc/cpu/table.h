@@ -4,6 +4,7 @@
 #include "../ceilings/params.h"
 #include "../cross_entropy/params.h"
 #include "../layer_norm/params.h"
+#include "../linear/params.h"
 #include "../softmax/params.h"
 #include "types.h"
 
@@ -15,6 +16,7 @@ namespace fastattn {
   X(ceilings, CeilingLoops, isa)             \
   X(cross_entropy, CrossEntropyKernels, isa) \
   X(layer_norm, NormKernels, isa)            \
+  X(linear, LinearKernels, isa)              \
   X(softmax, SoftmaxKernels, isa)
 
 struct KernelTable {

@@ -22,6 +22,7 @@ SAMPLED = {
     "attention": ("lse mask", "dropout causal"),
     "layer_norm": ("prenorm", "no affine"),
     "rms_norm": ("prenorm", "no weight"),
+    "linear": ("gelu, bias", "relu, no bias", "vector weight"),
     "softmax": ("to float32", "dim 1, wide inside"),
     "log_softmax": ("7 columns",),
     "cross_entropy": ("mean smoothing weight ignoring 3", "probabilities none smoothing weight"),

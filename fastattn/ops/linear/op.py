@@ -1,0 +1,213 @@
+"""Linear layers with their bias and activation: the public function and the op's contract.
+
+    y = activation(x W^T + b)
+
+gelu is x times the standard normal distribution function, gelu_tanh its approximation by tanh (Hendrycks and Gimpel
+2016).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.dispatch import Op, Problem, autocast_enabled, check_size
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+#: By number, as the torch ops take them.
+ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu")
+RELU = ACTIVATIONS.index("relu")
+
+
+@dataclass(frozen=True)
+class LinearProblem(Problem):
+    rows: int
+    inner: int
+    outer: int
+    weight_dtype: torch.dtype
+    bias: bool
+    activation: str | None
+
+
+def _forward_fake(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: int, save: bool
+) -> tuple[Tensor, Tensor]:
+    output = input.new_empty((*input.shape[:-1], weight.shape[0]))
+    return output, torch.empty_like(output) if save else input.new_empty((0,))
+
+
+def _backward_fake(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    saved: Tensor | None,
+    activation: int,
+    input_grad: bool,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    parameter = input if bias is None else bias
+    return (
+        input.new_empty(input.shape if input_grad else (0,)),
+        weight.new_empty(weight.shape if weight_grad else (0,)),
+        parameter.new_empty((weight.shape[0],) if bias_grad else (0,)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    input, weight, bias, ctx.activation, _ = inputs
+    result, preactivation = output
+    ctx.mark_non_differentiable(preactivation)
+    ctx.set_materialize_grads(False)
+    # The output of relu says where it was cut off.
+    saved = None if ctx.activation == 0 else result if ctx.activation == RELU else preactivation
+    ctx.save_for_backward(input, weight, bias, saved)
+
+
+def _backward(kernel: Any, ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    nothing = (None,) * 5
+    if grad_output is None:
+        return nothing
+    input, weight, bias, saved = ctx.saved_tensors
+    wanted = tuple(ctx.needs_input_grad[:3])
+    gradients = kernel(grad_output, input, weight, bias, saved, ctx.activation, *wanted)
+    return (*(g if w else None for g, w in zip(gradients, wanted, strict=True)), *nothing[3:])
+
+
+OP = Op(
+    "linear",
+    forward_schema=(
+        "(Tensor input, Tensor weight, Tensor? bias, int activation, bool save)"
+        " -> (Tensor output, Tensor preactivation)"
+    ),
+    backward_schema=(
+        "(Tensor grad_output, Tensor input, Tensor weight, Tensor? bias, Tensor? saved, int activation,"
+        " bool input_grad, bool weight_grad, bool bias_grad)"
+        " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
+    ),
+    forward_fake=_forward_fake,
+    backward_fake=_backward_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+
+def _check(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"linear: activation must be one of {ACTIVATIONS}, got {activation!r}")
+    if input.dtype not in FLOATING:
+        raise ValueError(f"linear: input must be float32, bfloat16, float16 or float64, got {input.dtype}")
+    if weight.ndim not in (1, 2):
+        raise ValueError(f"linear: weight must be (out, in) or (in,), got {tuple(weight.shape)}")
+    if input.ndim < 1 or input.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f"linear: for a weight of shape {tuple(weight.shape)} the input's last dimension must be"
+            f" {weight.shape[-1]}, got an input of shape {tuple(input.shape)}"
+        )
+    check_size("linear", "an input", input.shape)
+    check_size("linear", "an output", (*input.shape[:-1], *weight.shape[:-1]))
+    if bias is not None and tuple(bias.shape) != tuple(weight.shape[:-1]):
+        raise ValueError(f"linear: bias must have shape {tuple(weight.shape[:-1])}, got {tuple(bias.shape)}")
+    cast = autocast_enabled(input.device.type)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.device != input.device:
+            raise ValueError(f"linear: {name} is on {tensor.device}, input on {input.device}")
+        if tensor.dtype != input.dtype and not (cast and tensor.dtype in FLOATING):
+            raise ValueError(f"linear: {name} must be {input.dtype} as the input, got {tensor.dtype}")
+
+
+def _canonical(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Tensors as kernels take them. Autocast rounds the input; float32 parameters are rounded where they are read."""
+    weight = weight if weight.ndim == 2 else weight[None]
+    if bias is not None and bias.ndim == 0:
+        bias = bias[None]
+    if autocast_enabled(input.device.type):
+        cast = torch.get_autocast_dtype(input.device.type)
+
+        def lower(tensor: Tensor) -> Tensor:
+            return tensor if tensor.dtype == torch.float64 else tensor.to(cast)
+
+        input = lower(input)
+        wide = input.dtype == cast
+        weight = weight if wide and weight.dtype == torch.float32 else lower(weight)
+        if bias is not None:
+            bias = bias if wide and bias.dtype == torch.float32 else lower(bias)
+    return input, weight, bias
+
+
+def _problem(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> LinearProblem:
+    return LinearProblem(
+        device=input.device.type,
+        dtype=input.dtype,
+        rows=input.shape[:-1].numel(),
+        inner=weight.shape[1],
+        outer=weight.shape[0],
+        weight_dtype=weight.dtype,
+        bias=bias is not None,
+        activation=activation,
+    )
+
+
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """torch.nn.functional.linear, with the activation that often follows it: activation(input @ weight.T + bias).
+
+    Args:
+        input: (..., in), float32, bfloat16, float16 or float64, any strides.
+        weight: (out, in), or (in,) for an output without the last dimension.
+        bias: (out,), or () with a weight of one dimension.
+        activation: None, "gelu", "gelu_tanh" or "relu".
+        backend: serve with this backend or raise BackendUnsupported.
+
+    Returns:
+        (..., out), contiguous, of the input's dtype. Under autocast the input is cast as torch.nn.functional.linear
+        casts it; float32 parameters are rounded as the kernels read them, and their gradients are float32 sums.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; an unknown activation.
+    """
+    if torch.compiler.is_compiling():
+        _check(input, weight, bias, activation)
+        x, w, b = _canonical(input, weight, bias)
+        bound = OP.resolve(_problem(x, w, b, activation), backend)
+    else:
+        signature = (
+            input.shape, input.dtype, input.device, weight.shape, weight.dtype, weight.device,
+            None if bias is None else (bias.shape, bias.dtype, bias.device), activation,
+            autocast_enabled(input.device.type) and torch.get_autocast_dtype(input.device.type),
+        )  # fmt: skip
+
+        def problem() -> LinearProblem:
+            _check(input, weight, bias, activation)
+            return _problem(*_canonical(input, weight, bias), activation)
+
+        bound = OP.resolve_cached(signature, problem, backend)
+        x, w, b = _canonical(input, weight, bias)
+    index = ACTIVATIONS.index(activation)
+    save = index not in (0, RELU) and torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, w, b)
+    )
+    output, _preactivation = bound(x, w, b, index, save)
+    return output if weight.ndim == 2 else output.squeeze(-1)
+
+
+def _prepare(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **_: Any
+) -> tuple[Op, LinearProblem]:
+    _check(input, weight, bias, activation)
+    return OP, _problem(*_canonical(input, weight, bias), activation)
+
+
+linear.prepare = _prepare  # type: ignore[attr-defined]
