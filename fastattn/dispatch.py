@@ -8,7 +8,8 @@ the op then exists three times under torch.ops.fastattn, each as an overload nam
     <op>.<backend>                                     the forward with the autograd formula attached: what compiled
                                                        and exported graphs hold
 
-Choosing: the `backend=` argument, then `use_backend()`, then FASTATTN_BACKEND, then backends.PRIORITY. A forced
+Choosing: the `backend=` argument, then `use_backend()`, then FASTATTN_BACKEND, then what was measured to be faster (ops
+with a `preference_class`, see preference.py), then backends.PRIORITY. A forced
 backend that cannot serve raises BackendUnsupported with every backend's reason; nothing falls back in silence.
 """
 
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 
-from fastattn import backends, env
+from fastattn import backends, env, preference
 
 
 class BackendUnsupported(RuntimeError):
@@ -173,6 +174,8 @@ class Op:
     derivative it is given a kernel that can be differentiated.
     forward_flops, backward_flops: what torch.utils.flop_counter counts for a call, a function of the schema's arguments
     with every tensor replaced by its shape. Ops that multiply matrices have both; others count nothing, as in torch.
+    preference_class: the class of a problem, for fastattn/preference.py, of an op whose kernels are not the fastest
+    everywhere; without it the order of backends.PRIORITY decides.
     """
 
     def __init__(
@@ -187,12 +190,14 @@ class Op:
         backward: Callable[..., Any],
         forward_flops: Callable[..., int] | None = None,
         backward_flops: Callable[..., int] | None = None,
+        preference_class: Callable[[Any], str] | None = None,
     ) -> None:
         self.name = name
         self.forward_schema, self.backward_schema = forward_schema, backward_schema
         self.forward_fake, self.backward_fake = forward_fake, backward_fake
         self.setup_context, self.backward = setup_context, backward
         self.forward_flops, self.backward_flops = forward_flops, backward_flops
+        self.preference_class = preference_class
         self.bound: dict[str, Bound] = {}
         self._chosen: dict[Any, Bound] = {}
         OPS[name] = self
@@ -316,6 +321,9 @@ class Op:
             candidates: Sequence[str] = (backends.check_name(forced),)
         else:
             candidates = backends.PRIORITY.get(problem.device, backends.DEFAULT_PRIORITY)
+            wish = self.preference(problem)
+            if wish is not None:
+                candidates = (wish.backend, *candidates)
         for name in candidates:
             bound = self.bound.get(name)
             if bound is None or backends.BACKENDS[name].reason_against(problem.device) is not None:
@@ -323,6 +331,12 @@ class Op:
             if bound.supports(problem) is None:
                 return bound
         raise BackendUnsupported(self._complaint(problem, forced))
+
+    def preference(self, problem: Problem) -> preference.Preference | None:
+        """What is faster here, as measured before; None for ops that have no preferences, and off the CPU."""
+        if self.preference_class is None or problem.device != "cpu" or backends.probe("cpu") is not None:
+            return None
+        return preference.preferred(self.name, self.preference_class(problem))
 
     def resolve_cached(self, key: Any, problem: Callable[[], Problem], backend: str | None) -> Bound:
         """`resolve` for eager code: `key` stands for everything that `problem()` would hold."""
@@ -421,18 +435,24 @@ def describe(problem: Problem) -> str:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What dispatch would do with a call: the problem, the backend chosen (None: it would raise), every reason."""
+    """What dispatch would do with a call: the problem, the backend chosen (None: it would raise), every reason.
+
+    preference: what decided between backends that can serve it, where the op has preferences and none was forced.
+    """
 
     op: str
     problem: Problem
     backend: str | None
     reasons: dict[str, str | None]
+    preference: preference.Preference | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.backend or 'no backend can serve this call'}", f"  {describe(self.problem)}"]
         for name, reason in self.reasons.items():
             verdict = "serves it" if name == self.backend else (reason or "could serve it")
             lines.append(f"  {name}: {verdict}")
+        if self.preference is not None:
+            lines.append(f"  {self.preference}")
         return "\n".join(lines)
 
 
@@ -446,11 +466,12 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     if prepare is None:
         raise TypeError(f"explain() takes a fastattn op, not {function!r}")
     op, problem = prepare(*args, **kwargs)
+    forced = kwargs.get("backend") is not None or _forced["backend"] is not None
     try:
         chosen: str | None = op.resolve(problem, kwargs.get("backend")).backend
     except BackendUnsupported:
         chosen = None
-    return Explanation(op.name, problem, chosen, op.reasons(problem))
+    return Explanation(op.name, problem, chosen, op.reasons(problem), None if forced else op.preference(problem))
 
 
 set_backend(env.forced_backend())

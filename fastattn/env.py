@@ -1,17 +1,33 @@
 """Every environment variable that the library reads, parsed in one place.
 
-| variable         | values                            | meaning                                                   |
-|------------------|-----------------------------------|-----------------------------------------------------------|
-| FASTATTN_BACKEND | a backend's name                  | every op is served by it, or raises; read at import       |
-| FASTATTN_CPU_ISA | scalar, avx2, avx512, avx512_bf16 | the cpu backend's instruction set; read at its first call |
-| FASTATTN_BUILD   | try, require, skip                | what setup.py does about the native build (try: if it can)|
+| variable           | values                            | meaning                                                   |
+|--------------------|-----------------------------------|-----------------------------------------------------------|
+| FASTATTN_BACKEND   | a backend's name                  | every op is served by it, or raises; read at import       |
+| FASTATTN_CPU_ISA   | scalar, avx2, avx512, avx512_bf16 | the cpu backend's instruction set; read at its first call |
+| FASTATTN_TUNE_FILE | a path                            | what `fastattn tune` writes and dispatch reads, instead of|
+|                    |                                   | $XDG_CACHE_HOME/fastattn/tune.json (~/.cache)             |
+| FASTATTN_BUILD     | try, require, skip                | what setup.py does about the native build (try: if it can)|
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 
 def forced_backend() -> str | None:
     """FASTATTN_BACKEND, or None when it is not set; dispatch checks the name."""
     return os.environ.get("FASTATTN_BACKEND") or None
+
+
+def tune_file_is_set() -> bool:
+    """Whether FASTATTN_TUNE_FILE names the file."""
+    return bool(os.environ.get("FASTATTN_TUNE_FILE"))
+
+
+def tune_file() -> Path:
+    """Where `fastattn tune` writes and dispatch reads what is faster on this machine."""
+    if tune_file_is_set():
+        return Path(os.environ["FASTATTN_TUNE_FILE"])
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "fastattn" / "tune.json"

@@ -18,7 +18,7 @@ ENVIRONMENT = (
     *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY", "KMP_BLOCKTIME", "KMP_AFFINITY"),
     *("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_ARENA_MAX", "GLIBC_TUNABLES"),
     *("MALLOC_CONF", "THP_MEM_ALLOC_ENABLE", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA"),
-    *("FASTATTN_BACKEND", "FASTATTN_CPU_ISA"),
+    *("FASTATTN_BACKEND", "FASTATTN_CPU_ISA", "FASTATTN_TUNE_FILE"),
 )
 
 
@@ -42,6 +42,20 @@ def cpu_identity() -> tuple[str, int, int]:
             name, _, value = line.partition(":")
             found[name.strip()] = value.strip()
     return found.get("vendor_id", ""), int(found.get("cpu family", 0)), int(found.get("model", 0))
+
+
+def cpu_vendor() -> str:
+    """amd, intel, arm, apple; or what the system calls it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "vendor_id":
+                known = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}
+                return known.get(value.strip(), value.strip().lower())
+            if name.strip() == "CPU implementer":
+                return "arm" if value.strip() == "0x41" else value.strip()
+    return "apple" if platform.system() == "Darwin" and platform.machine() == "arm64" else platform.machine().lower()
 
 
 def hardware() -> dict[str, Any]:

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "fastattn"
 FLOORS = {
     "env": 0, "numerics": 0, "philox": 0, "ceilings": 0, "machine": 0, "allocator": 0, "cases": 0, "version": 0,
     "_C": 0,
-    "backends": 1, "dispatch": 1,
+    "backends": 1, "dispatch": 1, "preference": 1,
     "ops": 2,
     "testing": 3, "nn": 3, "distributed": 3,
     "models": 4, "integrations": 4,

@@ -23,6 +23,7 @@ COMPILED = {
     ),
     "layer_norm": ("prenorm", "no affine", "parameters of two dtypes", "2 normalised dims", "transposed"),
     "rms_norm": ("prenorm", "no weight", "float32 weight", "permuted rows"),
+    "linear": ("gelu, bias", "relu, no bias", "vector weight", "transposed weight", "gradient of the input only"),
     "softmax": ("to float32", "dim 1 of 4", "no dims"),
     "log_softmax": ("33 columns", "transposed, dim 0"),
     "cross_entropy": (

@@ -57,6 +57,9 @@ def calls(dtype=torch.float32):
             (draw(4, 10), draw(4, 10), draw(10)),
         ),
         "rms_norm": (lambda x, w: fastattn.rms_norm(x, (10,), w), (draw(4, 10), draw(10))),
+        "linear": (fastattn.linear, (draw(2, 4, 10), draw(7, 10), draw(7))),
+        "linear gelu": (lambda x, w: fastattn.linear(x, w, activation="gelu"), (draw(4, 10), draw(7, 10))),
+        "linear relu": (lambda x, w, b: fastattn.linear(x, w, b, "relu"), (draw(4, 10), draw(7, 10), draw(7))),
         "softmax": (lambda x: fastattn.softmax(x, -1), (draw(4, 10),)),
         "log_softmax": (lambda x: fastattn.log_softmax(x, 0), (draw(4, 10),)),
         "cross_entropy": (lambda x: fastattn.cross_entropy(x, target, label_smoothing=0.1), (draw(4, 10),)),
@@ -236,6 +239,11 @@ def larger_calls():
         "layer_norm": (lambda x, w: fastattn.layer_norm(x, (300,), w, w), (x, w)),
         "rms_norm": (lambda x, w: fastattn.rms_norm(x, (300,), w), (x, w)),
         "softmax": (lambda x: fastattn.softmax(x, -1), (x,)),
+        "linear": (lambda x, w: fastattn.linear(x, w, activation="gelu"), (x, torch.randn(700, 300).requires_grad_())),
+        "linear bfloat16": (
+            lambda x, w, b: fastattn.linear(x, w, b),
+            tuple(torch.randn(s).bfloat16().requires_grad_() for s in ((1500, 301), (130, 301), (130,))),
+        ),
         "softmax of columns": (lambda x: fastattn.softmax(x, 0), (x,)),
         "cross_entropy": (lambda x: fastattn.cross_entropy(x, target), (logits,)),
     }
@@ -270,6 +278,7 @@ def test_neighbours_in_the_batch_do_not_matter(skip_without_native):
         )
         assert testing.same_bits(fastattn.softmax(x, -1)[7:9], fastattn.softmax(x[7:9], -1))
         assert testing.same_bits(fastattn.layer_norm(x, (300,))[7:9], fastattn.layer_norm(x[7:9], (300,)))
+        assert testing.same_bits(fastattn.linear(x, x)[7:9], fastattn.linear(x[7:9], x))
         losses = fastattn.cross_entropy(logits, target, reduction="none")
         assert testing.same_bits(losses[7:9], fastattn.cross_entropy(logits[7:9], target[7:9], reduction="none"))
 
@@ -294,7 +303,7 @@ def test_calls_from_several_threads_at_once(backend):
     assert wrong == []
 
 
-@pytest.mark.parametrize("suite_name", ["attention", "layer_norm", "rms_norm", "cross_entropy", "softmax"])
+@pytest.mark.parametrize("suite_name", ["attention", "layer_norm", "rms_norm", "linear", "cross_entropy", "softmax"])
 def test_any_forward_feeds_any_backward(suite_name, skip_without_native):
     """Saved statistics mean the same everywhere: the gradients of two backends differ by rounding alone."""
     suite = SUITES[suite_name]
@@ -316,6 +325,7 @@ AUTOCAST = {
     "attention": (lambda x: sdpa(x, x, x), lambda x: F.scaled_dot_product_attention(x, x, x)),
     "layer_norm": (lambda x: fastattn.layer_norm(x, (8,)), lambda x: F.layer_norm(x, (8,))),
     "rms_norm": (lambda x: fastattn.rms_norm(x, (8,)), lambda x: F.rms_norm(x, (8,))),
+    "linear": (lambda x: fastattn.linear(x, x[0, 0]), lambda x: F.linear(x, x[0, 0])),
     "softmax": (lambda x: fastattn.softmax(x, -1), lambda x: F.softmax(x, -1)),
     "log_softmax": (lambda x: fastattn.log_softmax(x, -1), lambda x: F.log_softmax(x, -1)),
     "cross_entropy": (

@@ -7,4 +7,12 @@ from fastattn.ops.linear import linear
 from fastattn.ops.rms_norm import rms_norm
 from fastattn.ops.softmax import log_softmax, softmax
 
-__all__ = ["cross_entropy", "layer_norm", "linear", "log_softmax", "rms_norm", "scaled_dot_product_attention", "softmax"]
+__all__ = [
+    "cross_entropy",
+    "layer_norm",
+    "linear",
+    "log_softmax",
+    "rms_norm",
+    "scaled_dot_product_attention",
+    "softmax",
+]

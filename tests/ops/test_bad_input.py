@@ -33,6 +33,12 @@ def rms_norm(input=(3, 8), shape=(8,), *args, **call):
     return lambda backend: fastattn.rms_norm(x, shape, *args, backend=backend, **call)
 
 
+def linear(input=(3, 8), weight=(4, 8), *args, **call):
+    x = f32(*input) if isinstance(input, tuple) else input
+    w = f32(*weight) if isinstance(weight, tuple) else weight
+    return lambda backend: fastattn.linear(x, w, *args, backend=backend, **call)
+
+
 def softmax(*args, **call):
     return lambda backend: fastattn.softmax(*args, backend=backend, **call)
 
@@ -367,6 +373,44 @@ BAD = {
         RuntimeError,
         r"cross_entropy: target 4611686018427387904 at row 0 is not in \[0, 7\)",
     ),
+    # linear
+    "unknown activation": (
+        linear(activation="silu"),
+        ValueError,
+        r"linear: activation must be one of \(None, 'gelu', 'gelu_tanh', 'relu'\), got 'silu'",
+    ),
+    "integers into linear": (
+        linear(f32(3, 8, dtype=torch.int64)),
+        ValueError,
+        r"linear: input must be float32, bfloat16, float16 or float64, got torch.int64",
+    ),
+    "weight of 3 dims": (linear((3, 8), (2, 4, 8)), ValueError, r"linear: weight must be \(out, in\) or \(in,\)"),
+    "weight of other inputs": (
+        linear((3, 8), (4, 7)),
+        ValueError,
+        r"for a weight of shape \(4, 7\) the input's last dimension must be 7, got an input of shape \(3, 8\)",
+    ),
+    "no dims into linear": (linear(f32(()), (4, 1)), ValueError, r"got an input of shape \(\)"),
+    "bias of other outputs": (
+        linear((3, 8), (4, 8), f32(5)),
+        ValueError,
+        r"linear: bias must have shape \(4,\), got \(5,\)",
+    ),
+    "weight of another dtype": (
+        linear((3, 8), f32(4, 8, dtype=torch.bfloat16)),
+        ValueError,
+        r"linear: weight must be torch.float32 as the input, got torch.bfloat16",
+    ),
+    "bias on another device": (
+        linear((3, 8), (4, 8), f32(4, device="meta")),
+        ValueError,
+        r"linear: bias is on meta, input on cpu",
+    ),
+    "linear beyond the address space": (
+        linear(f32(1, 1).expand(2**40, 1), f32(1, 1).expand(2**30, 1)),
+        ValueError,
+        r"linear: an output of shape \(1099511627776, 1073741824\) is more than memory can address",
+    ),
     "target of an empty set of classes": (
         cross_entropy((2, 0), (0, 0)),
         RuntimeError,
@@ -417,6 +461,15 @@ RAW_BAD = {
     "norm of a small residual": lambda: torch.ops.fastattn.rms_norm_forward.cpu(f32(3, 8), f32(3, 7), None, 1, 1e-5),
     "norm backward of short statistics": lambda: torch.ops.fastattn.rms_norm_backward.cpu(
         f32(3, 8), None, f32(3, 8), None, f32(2), 1, False
+    ),
+    "linear of other inputs": lambda: torch.ops.fastattn.linear_forward.cpu(f32(3, 8), f32(4, 7), None, 0, False),
+    "linear of a short bias": lambda: torch.ops.fastattn.linear_forward.cpu(f32(3, 8), f32(4, 8), f32(3), 0, False),
+    "linear of no activation": lambda: torch.ops.fastattn.linear_forward.cpu(f32(3, 8), f32(4, 8), None, 4, False),
+    "linear backward of a short gradient": lambda: torch.ops.fastattn.linear_backward.cpu(
+        f32(3, 3), f32(3, 8), f32(4, 8), None, None, 0, True, True, False
+    ),
+    "linear backward without what was saved": lambda: torch.ops.fastattn.linear_backward.cpu(
+        f32(3, 4), f32(3, 8), f32(4, 8), None, None, 1, True, True, False
     ),
     "softmax of a far dim": lambda: torch.ops.fastattn.softmax_forward.cpu(f32(3, 8), 2, False, torch.float32),
     "softmax backward of another shape": lambda: torch.ops.fastattn.softmax_backward.cpu(

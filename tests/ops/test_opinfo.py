@@ -13,6 +13,7 @@ FUNCTIONS = {
     "nn.functional.scaled_dot_product_attention": fastattn.scaled_dot_product_attention,
     "nn.functional.layer_norm": fastattn.layer_norm,
     "nn.functional.rms_norm": fastattn.rms_norm,
+    "nn.functional.linear": fastattn.linear,
     "softmax": fastattn.softmax,
     "log_softmax": fastattn.log_softmax,
     "nn.functional.cross_entropy": fastattn.cross_entropy,

@@ -8,6 +8,7 @@ gelu is x times the standard normal distribution function, gelu_tanh its approxi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,8 @@ RELU = ACTIVATIONS.index("relu")
 
 @dataclass(frozen=True)
 class LinearProblem(Problem):
+    """rows: of the input; inner, outer: columns of input and output."""
+
     rows: int
     inner: int
     outer: int
@@ -61,21 +64,49 @@ def _backward_fake(
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     input, weight, bias, ctx.activation, _ = inputs
     result, preactivation = output
-    ctx.mark_non_differentiable(preactivation)
+    if preactivation.numel() == 0:
+        ctx.mark_non_differentiable(preactivation)
     ctx.set_materialize_grads(False)
     # The output of relu says where it was cut off.
     saved = None if ctx.activation == 0 else result if ctx.activation == RELU else preactivation
     ctx.save_for_backward(input, weight, bias, saved)
 
 
-def _backward(kernel: Any, ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    nothing = (None,) * 5
-    if grad_output is None:
-        return nothing
+def _backward(
+    kernel: Any, ctx: Any, grad_output: Tensor | None, grad_preactivation: Tensor | None = None
+) -> tuple[Any, ...]:
+    """The preactivation has a gradient of its own where a gradient is differentiated again."""
     input, weight, bias, saved = ctx.saved_tensors
     wanted = tuple(ctx.needs_input_grad[:3])
-    gradients = kernel(grad_output, input, weight, bias, saved, ctx.activation, *wanted)
-    return (*(g if w else None for g, w in zip(gradients, wanted, strict=True)), *nothing[3:])
+    gradients: list[Tensor | None] = [None] * 3
+    for grad, before, activation in ((grad_output, saved, ctx.activation), (grad_preactivation, None, 0)):
+        if grad is not None:
+            found = kernel(grad, input, weight, bias, before, activation, *wanted)
+            gradients = [g if total is None else total + g for total, g in zip(gradients, found, strict=True)]
+    return (*(g if w else None for g, w in zip(gradients, wanted, strict=True)), None, None)
+
+
+def _forward_flops(input: tuple[int, ...], weight: tuple[int, ...], *_: Any) -> int:
+    return 2 * math.prod(input) * weight[0]
+
+
+def _backward_flops(
+    grad_output: tuple[int, ...],
+    input: tuple[int, ...],
+    weight: tuple[int, ...],
+    bias: Any,
+    saved: Any,
+    activation: int,
+    input_grad: bool,
+    weight_grad: bool,
+    *_: Any,
+) -> int:
+    return (input_grad + weight_grad) * _forward_flops(input, weight)
+
+
+def _preference_class(problem: LinearProblem) -> str:
+    name = str(problem.dtype).removeprefix("torch.")
+    return f"{name}, one row" if problem.rows == 1 else name
 
 
 OP = Op(
@@ -93,6 +124,9 @@ OP = Op(
     backward_fake=_backward_fake,
     setup_context=_setup_context,
     backward=_backward,
+    forward_flops=_forward_flops,
+    backward_flops=_backward_flops,
+    preference_class=_preference_class,
 )
 
 
@@ -196,8 +230,8 @@ def linear(
         bound = OP.resolve_cached(signature, problem, backend)
         x, w, b = _canonical(input, weight, bias)
     index = ACTIVATIONS.index(activation)
-    save = index not in (0, RELU) and torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, w, b)
+    save = (
+        index not in (0, RELU) and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, b))
     )
     output, _preactivation = bound(x, w, b, index, save)
     return output if weight.ndim == 2 else output.squeeze(-1)

@@ -12,9 +12,7 @@ from fastattn.ops.linear.op import ACTIVATIONS
 _TANH = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
-def forward(
-    input: Tensor, weight: Tensor, bias: Tensor | None, activation: int, save: bool
-) -> tuple[Tensor, Tensor]:
+def forward(input: Tensor, weight: Tensor, bias: Tensor | None, activation: int, save: bool) -> tuple[Tensor, Tensor]:
     """(output, what it was before the activation if that is to be saved, else nothing)."""
     weight = weight.to(input.dtype)
     output = F.linear(input, weight, None if bias is None else bias.to(input.dtype))
@@ -44,7 +42,8 @@ def backward(
         grad_output = torch.ops.aten.gelu_backward(grad_output, saved, approximate=_TANH[name])
     elif saved is not None and name == "relu":
         grad_output = torch.ops.aten.threshold_backward(grad_output, saved, 0)
-    rows, outer = input.reshape(-1, weight.shape[1]), grad_output.reshape(-1, weight.shape[0])
+    count = input.shape[:-1].numel()
+    rows, outer = input.reshape(count, weight.shape[1]), grad_output.reshape(count, weight.shape[0])
     nothing = input.new_empty((0,))
     grad_input = (outer @ weight.to(outer.dtype)).reshape(input.shape).contiguous() if input_grad else nothing
     grad_weight = weight.new_empty((0,))

@@ -1,0 +1,150 @@
+"""Which backend is the faster one, where an op's capabilities leave a choice: measured before, never inside a call.
+
+An op that has preferences sorts its problems into classes (`Op(preference_class=...)`); for a class there is an entry
+in the file that `fastattn tune` wrote on this machine, or else in TABLE, which is part of the library. Where there is
+neither, torch's own kernels are preferred: an op never makes an unknown machine slower.
+
+The file is FASTATTN_TUNE_FILE, or fastattn/tune.json in $XDG_CACHE_HOME (~/.cache). It may hold the measurements of
+several machines; those of others are left alone. A file that cannot be read is an error if FASTATTN_TUNE_FILE names it,
+and otherwise a warning, once; TABLE is used then.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastattn import backends, env, machine
+
+SCHEMA = "fastattn-tune-1"
+
+#: (vendor/instruction set) -> op -> class -> (backend, why), measured on one core with `fastattn tune`.
+TABLE: dict[str, dict[str, dict[str, tuple[str, str]]]] = {
+    "amd/avx512_bf16": {
+        "linear": {
+            "float32": ("cpu", "2.0 to 2.2 times as fast as torch's matmul"),
+            "float32, one row": ("reference", "torch's matrix-vector product is twice as fast"),
+            "bfloat16": ("cpu", "as fast as torch's matmul, and float32 weights need no cast"),
+            "bfloat16, one row": ("cpu", "1.3 times as fast as torch's matmul"),
+        },
+    },
+}
+
+
+@dataclass(frozen=True)
+class Preference:
+    """backend; source: where that was measured; why: in words for people."""
+
+    backend: str
+    source: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"preferred: {self.backend} ({self.source}: {self.why})"
+
+
+def platform_name() -> str:
+    """Vendor of the processor and the instruction set in use: what TABLE is keyed by."""
+    return f"{machine.cpu_vendor()}/{backends.cpu_isa()}"
+
+
+def machine_key() -> str:
+    """What the file is keyed by: a measurement says nothing about another processor or another torch."""
+    release = ".".join(torch.__version__.split("+")[0].split(".")[:2])
+    return f"{platform_name()}/{machine.cpu_name()}/torch {release}"
+
+
+def preferred(op: str, problem_class: str) -> Preference:
+    """The preference for a class of an op's problems on this machine's CPU; torch.compile takes it for a constant."""
+    measured = _tuned().get(op, {}).get(problem_class)
+    if measured is not None:
+        return Preference(measured["backend"], f"tuned, {env.tune_file()}", _times(measured))
+    name = platform_name()
+    known = TABLE.get(name, {}).get(op, {}).get(problem_class)
+    if known is not None:
+        return Preference(known[0], f"table {name}, {problem_class}", known[1])
+    return Preference("reference", f"no entry for {name}, {problem_class}", "`fastattn tune` measures it")
+
+
+# What torch.compiler.assume_constant_result does, but that imports the compiler.
+preferred._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _times(entry: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {seconds * 1e6:.0f} us" for name, seconds in entry["seconds"].items())
+
+
+@functools.cache
+def _tuned() -> dict[str, Any]:
+    """op -> class -> entry, of this machine, from the file."""
+    path = env.tune_file()
+    try:
+        document = read(path)
+    except (OSError, ValueError) as error:
+        if env.tune_file_is_set():
+            raise ValueError(f"FASTATTN_TUNE_FILE={path} cannot be used: {error}") from error
+        if not isinstance(error, FileNotFoundError):
+            warnings.warn(f"{path} is ignored: {error}; `fastattn tune` writes a new one", RuntimeWarning, stacklevel=2)
+        return {}
+    ours: dict[str, Any] = document["machines"].get(machine_key(), {})
+    return ours
+
+
+def forget() -> None:
+    """The file is read again when it is next asked for."""
+    _tuned.cache_clear()
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The document in the file; ValueError when it is not one that `write` made."""
+    try:
+        document = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"not JSON: {error}") from error
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        raise ValueError(f"not a document of schema {SCHEMA}")
+    for entry in _entries(document):
+        seconds = entry.get("seconds") if isinstance(entry, dict) else None
+        numbers = isinstance(seconds, dict) and all(isinstance(s, int | float) for s in seconds.values())
+        if not numbers or entry.get("backend") not in backends.BACKENDS:
+            raise ValueError(f"not an entry with a backend and seconds: {entry!r:.80}")
+    return document
+
+
+def _entries(document: dict[str, Any]) -> list[Any]:
+    """Every entry of every machine and op; ValueError when the nesting is another one."""
+    layer = [document.get("machines")]
+    for _ in range(3):
+        if not all(isinstance(part, dict) for part in layer):
+            raise ValueError("machines, ops and classes must be objects")
+        layer = [value for part in layer for value in part.values()]  # type: ignore[union-attr]
+    return layer
+
+
+def write(path: Path, measured: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """Puts this machine's entries (op -> class -> {"backend", "seconds"}) into the file, whole or not at all.
+
+    Other machines' entries stay; a file that is something else is an error (ValueError) and is not touched.
+    """
+    document: dict[str, Any] = {"schema": SCHEMA, "machines": {}}
+    if path.exists():
+        document = read(path)
+    document["machines"].setdefault(machine_key(), {}).update(measured)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(document, file, indent=1)
+            file.write("\n")
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
