@@ -83,8 +83,9 @@ template <class G>
 FASTATTN_INLINE void halves_to_lanes(const bf16* low, const bf16* high, int64_t count, typename G::Step* to,
                                      int64_t lanes) {
   if constexpr (G::kPaired) {
+    constexpr int64_t kTogether = 32;  // what interleave does
     int64_t c = 0;
-    for (; c + 2 * kLanes <= lanes; c += 2 * kLanes)
+    for (; c + kTogether <= lanes; c += kTogether)
       G::interleave(low + c, high == nullptr ? nullptr : high + c, max_of(count - c, 0), to + c);
     if (c < lanes) to_lanes<G>(low + c, high == nullptr ? nullptr : high + c, count - c, to + c, lanes - c);
   } else {

@@ -1,6 +1,6 @@
 """A GPT to read in one sitting: pre-LN blocks, learned positions, tied embeddings, GPT-2's initialisation.
 
-Attention, LayerNorm, softmax and cross entropy come from one namespace, chosen by ``GPTConfig.kernels``:
+Attention, LayerNorm, projections and cross entropy come from one namespace, chosen by ``GPTConfig.kernels``:
 fastattn's own ops or ``torch.nn.functional``. Both have the same names and signatures, so the model is
 written once and the two can be compared weight for weight.
 
@@ -91,6 +91,21 @@ class LayerNorm(nn.Module):
         return KERNELS[self.kernels].layer_norm(x, self.weight.shape, self.weight, self.bias)
 
 
+class Linear(nn.Linear):
+    """A projection with the GELU that may follow it: one kernel of ours, two of torch's."""
+
+    def __init__(self, config: GPTConfig, inputs: int, outputs: int, *, gelu: bool = False) -> None:
+        super().__init__(inputs, outputs, bias=config.bias)
+        self.kernels = config.kernels
+        self.gelu = gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kernels == "fastattn":
+            return ops.linear(x, self.weight, self.bias, "gelu_tanh" if self.gelu else None)
+        y = F.linear(x, self.weight, self.bias)
+        return F.gelu(y, approximate="tanh") if self.gelu else y
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -98,8 +113,8 @@ class CausalSelfAttention(nn.Module):
         self.layer = layer
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.projection = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.qkv = Linear(config, config.n_embd, 3 * config.n_embd)
+        self.projection = Linear(config, config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
         B, S, C = x.shape
@@ -131,11 +146,11 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.expansion = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.projection = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.expansion = Linear(config, config.n_embd, 4 * config.n_embd, gelu=True)
+        self.projection = Linear(config, 4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.projection(F.gelu(self.expansion(x), approximate="tanh"))
+        return self.projection(self.expansion(x))
 
 
 class Block(nn.Module):
@@ -211,7 +226,7 @@ class GPT(nn.Module):
             x = block(x, cache)
         if cache is not None:
             cache.length += S
-        logits = F.linear(self.norm(x), self.token_embedding.weight)
+        logits = KERNELS[self.config.kernels].linear(self.norm(x), self.token_embedding.weight)
         if targets is None:
             return logits, None
         # In float32 for either namespace: a loss rounded to bfloat16 has three digits.

@@ -180,6 +180,11 @@ FASTATTN_INLINE F32 dot2(F32 acc, Pairs a, Pairs b) {
 FASTATTN_INLINE Pairs load_pairs(const uint32_t* p) { return {vld1q_u32(p)}; }
 FASTATTN_INLINE void store_pairs(uint32_t* p, Pairs x) { vst1q_u32(p, x.v); }
 FASTATTN_INLINE Pairs splat_pair(uint32_t pair) { return {vdupq_n_u32(pair)}; }
+// 2*kLanes consecutive bf16, lo first: the layout of memory.
+FASTATTN_INLINE Pairs narrow_two(F32 lo, F32 hi) {
+  const bf16* const kind = nullptr;
+  return {vreinterpretq_u32_u16(vcombine_u16(narrow(lo, kind), narrow(hi, kind)))};
+}
 // Lane i holds (lo[i], hi[i]).
 FASTATTN_INLINE Pairs pack_pairs(F32 lo, F32 hi) {
   const bf16* const kind = nullptr;

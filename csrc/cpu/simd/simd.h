@@ -12,8 +12,8 @@
 //   split_exponent(x, m)       x = m * 2^result with 1 <= m < 2, for positive normal x; NaN gives m = NaN
 //   transpose_tile(s, ls, d, ld)  d[c*ld + r] = s[r*ls + c], kLanes x kLanes floats
 //   mul_wide(a, b, hi, lo)     32 x 32 -> 64 bit product of unsigned lanes (Philox)
-//   with FASTATTN_HAS_DOT2 (AVX512_BF16, NEON_BF16): Pairs, dot2(acc, a, b), pack_pairs(lo, hi), interleave_rows(lo,
-//   hi, n, out)
+//   with FASTATTN_HAS_DOT2 (AVX512_BF16, NEON_BF16): Pairs, dot2(acc, a, b), pack_pairs(lo, hi), narrow_two(lo, hi)
+//   (consecutive), interleave_rows(lo, hi, n, out)
 //
 // Everything lives in an anonymous namespace inside fastattn::<isa>: an object file exports its table and nothing else.
 #pragma once
