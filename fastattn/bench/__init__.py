@@ -45,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", metavar="NAMES", help="fp32, bf16, fp16; several with commas (fp32,bf16)")
     parser.add_argument("--threads", type=int, metavar="N", help="torch's threads (as many as torch would take)")
     parser.add_argument(
+        "--scaling", action="store_true", help="ours and torch's also on one thread: how much N threads gain"
+    )
+    parser.add_argument(
         "--contenders",
         metavar="NAMES",
         help="with commas: eager (attention), compile, flex (attention, forward only); fastattn and torch always run",
@@ -85,7 +88,9 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None and not args.out.is_dir() and not args.out.absolute().parent.is_dir():
         raise ValueError(f"--out {args.out}: a folder that exists, or a file in one, is needed")
     wanted = None if args.contenders is None else tuple(args.contenders.split(","))
-    settings = runner.Settings(threads, seconds, QUICK_SAMPLES if args.quick else FULL_SAMPLES, wanted)
+    settings = runner.Settings(threads, seconds, QUICK_SAMPLES if args.quick else FULL_SAMPLES, wanted, args.scaling)
+    if args.scaling and (threads == 1 or args.op == TRAIN_STEP):
+        raise ValueError("--scaling compares several threads with one, for ops: --threads 2 or more")
     allocators = _allocators(args)
     rows_of, block, as_json = _train_step(args, settings) if args.op == TRAIN_STEP else _ops(args, settings, wanted)
     print(report.header(args.op, settings), flush=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+K = TypeVar("K")
 Call = Callable[[], Any]
 
 #: A contender's turn lasts at least this long, and shorter calls are repeated within it.
@@ -87,8 +88,8 @@ def clock_for(threads: int) -> tuple[str, Callable[[], float]]:
 
 
 def interleave(
-    calls: Mapping[str, Call], clock: Callable[[], float], min_seconds: float, min_samples: int = 3
-) -> dict[str, Times]:
+    calls: Mapping[K, Call], clock: Callable[[], float], min_seconds: float, min_samples: int = 3
+) -> dict[K, Times]:
     """Calls every contender in turn until each has `min_samples` samples (HOPELESS ones fewer) and `min_seconds`.
 
     Who goes first changes from round to round. Results are dropped before the next call and outside the times, so
@@ -98,7 +99,7 @@ def interleave(
     names = list(calls)
     times = {name: Times() for name in names}
 
-    def enough(name: str) -> bool:
+    def enough(name: K) -> bool:
         t = times[name]
         if not t.seconds or len(t.seconds) >= MOST_SAMPLES:
             return bool(t.seconds)

@@ -71,6 +71,10 @@ def block(row: Row, settings: Settings) -> str:
         lines.append(
             f"  {'ahead of' if row.ahead else 'behind'} {row.best_peer}: {row.speedup:.2f} x{_busy(row, settings)}"
         )
+    shown = [(name, row.scaling(name)) for name in row.alone]
+    if shown:
+        factors = ", ".join(f"{name} {factor:.2f} x" for name, factor in shown if factor is not None)
+        lines.append(f"  {settings.threads} threads over one: {factors}{_busy(row, settings)}")
     return "\n".join(lines)
 
 
@@ -192,6 +196,8 @@ def _entry(row: Row, name: str, entry: Entry) -> dict[str, Any]:
     }
     if entry.times is not None:
         found |= {**entry.times.summary(), "ceiling_share": row.share(name), "extra_bytes": entry.memory}
+        if name in row.alone:
+            found |= {"one_thread_s": row.alone[name].median, "scaling": row.scaling(name)}
     return found
 
 

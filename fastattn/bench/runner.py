@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -23,12 +24,16 @@ TUNED, DEFAULT = "tuned", "default"
 
 @dataclass(frozen=True)
 class Settings:
-    """threads: torch's. min_seconds, min_samples: of every contender in every row, at least."""
+    """threads: torch's. min_seconds, min_samples: of every contender in every row, at least.
+
+    scaling: ours and torch's also run on one thread, in turn with the rest.
+    """
 
     threads: int
     min_seconds: float
     min_samples: int
     contenders: tuple[str, ...] | None = None
+    scaling: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Entry:
 class Row:
     """One case in one direction. violations: of the accuracy law by our result; then nothing was timed.
 
-    allocator: "tuned" (fastattn.tune_allocator) or "default".
+    allocator: "tuned" (fastattn.tune_allocator) or "default". alone: times on one thread, with Settings.scaling.
     """
 
     case: BenchCase
@@ -65,6 +70,12 @@ class Row:
     entries: dict[str, Entry]
     violations: tuple[str, ...]
     allocator: str
+    alone: dict[str, measure.Times] = field(default_factory=dict)
+
+    def scaling(self, name: str) -> float | None:
+        """How many times as fast a contender is as on one thread."""
+        times = self.entries[name].times
+        return None if times is None or name not in self.alone else self.alone[name].median / times.median
 
     @property
     def name(self) -> str:
@@ -142,13 +153,31 @@ def _run_case(case: BenchCase, settings: Settings) -> Iterator[Row]:
         results.clear()
         for name, errors in judged.errors.items():
             entries[name].errors = errors
+        alone: dict[str, measure.Times] = {}
         if not judged.violations:
             _, clock = measure.clock_for(settings.threads)
-            times = measure.interleave(calls, clock, settings.min_seconds, settings.min_samples)
-            for name in times:
+            compared = [name for name in (OURS, TORCH) if settings.scaling and name in calls]
+            on_one = {(name, 1): _on_one_thread(calls[name], settings.threads) for name in compared}
+            in_turn: dict[Any, measure.Call] = {**calls, **on_one}
+            times = measure.interleave(in_turn, clock, settings.min_seconds, settings.min_samples)
+            for name in calls:
                 entries[name].times = times[name]
+            alone = {name: times[name, 1] for name in compared}
         roof = _roof(case, direction, settings.threads)
-        yield Row(case, direction, backend, roof, entries, judged.violations, allocator_in_use())
+        yield Row(case, direction, backend, roof, entries, judged.violations, allocator_in_use(), alone)
+
+
+def _on_one_thread(call: measure.Call, threads: int) -> measure.Call:
+    """Changing the number takes microseconds, within the time of the call."""
+
+    def run() -> Any:
+        torch.set_num_threads(1)
+        try:
+            return call()
+        finally:
+            torch.set_num_threads(threads)
+
+    return run
 
 
 def allocator_in_use() -> str:

@@ -182,6 +182,17 @@ def test_an_allocator_that_cannot_be_tuned_is_not_called_tuned(capsys, monkeypat
     assert "allocator: malloc is somebody's" in lines
 
 
+def test_scaling_over_one_thread(capsys):
+    arguments = ("softmax", "--shape", "6,40", "--contenders", "compile", "--min-time", "0", "--dtype", "fp32")
+    _, lines, found = bench(capsys, *arguments, "--threads", "2", "--scaling")
+    for row in found["rows"]:
+        for name in ("fastattn", "torch"):
+            entry = row["contenders"][name]
+            assert entry["scaling"] == pytest.approx(entry["one_thread_s"] / entry["median_s"], rel=1e-4)
+        assert "scaling" not in row["contenders"]["compile"]
+    assert sum("2 threads over one: fastattn" in line for line in lines) == 2
+
+
 def test_a_slow_machine_makes_an_invalid_run(capsys, monkeypatch, skip_without_native):
     isa = backends.cpu_isa()
     for rate, valid in ((1e15, False), (1e3, True)):
@@ -272,6 +283,7 @@ def test_compiled_contenders(capsys):
         (("attention", "--shape", "1024,1024,1024,1024"), "GiB, the machine has"),
         (("attention", "--dtype", "fp8"), "--dtype fp8: there are fp32, bf16, fp16"),
         (("all", "--shape", "2,3"), "--shape and --workload are for one op"),
+        (("attention", "--threads", "1", "--scaling"), "--scaling compares several threads with one"),
         (("attention", "--threads", "0"), "--threads must be 1 to 1024, got 0"),
         (("attention", "--threads", "two"), "invalid int value: 'two'"),
         (("attention", "--min-time", "nan"), "--min-time must be a number of seconds, 0 or more, got nan"),
