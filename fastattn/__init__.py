@@ -4,12 +4,14 @@ from fastattn.allocator import AllocatorTuning, tune_allocator
 from fastattn.dispatch import BackendUnsupported, explain, use_backend
 from fastattn.ops import (
     cross_entropy,
+    gelu,
     layer_norm,
     linear,
     log_softmax,
     rms_norm,
     scaled_dot_product_attention,
     softmax,
+    swiglu,
 )
 from fastattn.version import __version__
 
@@ -19,12 +21,14 @@ __all__ = [
     "__version__",
     "cross_entropy",
     "explain",
+    "gelu",
     "layer_norm",
     "linear",
     "log_softmax",
     "rms_norm",
     "scaled_dot_product_attention",
     "softmax",
+    "swiglu",
     "tune_allocator",
     "use_backend",
 ]

@@ -26,6 +26,8 @@ COMPILED = {
     "linear": ("gelu, bias", "relu, no bias", "vector weight", "transposed weight", "gradient of the input only"),
     "softmax": ("to float32", "dim 1 of 4", "no dims"),
     "log_softmax": ("33 columns", "transposed, dim 0"),
+    "gelu": ("none 33 columns", "tanh float32 bias", "tanh transposed bias"),
+    "swiglu": ("33 columns, packed", "transposed"),
     "cross_entropy": (
         "mean smoothing weight ignoring 3", "probabilities none smoothing weight", "3 dims mean", "one dim",
         "uint8 targets",

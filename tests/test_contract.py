@@ -62,6 +62,9 @@ def calls(dtype=torch.float32):
         "linear relu": (lambda x, w, b: fastattn.linear(x, w, b, "relu"), (draw(4, 10), draw(7, 10), draw(7))),
         "softmax": (lambda x: fastattn.softmax(x, -1), (draw(4, 10),)),
         "log_softmax": (lambda x: fastattn.log_softmax(x, 0), (draw(4, 10),)),
+        "gelu": (lambda x, b: fastattn.gelu(x, bias=b), (draw(4, 10), draw(10))),
+        "gelu tanh": (lambda x: fastattn.gelu(x, "tanh"), (draw(4, 10),)),
+        "swiglu": (fastattn.swiglu, (draw(4, 10), draw(4, 10))),
         "cross_entropy": (lambda x: fastattn.cross_entropy(x, target, label_smoothing=0.1), (draw(4, 10),)),
         "cross_entropy none": (lambda x: fastattn.cross_entropy(x, target, reduction="none"), (draw(4, 10),)),
     }
@@ -245,6 +248,8 @@ def larger_calls():
             tuple(torch.randn(s).bfloat16().requires_grad_() for s in ((1500, 301), (130, 301), (130,))),
         ),
         "softmax of columns": (lambda x: fastattn.softmax(x, 0), (x,)),
+        "gelu": (lambda x, w: fastattn.gelu(x, bias=w), (x, w)),
+        "swiglu": (lambda x: fastattn.swiglu(*x.chunk(2, -1)), (x,)),
         "cross_entropy": (lambda x: fastattn.cross_entropy(x, target), (logits,)),
     }
 
@@ -303,7 +308,10 @@ def test_calls_from_several_threads_at_once(backend):
     assert wrong == []
 
 
-@pytest.mark.parametrize("suite_name", ["attention", "layer_norm", "rms_norm", "linear", "cross_entropy", "softmax"])
+@pytest.mark.parametrize(
+    "suite_name",
+    ["attention", "layer_norm", "rms_norm", "linear", "cross_entropy", "softmax", "gelu", "swiglu"],
+)
 def test_any_forward_feeds_any_backward(suite_name, skip_without_native):
     """Saved statistics mean the same everywhere: the gradients of two backends differ by rounding alone."""
     suite = SUITES[suite_name]
@@ -328,6 +336,8 @@ AUTOCAST = {
     "linear": (lambda x: fastattn.linear(x, x[0, 0]), lambda x: F.linear(x, x[0, 0])),
     "softmax": (lambda x: fastattn.softmax(x, -1), lambda x: F.softmax(x, -1)),
     "log_softmax": (lambda x: fastattn.log_softmax(x, -1), lambda x: F.log_softmax(x, -1)),
+    "gelu": (lambda x: fastattn.gelu(x), lambda x: F.gelu(x)),
+    "swiglu": (lambda x: fastattn.swiglu(x, x), lambda x: F.silu(x) * x),
     "cross_entropy": (
         lambda x: fastattn.cross_entropy(x[0, 0], torch.arange(5)),
         lambda x: F.cross_entropy(x[0, 0], torch.arange(5)),

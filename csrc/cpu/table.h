@@ -3,9 +3,11 @@
 #include "../attention/params.h"
 #include "../ceilings/params.h"
 #include "../cross_entropy/params.h"
+#include "../gelu/params.h"
 #include "../layer_norm/params.h"
 #include "../linear/params.h"
 #include "../softmax/params.h"
+#include "../swiglu/params.h"
 #include "types.h"
 
 namespace fastattn {
@@ -15,9 +17,11 @@ namespace fastattn {
   X(attention, AttentionKernels, isa)        \
   X(ceilings, CeilingLoops, isa)             \
   X(cross_entropy, CrossEntropyKernels, isa) \
+  X(gelu, GeluKernels, isa)                  \
   X(layer_norm, NormKernels, isa)            \
   X(linear, LinearKernels, isa)              \
-  X(softmax, SoftmaxKernels, isa)
+  X(softmax, SoftmaxKernels, isa)            \
+  X(swiglu, SwigluKernels, isa)
 
 struct KernelTable {
   const char* isa;

@@ -25,6 +25,8 @@ SAMPLED = {
     "linear": ("gelu, bias", "relu, no bias", "vector weight"),
     "softmax": ("to float32", "dim 1, wide inside"),
     "log_softmax": ("7 columns",),
+    "gelu": ("none 33 columns bias", "tanh 3 columns"),
+    "swiglu": ("33 columns, packed",),
     "cross_entropy": ("mean smoothing weight ignoring 3", "probabilities none smoothing weight"),
 }
 

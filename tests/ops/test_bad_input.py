@@ -43,6 +43,14 @@ def softmax(*args, **call):
     return lambda backend: fastattn.softmax(*args, backend=backend, **call)
 
 
+def gelu(*args, **call):
+    return lambda backend: fastattn.gelu(*args, backend=backend, **call)
+
+
+def swiglu(*args, **call):
+    return lambda backend: fastattn.swiglu(*args, backend=backend, **call)
+
+
 def cross_entropy(input=(3, 7), target=(0, 6, 3), *args, **call):
     x = f32(*input) if isinstance(input, tuple) else input
     t = torch.tensor(target) if isinstance(target, tuple) else target
@@ -291,6 +299,65 @@ BAD = {
         ValueError,
         r"log_softmax: dim must be in \[-2, 1\] for a 2-D input, got -3",
     ),
+    # gelu and swiglu
+    "gelu of integers": (
+        gelu(f32(3, dtype=torch.int64)),
+        ValueError,
+        r"gelu: input must be float32, bfloat16, float16 or float64, got torch.int64",
+    ),
+    "gelu approximated otherwise": (
+        gelu(f32(3), "sigmoid"),
+        ValueError,
+        r"gelu: approximate must be one of \('none', 'tanh'\), got 'sigmoid'",
+    ),
+    "gelu bias shape": (
+        gelu(f32(3, 8), bias=f32(3)),
+        ValueError,
+        r"gelu: bias must have shape \(8,\) for an input of shape \(3, 8\), got \(3,\)",
+    ),
+    "gelu bias of a scalar": (
+        gelu(f32(()), bias=f32(1)),
+        ValueError,
+        r"gelu: bias must have shape \(columns,\) for an input of shape \(\), got \(1,\)",
+    ),
+    "gelu integer bias": (
+        gelu(f32(3, 8), bias=f32(8, dtype=torch.int32)),
+        ValueError,
+        r"gelu: bias must be floating and on cpu, got torch.int32 on cpu",
+    ),
+    "gelu bias' device": (
+        gelu(f32(3, 8), bias=f32(8, device="meta")),
+        ValueError,
+        r"gelu: bias must be floating and on cpu, got torch.float32 on meta",
+    ),
+    "gelu beyond the address space": (
+        gelu(f32(1).expand(2**40, 2**22)),
+        ValueError,
+        r"gelu: an input of shape \(1099511627776, 4194304\) is more than memory can address",
+    ),
+    "swiglu of integers": (
+        swiglu(f32(3, dtype=torch.int64), f32(3, dtype=torch.int64)),
+        ValueError,
+        r"swiglu: gate must be float32, bfloat16, float16 or float64, got torch.int64",
+    ),
+    "swiglu shapes": (
+        swiglu(f32(3, 8), f32(3, 7)),
+        ValueError,
+        r"swiglu: up must have the gate's shape \(3, 8\), dtype torch.float32 and device cpu, got \(3, 7\),"
+        r" torch.float32 on cpu",
+    ),
+    "swiglu dtypes": (
+        swiglu(f32(3, 8), f32(3, 8, dtype=torch.bfloat16)),
+        ValueError,
+        r"swiglu: up must have the gate's shape \(3, 8\), dtype torch.float32 and device cpu, got \(3, 8\),"
+        r" torch.bfloat16 on cpu",
+    ),
+    "swiglu devices": (swiglu(f32(3), f32(3, device="meta")), ValueError, r"got \(3,\), torch.float32 on meta"),
+    "swiglu beyond the address space": (
+        swiglu(f32(1).expand(2**40, 2**22), f32(1).expand(2**40, 2**22)),
+        ValueError,
+        r"swiglu: a gate of shape \(1099511627776, 4194304\) is more than memory can address",
+    ),
     # cross entropy
     "logits without dims": (
         cross_entropy(f32(()), torch.tensor(0)),
@@ -474,6 +541,15 @@ RAW_BAD = {
     "softmax of a far dim": lambda: torch.ops.fastattn.softmax_forward.cpu(f32(3, 8), 2, False, torch.float32),
     "softmax backward of another shape": lambda: torch.ops.fastattn.softmax_backward.cpu(
         f32(3, 8), f32(3, 7), 1, False, torch.float32
+    ),
+    "gelu of a short bias": lambda: torch.ops.fastattn.gelu_forward.cpu(f32(3, 8), f32(7), False),
+    "gelu of a wide bias": lambda: torch.ops.fastattn.gelu_forward.cpu(f32(3, 8), f32(8, dtype=torch.float64), False),
+    "gelu backward of another shape": lambda: torch.ops.fastattn.gelu_backward.cpu(
+        f32(3, 7), f32(3, 8), None, False, False
+    ),
+    "swiglu of another shape": lambda: torch.ops.fastattn.swiglu_forward.cpu(f32(3, 8), f32(3, 7)),
+    "swiglu backward of another dtype": lambda: torch.ops.fastattn.swiglu_backward.cpu(
+        f32(3, 8, dtype=torch.bfloat16), f32(3, 8), f32(3, 8)
     ),
     "cross entropy of few targets": lambda: torch.ops.fastattn.cross_entropy_forward.cpu(
         f32(3, 8), torch.zeros(2, dtype=torch.int64), None, -100, 0.0, 1

@@ -16,6 +16,7 @@ FUNCTIONS = {
     "nn.functional.linear": fastattn.linear,
     "softmax": fastattn.softmax,
     "log_softmax": fastattn.log_softmax,
+    "nn.functional.gelu": fastattn.gelu,
     "nn.functional.cross_entropy": fastattn.cross_entropy,
 }
 INFOS = [info for info in op_db if info.name in FUNCTIONS]

@@ -1,0 +1,41 @@
+// GELU of input + bias, seen as (rows, columns). Strides are in elements, between rows; outputs are contiguous.
+#pragma once
+#include "../cpu/types.h"
+
+namespace fastattn {
+
+struct GeluForward {
+  const void* input;
+  const void* bias;  // (columns,) or nullptr
+  void* output;
+  int64_t rows;
+  int64_t columns;
+  int64_t input_stride;
+  DType dtype;
+  DType bias_dtype;  // f32 or dtype
+  bool tanh;
+};
+
+struct GeluBackward {
+  const void* grad_output;
+  const void* input;
+  const void* bias;
+  void* grad_input;
+  void* grad_bias;  // (columns,) of bias_dtype, or nullptr
+  float* partials;  // with grad_bias: (chunks, columns)
+  int64_t rows;
+  int64_t columns;
+  int64_t grad_output_stride;
+  int64_t input_stride;
+  int64_t chunk_rows;  // with grad_bias: rows whose gradients are summed up by one task
+  DType dtype;
+  DType bias_dtype;
+  bool tanh;
+};
+
+struct GeluKernels {
+  Kernel<GeluForward> forward;
+  Kernel<GeluBackward> backward;
+};
+
+}  // namespace fastattn
