@@ -56,6 +56,8 @@ def map_tensors(arguments: Arguments, change: Callable[[str, Tensor], Tensor]) -
     changed: dict[int, Tensor] = {}
 
     def one(name: str, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(one(name, part) for part in value)
         if not isinstance(value, Tensor):
             return value
         if id(value) not in changed:

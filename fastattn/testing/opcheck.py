@@ -19,7 +19,7 @@ from fastattn.testing.conformance import Results, evaluate, map_tensors, suites
 
 #: Cases whose arguments make the samples: few, because opcheck takes a second for each.
 SAMPLED = {
-    "attention": ("lse mask", "dropout causal"),
+    "attention": ("lse mask", "dropout causal", "everything at once"),
     "layer_norm": ("prenorm", "no affine"),
     "rms_norm": ("prenorm", "no weight"),
     "linear": ("gelu, bias", "relu, no bias", "vector weight"),

@@ -203,6 +203,80 @@ BAD = {
         ValueError,
         r"attention: causal_alignment must be one of \('top_left', 'bottom_right'\), got 'left'",
     ),
+    # attention: features
+    **{
+        f"attention {name}": (attention(**call), ValueError, f"attention: {message}")
+        for name, call, message in (
+            ("window of one number", {"window": 3}, r"window must be \(left, right\), two whole numbers, got 3"),
+            (
+                "window of fractions",
+                {"window": (1.5, 0)},
+                r"window must be \(left, right\), two whole numbers, got \(1",
+            ),
+            (
+                "window below -1",
+                {"window": (-2, 0)},
+                r"window must hold numbers of at least 0, or -1 for no bound, got \(-2, 0\)",
+            ),
+            ("negative softcap", {"softcap": -1.0}, r"softcap must be 0 or in \[1e-30, 3.40282e\+38\], got -1.0"),
+            ("NaN softcap", {"softcap": math.nan}, r"softcap must be 0 or in \[.*\], got nan"),
+            ("softcap too small", {"softcap": 1e-39}, r"softcap must be 0 or in \[.*\], got 1e-39"),
+            ("slopes' shape", {"alibi_slopes": f32(3)}, r"alibi_slopes must have shape \(4,\) or \(2, 4\), got \(3,\)"),
+            (
+                "integer slopes",
+                {"alibi_slopes": f32(4, dtype=torch.int32)},
+                r"alibi_slopes must be float32, bfloat16, float16 or of the query's dtype, on cpu, got torch.int32",
+            ),
+            ("sinks' shape", {"sinks": f32(4, 1)}, r"sinks must have shape \(4,\), got \(4, 1\)"),
+            ("sinks' device", {"sinks": f32(4, device="meta")}, r"sinks must be .*, on cpu, got torch.float32 on meta"),
+            (
+                "ids of floats",
+                {"document_ids": f32(5)},
+                r"document_ids must be a tensor of int32 or int64, got torch.f",
+            ),
+            (
+                "ids as a list",
+                {"document_ids": [0] * 5},
+                r"document_ids must be a tensor or \(of queries, of keys\), got 5",
+            ),
+            (
+                "ids for queries only",
+                {"document_ids": torch.zeros(2, 5, dtype=torch.int64)},
+                r"document_ids of shape \(2, 5\) must end in the number of keys, 6; where it differs",
+            ),
+            (
+                "ids of another batch",
+                {"document_ids": (torch.zeros(3, 5, dtype=torch.int64), torch.zeros(6, dtype=torch.int64))},
+                r"document_ids of shape \(3, 5\) does not broadcast over the batch dimensions \(2,\)",
+            ),
+            (
+                "prefix without causality",
+                {"prefix_len": 2},
+                r"prefix_len lifts causality or a window: pass is_causal=True or window=",
+            ),
+            ("prefix too long", {"prefix_len": 7, "is_causal": True}, r"prefix_len must be in \[0, 6\], got 7"),
+            (
+                "prefix of a fraction",
+                {"prefix_len": 1.5, "is_causal": True},
+                r"prefix_len must be in \[0, 6\], got 1.5",
+            ),
+            (
+                "prefixes of another batch",
+                {"prefix_len": torch.tensor([1, 2, 3]), "is_causal": True},
+                r"prefix_len of shape \(3,\) does not broadcast over the batch dimensions \(2,\)",
+            ),
+        )
+    },
+    "attention prefixes too long": (
+        attention(prefix_len=torch.tensor([1, 9]), is_causal=True),
+        RuntimeError,
+        r"attention: prefix_len must be in \[0, 6\], got 9",
+    ),
+    "attention negative prefix": (
+        attention(prefix_len=torch.tensor([-1, 2]), window=(3, 3)),
+        RuntimeError,
+        r"attention: prefix_len must be in \[0, 6\], got -1",
+    ),
     # norms
     **{
         f"{name} {what}": (norm(*args, **call), ValueError, f"{name}: {message}")

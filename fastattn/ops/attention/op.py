@@ -25,6 +25,7 @@ ALIGNMENTS = ("top_left", "bottom_right")
 #: Row, column and head indices are 32-bit words of the dropout counter, and products of them must fit 63 bits.
 MAX_LENGTH = 2**31 - 1
 MAX_SCALE = torch.finfo(torch.float32).max
+MIN_SOFTCAP = 1e-30
 
 
 @dataclass(frozen=True)
@@ -61,21 +62,11 @@ class Features:
     key_ids: Tensor | None = None
     prefix_len: Tensor | None = None
 
-    def arguments(self) -> tuple[Any, ...]:
-        """The end of the schema."""
-        return (
-            *self.window, self.softcap, self.sinks, self.alibi_slopes, self.query_ids, self.key_ids, self.prefix_len,
-        )  # fmt: skip
-
-    def signature(self) -> tuple[Any, ...]:
-        """All that validation and backends may look at."""
-        tensors = (self.sinks, self.alibi_slopes, self.query_ids, self.key_ids, self.prefix_len)
-        described = tuple(None if t is None else (t.shape, t.dtype, t.device) for t in tensors)
-        return (*self.window, self.softcap > 0.0, described)
-
 
 #: What a call without features has; the schema's defaults stand for it.
 PLAIN = Features()
+NO_WINDOW = (-1, -1)
+NO_FEATURES = (*NO_WINDOW, 0.0, None, None, None, None, None)
 
 
 def memory_order(tensor: Tensor, like: Tensor) -> Tensor:
@@ -313,8 +304,17 @@ def _autocast(device: str, *tensors: Tensor | None) -> list[Any]:
 
 
 def _problem(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, alignment: str, dropout: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    alignment: str,
+    dropout: bool,
+    features: tuple[Any, ...],
 ) -> AttentionProblem:
+    left, right, softcap, sinks, slopes, ids, _, prefix = features or NO_FEATURES
+    aligned = is_causal or left >= 0 or right >= 0 or slopes is not None
     return AttentionProblem(
         device=query.device.type,
         dtype=query.dtype,
@@ -328,9 +328,130 @@ def _problem(
         mask_dtype=None if mask is None else mask.dtype,
         mask_grad=mask is not None and mask.requires_grad,
         is_causal=is_causal,
-        causal_alignment=alignment if is_causal else "none",
+        causal_alignment=alignment if aligned else "none",
         dropout=dropout,
+        window=(left, right),
+        softcap=softcap > 0.0,
+        alibi=slopes is not None,
+        sinks=sinks is not None,
+        documents=ids is not None,
+        prefix=prefix is not None,
     )
+
+
+def check_window(op: str, window: Any) -> tuple[int, int]:
+    """ValueError unless it is two whole numbers, each -1 (no bound) or more."""
+    if not isinstance(window, (tuple, list)) or len(window) != 2 or any(isinstance(w, float) for w in window):
+        raise ValueError(f"{op}: window must be (left, right), two whole numbers, got {window!r}")
+    left, right = window
+    if left < -1 or right < -1:
+        raise ValueError(f"{op}: window must hold numbers of at least 0, or -1 for no bound, got {(left, right)}")
+    return left, right
+
+
+def check_softcap(op: str, softcap: float) -> float:
+    """ValueError unless it is 0 (none) or a factor that float32 can divide by."""
+    if softcap != 0.0 and not MIN_SOFTCAP <= softcap <= MAX_SCALE:
+        raise ValueError(f"{op}: softcap must be 0 or in [{MIN_SOFTCAP}, {MAX_SCALE:.6g}], got {softcap}")
+    return float(softcap)
+
+
+def check_heads(op: str, name: str, tensor: Tensor, query: Tensor, shapes: tuple[tuple[int, ...], ...]) -> Tensor:
+    """ValueError unless it has one of the shapes, lies where the query lies, and is floating."""
+    if tuple(tensor.shape) not in shapes:
+        raise ValueError(f"{op}: {name} must have shape {' or '.join(map(str, shapes))}, got {tuple(tensor.shape)}")
+    allowed = (torch.float32, torch.bfloat16, torch.float16, query.dtype)
+    if tensor.dtype not in allowed or tensor.device != query.device:
+        raise ValueError(
+            f"{op}: {name} must be float32, bfloat16, float16 or of the query's dtype, on {query.device}, got"
+            f" {tensor.dtype} on {tensor.device}"
+        )
+    return tensor
+
+
+def _integers(name: str, tensor: Any, query: Tensor) -> Tensor:
+    if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int32, torch.int64):
+        given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"attention: {name} must be a tensor of int32 or int64, got {given}")
+    if tensor.device != query.device:
+        raise ValueError(f"attention: {name} is on {tensor.device}, query on {query.device}")
+    return tensor
+
+
+def _flat_batch(name: str, tensor: Tensor, trailing: int, query: Tensor, batch: tuple[int, ...] | None) -> Tensor:
+    """A tensor (*batch, ...) or without batch dims as (B or 1, ...), `trailing` dims after the batch."""
+    leading = tensor.shape[: tensor.ndim - trailing]
+    rest = tensor.shape[tensor.ndim - trailing :]
+    if all(size == 1 for size in leading):
+        return tensor.reshape(1, *rest)
+    full = (query.shape[0],) if batch is None else batch
+    try:
+        return tensor.expand(*full, *rest).reshape(math.prod(full), *rest)
+    except RuntimeError as error:
+        raise ValueError(
+            f"attention: {name} of shape {tuple(tensor.shape)} does not broadcast over the batch dimensions {full}"
+        ) from error
+
+
+def _document_ids(
+    document_ids: Any, query: Tensor, key: Tensor, batch: tuple[int, ...] | None
+) -> tuple[Tensor, Tensor]:
+    """Ids of queries (B or 1, Sq) and of keys (B or 1, Sk)."""
+    pair = document_ids if isinstance(document_ids, (tuple, list)) else (document_ids, document_ids)
+    if len(pair) != 2:
+        raise ValueError(f"attention: document_ids must be a tensor or (of queries, of keys), got {len(pair)} of them")
+    found = []
+    for ids, rows, what in zip(pair, (query, key), ("queries", "keys"), strict=True):
+        ids = _integers("document_ids", ids, query)
+        if ids.ndim < 1 or ids.shape[-1] != rows.shape[2]:
+            raise ValueError(
+                f"attention: document_ids of shape {tuple(ids.shape)} must end in the number of {what},"
+                f" {rows.shape[2]}; where it differs between queries and keys pass (of queries, of keys)"
+            )
+        found.append(_flat_batch("document_ids", ids, 1, query, batch))
+    return found[0], found[1]
+
+
+def _prefix_len(prefix_len: Any, query: Tensor, key: Tensor, batch: tuple[int, ...] | None) -> Tensor:
+    """(B or 1,); the values of tensors are checked by the kernels."""
+    if isinstance(prefix_len, Tensor):
+        return _flat_batch("prefix_len", _integers("prefix_len", prefix_len, query), 0, query, batch)
+    if isinstance(prefix_len, bool) or not isinstance(prefix_len, int) or not 0 <= prefix_len <= key.shape[2]:
+        raise ValueError(f"attention: prefix_len must be in [0, {key.shape[2]}], got {prefix_len}")
+    return torch.full((1,), prefix_len, dtype=torch.int64, device=query.device)
+
+
+def _features(
+    query: Tensor,
+    key: Tensor,
+    batch: tuple[int, ...] | None,
+    is_causal: bool,
+    window: Any,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    document_ids: Any,
+    prefix_len: Any,
+) -> tuple[Any, ...]:
+    """The end of the schema's arguments; () where the call asks for none."""
+    if (
+        window == NO_WINDOW and softcap == 0.0 and alibi_slopes is None and sinks is None and document_ids is None
+        and prefix_len is None
+    ):  # fmt: skip
+        return ()
+    left, right = check_window("attention", window)
+    heads = query.shape[1]
+    if sinks is not None:
+        check_heads("attention", "sinks", sinks, query, ((heads,),))
+    if alibi_slopes is not None:
+        check_heads("attention", "alibi_slopes", alibi_slopes, query, ((heads,), (query.shape[0], heads)))
+    ids = (None, None) if document_ids is None else _document_ids(document_ids, query, key, batch)
+    prefix = None
+    if prefix_len is not None:
+        if not is_causal and left < 0 and right < 0:
+            raise ValueError("attention: prefix_len lifts causality or a window: pass is_causal=True or window=")
+        prefix = _prefix_len(prefix_len, query, key, batch)
+    return (left, right, check_softcap("attention", softcap), sinks, alibi_slopes, *ids, prefix)
 
 
 def _canonical(
@@ -361,6 +482,12 @@ def scaled_dot_product_attention(
     causal_alignment: str = "top_left",
     return_lse: bool = False,
     seed: int | None = None,
+    window: tuple[int, int] = NO_WINDOW,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    document_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+    prefix_len: int | Tensor | None = None,
     backend: str | None = None,
 ) -> Any:
     """softmax(scale * Q K^T + mask) V with the meaning of torch.nn.functional.scaled_dot_product_attention.
@@ -379,6 +506,16 @@ def scaled_dot_product_attention(
         enable_gqa: allows Hkv to divide H; query head h then uses key head h // (H / Hkv).
         return_lse: also return the log-sum-exp of the masked scores, differentiable.
         seed: fixes the dropout mask: an int in [0, 2**63).
+        window: (left, right): query i sees keys p - left .. p + right of its position p, which is i ("top_left") or
+            i + Sk - Sq ("bottom_right"); -1: no bound. Combines with is_causal, which is a right of 0.
+        softcap: c > 0: scores become c * tanh(scale * q.k / c), before anything is added or excluded.
+        alibi_slopes: (H) or (B, H): minus slope * |p - j| is added to the scores (Press et al. 2022).
+        sinks: (H), differentiable: a score that every query of the head has besides its keys', without a value. It is
+            part of lse; a query that sees no key then has output 0 and lse the sink.
+        document_ids: (..., S) int32 or int64, or a pair of those, of queries and of keys: query i sees key j only
+            where the ids are equal. In any order; an id is a name and no position.
+        prefix_len: an int or a tensor of the batch's shape: keys before it are seen by all queries, whatever is_causal
+            and window say (they do not lift documents and attn_mask).
         backend: serve with this backend or raise BackendUnsupported.
 
     Returns:
@@ -393,19 +530,23 @@ def scaled_dot_product_attention(
     q, k, v, mask, batch = _canonical(query, key, value, attn_mask)
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None and q.shape[3] > 0 else float(scale or 0.0)
     _check_values(dropout_p, scale, seed)
+    features = _features(
+        q, k, batch, is_causal, window, softcap, alibi_slopes, sinks, document_ids, prefix_len
+    )  # fmt: skip
     if torch.compiler.is_compiling():
         _check(q, k, v, mask, enable_gqa, causal_alignment)
-        bound = OP.resolve(_problem(q, k, v, mask, is_causal, causal_alignment, dropout_p > 0.0), backend)
+        bound = OP.resolve(_problem(q, k, v, mask, is_causal, causal_alignment, dropout_p > 0.0, features), backend)
     else:
         described = None if mask is None else (mask.shape, mask.dtype, mask.device, mask.requires_grad)
         signature = (
             q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, described,
             is_causal, causal_alignment, dropout_p > 0.0, enable_gqa,
+            features and (*features[:2], features[2] > 0.0, *(f is not None for f in features[3:])),
         )  # fmt: skip
 
         def problem() -> AttentionProblem:
             _check(q, k, v, mask, enable_gqa, causal_alignment)
-            return _problem(q, k, v, mask, is_causal, causal_alignment, dropout_p > 0.0)
+            return _problem(q, k, v, mask, is_causal, causal_alignment, dropout_p > 0.0, features)
 
         bound = OP.resolve_cached(signature, problem, backend)
     philox = None
@@ -413,7 +554,7 @@ def scaled_dot_product_attention(
         philox = philox_mask.draw(q.device) if seed is None else philox_mask.fixed(seed, q.device)
     output, lse = bound(
         _unit_last_stride(q), _unit_last_stride(k), _unit_last_stride(v), mask, philox,
-        scale, is_causal, causal_alignment == "bottom_right", dropout_p,
+        scale, is_causal, causal_alignment == "bottom_right", dropout_p, *features,
     )  # fmt: skip
     if batch is not None:
         leading = (*batch, q.shape[1]) if query.ndim > 2 or key.ndim > 2 or value.ndim > 2 else ()
@@ -434,12 +575,21 @@ def _prepare(
     *,
     causal_alignment: str = "top_left",
     seed: int | None = None,
+    window: tuple[int, int] = NO_WINDOW,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    document_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+    prefix_len: int | Tensor | None = None,
     **_: Any,
 ) -> tuple[Op, AttentionProblem]:
-    q, k, v, mask, _batch = _canonical(query, key, value, attn_mask)
+    q, k, v, mask, batch = _canonical(query, key, value, attn_mask)
     _check_values(dropout_p, 1.0 if scale is None else scale, seed)
     _check(q, k, v, mask, enable_gqa, causal_alignment)
-    return OP, _problem(q, k, v, mask, is_causal, causal_alignment, dropout_p > 0.0)
+    features = _features(
+        q, k, batch, is_causal, window, softcap, alibi_slopes, sinks, document_ids, prefix_len
+    )  # fmt: skip
+    return OP, _problem(q, k, v, mask, is_causal, causal_alignment, dropout_p > 0.0, features)
 
 
 scaled_dot_product_attention.prepare = _prepare  # type: ignore[attr-defined]
