@@ -64,9 +64,13 @@ class Features:
 
 
 #: What a call without features has; the schema's defaults stand for it.
-PLAIN = Features()
 NO_WINDOW = (-1, -1)
 NO_FEATURES = (*NO_WINDOW, 0.0, None, None, None, None, None)
+
+
+def filled(features: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The end of the schema's arguments: torch leaves those away that end in defaults."""
+    return (*features, *NO_FEATURES[len(features) :])
 
 
 def memory_order(tensor: Tensor, like: Tensor) -> Tensor:
@@ -113,7 +117,7 @@ def _backward_fake(
     mask_grad: bool,
     *features: Any,
 ) -> tuple[Tensor, ...]:
-    sinks = features[3] if features else None
+    sinks = filled(features)[3]
     if mask_grad:
         assert mask is not None
         grad_mask = mask.new_empty(mask.shape)
@@ -130,17 +134,18 @@ def _backward_fake(
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     query, key, value, mask, philox, *ctx.options = inputs[:FEATURES]
-    ctx.extra = inputs[FEATURES : FEATURES + 3]
-    ctx.save_for_backward(query, key, value, mask, philox, *output, *inputs[FEATURES + 3 :])
+    ctx.count = len(inputs)
+    features = filled(inputs[FEATURES:]) if ctx.count > FEATURES else ()
+    ctx.extra = features[:3]
+    ctx.save_for_backward(query, key, value, mask, philox, *output, *features[3:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(kernel: Any, ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     query, key, value, mask, philox, output, lse, *features = ctx.saved_tensors
-    count = FEATURES + len(ctx.extra) + len(features)
     if grad_output is None:
         if grad_lse is None:
-            return (None,) * count
+            return (None,) * ctx.count
         grad_output = torch.zeros_like(output)
     elif grad_output.stride(-1) != 1 and grad_output.shape[-1] != 1:
         grad_output = grad_output.contiguous()
@@ -149,7 +154,7 @@ def _backward(kernel: Any, ctx: Any, grad_output: Tensor | None, grad_lse: Tenso
         grad_output, grad_lse, query, key, value, mask, philox, output, lse, *ctx.options, mask_grad,
         *ctx.extra, *features,
     )  # fmt: skip
-    result = [*grads[:3], grads[3] if mask_grad else None] + [None] * (count - 4)
+    result = [*grads[:3], grads[3] if mask_grad else None] + [None] * (ctx.count - 4)
     if features and features[0] is not None:
         result[FEATURES + 3] = grads[4]
     return tuple(result)

@@ -14,14 +14,12 @@ from torch import Tensor
 from fastattn import philox as philox_mask
 from fastattn.dispatch import Implementation
 from fastattn.numerics import accumulation_dtype
-from fastattn.ops.attention.op import PLAIN, Features, memory_order
+from fastattn.ops.attention.op import Features, filled, memory_order
 
 
 def features_of(given: tuple[Any, ...]) -> Features:
-    """The end of the schema's arguments, or nothing."""
-    if not given:
-        return PLAIN
-    left, right, *rest = given
+    """The end of the schema's arguments, by name."""
+    left, right, *rest = filled(given)
     return Features((left, right), *rest)
 
 
