@@ -143,6 +143,10 @@ class Bound:
         """The op's forward on canonical arguments, differentiable by whatever means the caller's context needs."""
         if torch.compiler.is_compiling():
             return self.public(*args)
+        return self.run(*args)
+
+    def run(self, *args: Any) -> Any:
+        """`__call__` in eager code."""
         _served[self.backend] += 1
         if torch._C._are_functorch_transforms_active():
             return self.transformed(*args)
@@ -200,6 +204,7 @@ class Op:
         self.preference_class = preference_class
         self.bound: dict[str, Bound] = {}
         self._chosen: dict[Any, Bound] = {}
+        self._native: Bound | None = None
         OPS[name] = self
 
     def define(self, backend: str, implementation: Implementation, traced: Callable[..., Any]) -> Callable[..., Any]:
@@ -347,6 +352,25 @@ class Op:
                 self._chosen.clear()
             bound = self._chosen[key] = self.resolve(problem(), backend)
         return bound
+
+    def attempt(self, *args: Any) -> Any:
+        """The native kernel's result for CPU tensors as they are, without a detour; None when it is not the automatic
+        choice or refuses them.
+
+        For eager calls of the commonest form. Native kernels check all that they depend on before they touch memory,
+        and the op has checked what only it knows. What is refused here is then validated, and served or told why not.
+        """
+        if _forced["backend"] is not None:
+            return None
+        if self._native is None:
+            if backends.PRIORITY["cpu"][0] != "cpu" or backends.probe("cpu") is not None:
+                return None
+            self._native = self.bound["cpu"]
+        try:
+            return self._native.run(*args)
+        except RuntimeError:
+            _served["cpu"] -= 1
+            return None
 
     def _complaint(self, problem: Problem, forced: str | None) -> str:
         what = f"backend {forced!r} was asked for and cannot serve" if forced else "no backend can serve"

@@ -133,11 +133,10 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    query, key, value, mask, philox, *ctx.options = inputs[:FEATURES]
-    ctx.count = len(inputs)
-    features = filled(inputs[FEATURES:]) if ctx.count > FEATURES else ()
-    ctx.extra = features[:3]
-    ctx.save_for_backward(query, key, value, mask, philox, *output, *features[3:])
+    ctx.count = count = len(inputs)
+    features = filled(inputs[FEATURES:]) if count > FEATURES else ()
+    ctx.options, ctx.extra = inputs[5:FEATURES], features[:3]
+    ctx.save_for_backward(*inputs[:5], *output, *features[3:])
     ctx.set_materialize_grads(False)
 
 
@@ -154,6 +153,8 @@ def _backward(kernel: Any, ctx: Any, grad_output: Tensor | None, grad_lse: Tenso
         grad_output, grad_lse, query, key, value, mask, philox, output, lse, *ctx.options, mask_grad,
         *ctx.extra, *features,
     )  # fmt: skip
+    if not (mask_grad or features):
+        return (*grads[:3], *(None,) * (ctx.count - 3))
     result = [*grads[:3], grads[3] if mask_grad else None] + [None] * (ctx.count - 4)
     if features and features[0] is not None:
         result[FEATURES + 3] = grads[4]
@@ -474,6 +475,19 @@ def _canonical(
     return query, key, value, mask, batch
 
 
+def _plain(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Any:
+    """(output, lse) of the commonest call, where overhead counts: 4-D tensors, as many heads; None for others."""
+    if not (
+        type(query) is type(key) is type(value) is Tensor and query.is_cpu and key.is_cpu and value.is_cpu
+        and query.ndim == key.ndim == 4 and query.shape[1] == key.shape[1] and not torch.is_autocast_enabled("cpu")
+    ):  # fmt: skip
+        return None
+    dim = query.shape[3]
+    if dim == 0:
+        return None
+    return OP.attempt(query, key, value, None, None, 1.0 / math.sqrt(dim), is_causal, False, 0.0)
+
+
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -532,6 +546,14 @@ def scaled_dot_product_attention(
 
     Scores, softmax and sums are float32 for every 16- and 32-bit dtype. Under autocast inputs are cast to its dtype.
     """
+    if (
+        attn_mask is None and dropout_p == 0.0 and scale is None and not enable_gqa and backend is None and seed is None
+        and causal_alignment == "top_left" and window == NO_WINDOW and softcap == 0.0 and alibi_slopes is None
+        and sinks is None and document_ids is None and prefix_len is None and not torch.compiler.is_compiling()
+    ):  # fmt: skip
+        plain = _plain(query, key, value, is_causal)
+        if plain is not None:
+            return plain if return_lse else plain[0]
     q, k, v, mask, batch = _canonical(query, key, value, attn_mask)
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None and q.shape[3] > 0 else float(scale or 0.0)
     _check_values(dropout_p, scale, seed)
