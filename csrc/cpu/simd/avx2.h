@@ -200,5 +200,27 @@ FASTATTN_INLINE void transpose_tile(const float* s, int64_t ls, float* d, int64_
   }
 }
 
+FASTATTN_INLINE void add_moments(const bf16* p, F32& sum, F32& squares) {
+  F32 a, b;
+  load_two(p, a, b);
+  sum = sum + (a + b);
+  squares = fma(b, b, fma(a, a, squares));
+}
+FASTATTN_INLINE void interleave(F32& a, F32& b) { join_two(a, b); }
+
+FASTATTN_INLINE void stream_two(float* p, F32 a, F32 b) {
+  _mm256_stream_ps(p, a.v);
+  _mm256_stream_ps(p + 8, b.v);
+}
+FASTATTN_INLINE void stream_two(bf16* p, F32 a, F32 b) {
+  const __m256i lo = _mm256_srli_epi32(round_to_bf16(a), 16);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(lo, round_to_bf16(b), 0xaa));
+}
+FASTATTN_INLINE void stream_two(f16* p, F32 a, F32 b) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow_f16(a));
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p + 8), narrow_f16(b));
+}
+FASTATTN_INLINE void finish_streams() { _mm_sfence(); }
+
 }  // namespace
 }  // namespace fastattn::FASTATTN_ISA

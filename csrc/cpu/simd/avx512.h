@@ -208,5 +208,37 @@ FASTATTN_INLINE void store_two(bf16* p, F32 a, F32 b) {
 #endif
 }
 
+FASTATTN_INLINE void add_moments(const bf16* p, F32& sum, F32& squares) {
+#if defined(FASTATTN_ISA_AVX512_BF16)
+  const Pairs x = load_pairs(reinterpret_cast<const uint32_t*>(p));
+  sum = dot2(sum, x, splat_pair(0x3f803f80u));
+  squares = dot2(squares, x, x);
+#else
+  F32 a, b;
+  load_two(p, a, b);
+  sum = sum + (a + b);
+  squares = fma(b, b, fma(a, a, squares));
+#endif
+}
+FASTATTN_INLINE void interleave(F32& a, F32& b) { join_two(a, b); }
+
+FASTATTN_INLINE void stream_two(float* p, F32 a, F32 b) {
+  _mm512_stream_ps(p, a.v);
+  _mm512_stream_ps(p + 16, b.v);
+}
+FASTATTN_INLINE void stream_two(bf16* p, F32 a, F32 b) {
+#if defined(FASTATTN_ISA_AVX512_BF16)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), pack_pairs(a, b).v);
+#else
+  const __m512i lo = _mm512_srli_epi32(round_to_bf16(a), 16);
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), _mm512_mask_blend_epi16(0xaaaaaaaau, lo, round_to_bf16(b)));
+#endif
+}
+FASTATTN_INLINE void stream_two(f16* p, F32 a, F32 b) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_f16(a));
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p + 16), narrow_f16(b));
+}
+FASTATTN_INLINE void finish_streams() { _mm_sfence(); }
+
 }  // namespace
 }  // namespace fastattn::FASTATTN_ISA

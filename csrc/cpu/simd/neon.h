@@ -213,5 +213,22 @@ FASTATTN_INLINE void interleave_rows(const bf16* low, const bf16* high, int64_t 
 }
 #endif
 
+FASTATTN_INLINE void add_moments(const bf16* p, F32& sum, F32& squares) {
+  F32 a, b;
+  load_two(p, a, b);
+  sum = sum + (a + b);
+  squares = fma(b, b, fma(a, a, squares));
+}
+FASTATTN_INLINE void interleave(F32& a, F32& b) { join_two(a, b); }
+
+// There are no intrinsics for stores past the caches.
+FASTATTN_INLINE void stream_two(bf16* p, F32 a, F32 b) { store_two(p, a, b); }
+template <class T>
+FASTATTN_INLINE void stream_two(T* p, F32 a, F32 b) {
+  store(p, a);
+  store(p + kLanes, b);
+}
+FASTATTN_INLINE void finish_streams() {}
+
 }  // namespace
 }  // namespace fastattn::FASTATTN_ISA

@@ -168,5 +168,23 @@ FASTATTN_INLINE void transpose_tile(const float* s, int64_t ls, float* d, int64_
     for (int c = 0; c < kLanes; c++) d[c * ld + r] = s[r * ls + c];
 }
 
+FASTATTN_INLINE void add_moments(const bf16* p, F32& sum, F32& squares) {
+  const F32 a = load(p), b = load(p + kLanes);
+  sum = sum + (a + b);
+  squares = fma(b, b, fma(a, a, squares));
+}
+FASTATTN_INLINE void interleave(F32& a, F32& b) {
+  const F32 x = a, y = b;
+  a = {Floats{x.v[0], y.v[0], x.v[1], y.v[1]}};
+  b = {Floats{x.v[2], y.v[2], x.v[3], y.v[3]}};
+}
+
+template <class T>
+FASTATTN_INLINE void stream_two(T* p, F32 a, F32 b) {
+  store(p, a);
+  store(p + kLanes, b);
+}
+FASTATTN_INLINE void finish_streams() {}
+
 }  // namespace
 }  // namespace fastattn::FASTATTN_ISA

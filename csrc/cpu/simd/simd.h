@@ -10,6 +10,10 @@
 //   select(m, a, b)            m ? a : b
 //   scale2(x, n)               x * 2^n for integral n of any size; n = -inf gives 0
 //   split_exponent(x, m)       x = m * 2^result with 1 <= m < 2, for positive normal x; NaN gives m = NaN
+//   add_moments(p, s, q)       adds 2*kLanes bf16 to s and their squares to q; which lane gets which does not matter
+//   interleave(a, b)           a0 b0 a1 b1 ... in a, the rest in b
+//   stream_two(p, a, b)        like store_two (of bf16, or in order), to a 2*kLanes aligned p and past the caches where
+//                              the machine can; finish_streams() before another thread may look
 //   transpose_tile(s, ls, d, ld)  d[c*ld + r] = s[r*ls + c], kLanes x kLanes floats
 //   mul_wide(a, b, hi, lo)     32 x 32 -> 64 bit product of unsigned lanes (Philox)
 //   with FASTATTN_HAS_DOT2 (AVX512_BF16, NEON_BF16): Pairs, dot2(acc, a, b), pack_pairs(lo, hi), narrow_two(lo, hi)
