@@ -3,6 +3,8 @@
 from fastattn.allocator import AllocatorTuning, tune_allocator
 from fastattn.dispatch import BackendUnsupported, explain, use_backend
 from fastattn.ops import (
+    add_layer_norm,
+    add_rms_norm,
     cross_entropy,
     gelu,
     layer_norm,
@@ -19,6 +21,8 @@ __all__ = [
     "AllocatorTuning",
     "BackendUnsupported",
     "__version__",
+    "add_layer_norm",
+    "add_rms_norm",
     "cross_entropy",
     "explain",
     "gelu",

@@ -8,7 +8,12 @@ key and a 128-bit counter, so the mask does not depend on tiles, threads or devi
     word    = j % 4                             of the four 32-bit words that come out
     kept    = word >= floor(p * 2^32)
 
-Every backend reproduces exactly this. (seed, offset) is an int64 tensor of two elements, drawn by `draw`.
+Dropout of rows (add_layer_norm, add_rms_norm), an (rows, columns) matrix, asks at
+
+    counter = (offset, row // 2^32, row, column // 4), word column % 4:
+
+the mask of one batch and head where there are fewer than 2^32 rows. Every backend reproduces exactly this. (seed,
+offset) is an int64 tensor of two elements, drawn by `draw`.
 """
 
 from __future__ import annotations
@@ -70,3 +75,15 @@ def keep_mask(state: torch.Tensor, p: float, batch: int, heads: int, queries: in
     j4 = torch.arange(groups, device=device).view(1, 1, 1, groups)
     word = torch.stack(words(state, (bh, i, j4)), dim=-1)
     return (word >= threshold(p)).flatten(-2)[..., :keys]
+
+
+def row_mask(state: torch.Tensor, p: float, rows: int, columns: int) -> torch.Tensor:
+    """What dropout of rows keeps: bool (rows, columns). Leading dimensions count as rows, those that are normalised
+    together as columns.
+
+    state: (seed, offset), int64 (2,), on the device where the mask is wanted. p: dropout probability in [0, 1].
+    """
+    row = torch.arange(rows, device=state.device)[:, None]
+    group = torch.arange(-(-columns // 4), device=state.device)
+    word = torch.stack(words(state, (row >> 32, row, group)), dim=-1)
+    return (word >= threshold(p)).flatten(-2)[:, :columns]

@@ -60,6 +60,14 @@ def calls(dtype=torch.float32):
         "linear": (fastattn.linear, (draw(2, 4, 10), draw(7, 10), draw(7))),
         "linear gelu": (lambda x, w: fastattn.linear(x, w, activation="gelu"), (draw(4, 10), draw(7, 10))),
         "linear relu": (lambda x, w, b: fastattn.linear(x, w, b, "relu"), (draw(4, 10), draw(7, 10), draw(7))),
+        "add_layer_norm": (
+            lambda x, r, w, b: sum(fastattn.add_layer_norm(x, r, (10,), w, b, dropout_p=0.5, seed=4)),
+            (draw(4, 10), draw(4, 10), draw(10), draw(10)),
+        ),
+        "add_rms_norm": (
+            lambda x, r, w: sum(fastattn.add_rms_norm(x, r, (10,), w, dropout_p=0.5, seed=4, weight_offset=1.0)),
+            (draw(4, 10), draw(4, 10), draw(10)),
+        ),
         "softmax": (lambda x: fastattn.softmax(x, -1), (draw(4, 10),)),
         "log_softmax": (lambda x: fastattn.log_softmax(x, 0), (draw(4, 10),)),
         "gelu": (lambda x, b: fastattn.gelu(x, bias=b), (draw(4, 10), draw(10))),
@@ -241,6 +249,10 @@ def larger_calls():
         ),
         "layer_norm": (lambda x, w: fastattn.layer_norm(x, (300,), w, w), (x, w)),
         "rms_norm": (lambda x, w: fastattn.rms_norm(x, (300,), w), (x, w)),
+        "add_layer_norm": (
+            lambda x, w: sum(fastattn.add_layer_norm(x, x.detach(), (300,), w, w, dropout_p=0.1, seed=3)),
+            (x, w),
+        ),
         "softmax": (lambda x: fastattn.softmax(x, -1), (x,)),
         "linear": (lambda x, w: fastattn.linear(x, w, activation="gelu"), (x, torch.randn(700, 300).requires_grad_())),
         "linear bfloat16": (
@@ -310,12 +322,23 @@ def test_calls_from_several_threads_at_once(backend):
 
 @pytest.mark.parametrize(
     "suite_name",
-    ["attention", "layer_norm", "rms_norm", "linear", "cross_entropy", "softmax", "gelu", "swiglu"],
+    [
+        "attention",
+        "layer_norm",
+        "rms_norm",
+        "add_layer_norm",
+        "add_rms_norm",
+        "linear",
+        "cross_entropy",
+        "softmax",
+        "gelu",
+        "swiglu",
+    ],
 )
 def test_any_forward_feeds_any_backward(suite_name, skip_without_native):
     """Saved statistics mean the same everywhere: the gradients of two backends differ by rounding alone."""
     suite = SUITES[suite_name]
-    name = {"attention": "lse mask", "layer_norm": "prenorm", "rms_norm": "prenorm"}.get(
+    name = {"attention": "lse mask", "add_layer_norm": "dropout 0.1", "add_rms_norm": "dropout 0.1"}.get(
         suite_name, suite.cases[5].name
     )
     for forward, backward in (("reference", "cpu"), ("cpu", "reference")):
@@ -334,6 +357,7 @@ AUTOCAST = {
     "layer_norm": (lambda x: fastattn.layer_norm(x, (8,)), lambda x: F.layer_norm(x, (8,))),
     "rms_norm": (lambda x: fastattn.rms_norm(x, (8,)), lambda x: F.rms_norm(x, (8,))),
     "linear": (lambda x: fastattn.linear(x, x[0, 0]), lambda x: F.linear(x, x[0, 0])),
+    "add_layer_norm": (lambda x: fastattn.add_layer_norm(x, x, (8,))[0], lambda x: F.layer_norm(x + x, (8,))),
     "softmax": (lambda x: fastattn.softmax(x, -1), lambda x: F.softmax(x, -1)),
     "log_softmax": (lambda x: fastattn.log_softmax(x, -1), lambda x: F.log_softmax(x, -1)),
     "gelu": (lambda x: fastattn.gelu(x), lambda x: F.gelu(x)),

@@ -145,3 +145,28 @@ def test_generator_state_decides_and_advances():
     before = torch.get_rng_state()
     assert torch.equal(run(seed=4), run(seed=4))
     assert torch.equal(before, torch.get_rng_state()), "a fixed seed must leave torch's generator alone"
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", available_backends("cpu"))
+def test_rows_are_dropped_as_documented(backend, dtype, p):
+    """add_layer_norm's and add_rms_norm's sums of ones and zeros are the mask; the input's gradient has it, too."""
+    x, zeros = torch.ones(11, 1301, dtype=dtype, requires_grad=True), torch.zeros(11, 1301, dtype=dtype)
+    expected = philox.row_mask(philox.fixed(99, torch.device("cpu")), p, 11, 1301)
+    assert torch.equal(expected, philox.keep_mask(philox.fixed(99, torch.device("cpu")), p, 1, 1, 11, 1301)[0, 0])
+    for function in (fastattn.add_layer_norm, fastattn.add_rms_norm):
+        _, total = function(x, zeros, (1301,), dropout_p=p, seed=99, backend=backend)
+        assert torch.equal(total != 0, expected)
+        (gradient,) = torch.autograd.grad(total.sum(), x)
+        assert torch.equal(gradient != 0, expected)
+
+
+def test_a_seed_drawn_from_torch_drops_the_same_elements_again():
+    x, zeros = torch.ones(7, 65), torch.zeros(7, 65)
+    found = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        found.append([fastattn.add_layer_norm(x, zeros, (65,), dropout_p=0.5)[1] for _ in range(2)])
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    assert not torch.equal(found[0][0], found[0][1])

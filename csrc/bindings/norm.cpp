@@ -1,4 +1,7 @@
-// fastattn::layer_norm and fastattn::rms_norm on the CPU.
+// fastattn::layer_norm, rms_norm, add_layer_norm and add_rms_norm on the CPU.
+#include <unistd.h>
+
+#include <cmath>
 #include <tuple>
 
 #include "rows.h"
@@ -31,6 +34,12 @@ void check_affine(const char* name, const char* what, const Tensor& tensor, cons
                  " must be contiguous with as many elements as a row, ", columns, ", got ", tensor.numel());
 }
 
+void check_input_dtype(const char* name, ScalarType input, ScalarType sum) {
+  FASTATTN_CHECK(
+      input == sum || (sum == ScalarType::Float && (input == ScalarType::BFloat16 || input == ScalarType::Half)), name,
+      ": input must have the dtype of residual, or bfloat16 or float16 where that is float32");
+}
+
 // dtype of weight and bias, which must agree; float32 if there is neither.
 DType affine_dtype(const char* name, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias) {
   if (weight && bias)
@@ -40,24 +49,66 @@ DType affine_dtype(const char* name, const std::optional<Tensor>& weight, const 
 
 double estimate(int64_t elements, double nanoseconds_each) { return static_cast<double>(elements) * nanoseconds_each; }
 
+// Bytes of the largest cache; what is known to be more is written past it.
+int64_t cache_bytes() {
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  static const int64_t bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return int64_t{32} << 20;
+}
+
+Dropout dropout_of(const char* name, const std::optional<Tensor>& philox, double p) {
+  FASTATTN_CHECK(p >= 0.0 && p <= 1.0, name, ": dropout_p must be in [0, 1], got ", p);
+  Dropout dropout{};
+  if (p == 0.0) return dropout;
+  FASTATTN_CHECK(philox && philox->scalar_type() == ScalarType::Long && philox->numel() == 2 && philox->is_contiguous(),
+                 name, ": dropout needs philox, two int64 numbers: seed and offset");
+  const auto* words = static_cast<const int64_t*>(philox->const_data_ptr());
+  const auto seed = static_cast<uint64_t>(words[0]);
+  dropout.enabled = true;
+  // p = 1 keeps nothing: its threshold is one more than a word can hold, its keep_scale 0.
+  dropout.threshold = p == 1.0 ? ~uint32_t{0} : static_cast<uint32_t>(std::floor(p * 4294967296.0));
+  dropout.seed[0] = static_cast<uint32_t>(seed);
+  dropout.seed[1] = static_cast<uint32_t>(seed >> 32);
+  dropout.offset = static_cast<uint32_t>(static_cast<uint64_t>(words[1]));
+  dropout.keep_scale = p == 1.0 ? 0.f : static_cast<float>(1.0 / (1.0 - p));
+  return dropout;
+}
+// Philox makes 64 numbers while memory moves 16.
+double work_of_dropout(const Dropout& dropout) { return dropout.enabled ? 0.5 : 0.0; }
+
+// What LayerNorm and RMSNorm have in common, with and without a residual.
+struct Call {
+  const char* name;
+  bool centred;
+  int64_t normalized_ndim;
+  double weight_offset;
+};
+
 struct Forward {
   Tensor output, sum, mean, rstd;
 };
 
-Forward forward(const char* name, bool centred, const Tensor& input, const std::optional<Tensor>& residual,
-                const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, int64_t normalized_ndim,
-                double eps) {
-  const auto [rows, columns] = shape_of(name, input, normalized_ndim);
-  if (residual) check_like(name, "residual", *residual, input);
-  if (weight) check_affine(name, "weight", *weight, input, columns);
-  if (bias) check_affine(name, "bias", *bias, input, columns);
-  const ScalarType type = input.scalar_type();
-  const Rows x = rows_of(input, normalized_ndim, columns);
+Forward forward(const Call& call, const Tensor& input, const std::optional<Tensor>& residual,
+                const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps,
+                const Dropout& dropout = {}) {
+  const char* name = call.name;
+  const auto [rows, columns] = shape_of(name, input, call.normalized_ndim);
+  const ScalarType type = residual ? residual->scalar_type() : input.scalar_type();
+  if (residual) {
+    FASTATTN_CHECK(same_shape(*residual, input), name, ": residual must have the shape of input");
+    check_input_dtype(name, input.scalar_type(), type);
+  }
+  const Tensor& like = residual ? *residual : input;
+  if (weight) check_affine(name, "weight", *weight, like, columns);
+  if (bias) check_affine(name, "bias", *bias, like, columns);
+  const Rows x = rows_of(input, call.normalized_ndim, columns);
   std::optional<Rows> add;
-  if (residual) add = rows_of(*residual, normalized_ndim, columns);
+  if (residual) add = rows_of(*residual, call.normalized_ndim, columns);
 
-  Forward out{empty(input.sizes(), type), residual ? empty(input.sizes(), type) : unpoisoned(0, type),
-              centred ? empty({rows}, ScalarType::Float) : Tensor(), empty({rows}, ScalarType::Float)};
+  Forward out{empty(input.sizes(), type), residual ? empty(input.sizes(), type) : Tensor(),
+              call.centred ? empty({rows}, ScalarType::Float) : Tensor(), empty({rows}, ScalarType::Float)};
   NormForward p{};
   p.input = x.data();
   p.residual = add ? add->data() : nullptr;
@@ -65,30 +116,40 @@ Forward forward(const char* name, bool centred, const Tensor& input, const std::
   p.bias = bias ? bias->const_data_ptr() : nullptr;
   p.output = out.output.mutable_data_ptr();
   p.sum = residual ? out.sum.mutable_data_ptr() : nullptr;
-  p.mean = centred ? static_cast<float*>(out.mean.mutable_data_ptr()) : nullptr;
+  p.mean = call.centred ? static_cast<float*>(out.mean.mutable_data_ptr()) : nullptr;
   p.rstd = static_cast<float*>(out.rstd.mutable_data_ptr());
   p.rows = rows;
   p.columns = columns;
   p.input_stride = x.stride;
   p.residual_stride = add ? add->stride : 0;
   p.eps = static_cast<float>(eps);
+  p.weight_offset = static_cast<float>(call.weight_offset);
   p.dtype = dtype_of(type);
+  p.input_dtype = dtype_of(input);
   p.affine_dtype = affine_dtype(name, weight, bias);
-  p.centred = centred;
-  launch(kernels().layer_norm->forward, p, estimate(rows * columns, 0.2));
+  p.centred = call.centred;
+  const int64_t bytes = rows * columns * (type == ScalarType::Float ? 4 : 2);
+  p.streaming = bytes * (residual ? 4 : 2) > cache_bytes();
+  p.dropout = dropout;
+  launch(kernels().layer_norm->forward, p, estimate(rows * columns, 0.2 + work_of_dropout(dropout)));
   return out;
 }
 
 struct Backward {
-  Tensor grad_input, grad_weight, grad_bias;
+  Tensor grad_total, grad_input, grad_weight, grad_bias;
 };
 
-Backward backward(const char* name, bool centred, const Tensor& grad_output, const std::optional<Tensor>& grad_sum,
+// input_type: of the gradient of input where there was a residual; without one there is no grad_input apart.
+Backward backward(const Call& call, const Tensor& grad_output, const std::optional<Tensor>& grad_sum,
                   const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                  const Tensor* mean, const Tensor& rstd, int64_t normalized_ndim, bool weight_grad, bool bias_grad) {
-  const auto [rows, columns] = shape_of(name, input, normalized_ndim);
+                  const Tensor* mean, const Tensor& rstd, bool weight_grad, bool bias_grad,
+                  std::optional<ScalarType> input_type = std::nullopt, const Dropout& dropout = {}) {
+  const char* name = call.name;
+  const auto [rows, columns] = shape_of(name, input, call.normalized_ndim);
+  const ScalarType type = input.scalar_type();
   check_like(name, "grad_output", grad_output, input);
   if (grad_sum) check_like(name, "grad_sum", *grad_sum, input);
+  if (input_type) check_input_dtype(name, *input_type, type);
   if (weight) check_affine(name, "weight", *weight, input, columns);
   if (bias) check_affine(name, "bias", *bias, input, columns);
   for (const Tensor* statistic : {mean, &rstd}) {
@@ -99,22 +160,26 @@ Backward backward(const char* name, bool centred, const Tensor& grad_output, con
   }
   weight_grad = weight_grad && weight;
   bias_grad = bias_grad && bias;
-  const Rows dy = rows_of(grad_output, normalized_ndim, columns);
-  const Rows x = rows_of(input, normalized_ndim, columns);
+  const bool apart = input_type && (*input_type != type || dropout.enabled);
+  const Rows dy = rows_of(grad_output, call.normalized_ndim, columns);
+  const Rows x = rows_of(input, call.normalized_ndim, columns);
   std::optional<Rows> ds;
-  if (grad_sum) ds = rows_of(*grad_sum, normalized_ndim, columns);
+  if (grad_sum) ds = rows_of(*grad_sum, call.normalized_ndim, columns);
 
   const auto parameter = [](const std::optional<Tensor>& tensor, bool wanted) {
     const ScalarType type = tensor ? tensor->scalar_type() : ScalarType::Float;
     return wanted ? empty(tensor->sizes(), type) : unpoisoned(0, type);
   };
-  Backward out{empty(input.sizes(), input.scalar_type()), parameter(weight, weight_grad),
-               centred ? parameter(bias, bias_grad) : Tensor()};
-  // At most 64 chunks of at least 16 rows, in fours: the kernel's stride.
+  Backward out{empty(input.sizes(), type),
+               !input_type ? Tensor()
+               : apart     ? empty(input.sizes(), *input_type)
+                           : unpoisoned(0, *input_type),
+               parameter(weight, weight_grad), call.centred ? parameter(bias, bias_grad) : Tensor()};
+  // At most 64 chunks of at least 16 rows, in fours: the kernel's blocks.
   const int64_t chunk_rows = (std::max<int64_t>((rows + 63) / 64, 16) + 3) / 4 * 4;
   const int64_t chunks = std::max<int64_t>((rows + chunk_rows - 1) / chunk_rows, 1);
   std::optional<Tensor> partials;
-  if (weight_grad || bias_grad) partials = unpoisoned(chunks * (centred ? 2 : 1) * columns, ScalarType::Float);
+  if (weight_grad || bias_grad) partials = unpoisoned(chunks * (call.centred ? 2 : 1) * columns, ScalarType::Float);
 
   NormBackward p{};
   p.grad_output = dy.data();
@@ -123,7 +188,8 @@ Backward backward(const char* name, bool centred, const Tensor& grad_output, con
   p.weight = weight ? weight->const_data_ptr() : nullptr;
   p.mean = mean != nullptr ? static_cast<const float*>(mean->const_data_ptr()) : nullptr;
   p.rstd = static_cast<const float*>(rstd.const_data_ptr());
-  p.grad_input = out.grad_input.mutable_data_ptr();
+  p.grad_total = out.grad_total.mutable_data_ptr();
+  p.grad_input = apart ? out.grad_input.mutable_data_ptr() : nullptr;
   p.grad_weight = weight_grad ? out.grad_weight.mutable_data_ptr() : nullptr;
   p.grad_bias = bias_grad ? out.grad_bias.mutable_data_ptr() : nullptr;
   p.partials = partials ? static_cast<float*>(partials->mutable_data_ptr()) : nullptr;
@@ -133,50 +199,105 @@ Backward backward(const char* name, bool centred, const Tensor& grad_output, con
   p.grad_sum_stride = ds ? ds->stride : 0;
   p.input_stride = x.stride;
   p.chunk_rows = chunk_rows;
-  p.dtype = dtype_of(input);
+  p.weight_offset = static_cast<float>(call.weight_offset);
+  p.dtype = dtype_of(type);
+  p.input_dtype = input_type ? dtype_of(*input_type) : p.dtype;
   p.affine_dtype = affine_dtype(name, weight, bias);
-  p.centred = centred;
-  launch(kernels().layer_norm->backward, p, estimate(rows * columns, 0.4));
+  p.centred = call.centred;
+  const int64_t bytes = rows * columns * (type == ScalarType::Float ? 4 : 2);
+  p.streaming = bytes * (3 + (grad_sum ? 1 : 0) + (apart ? 1 : 0)) > cache_bytes();
+  p.dropout = dropout;
+  launch(kernels().layer_norm->backward, p, estimate(rows * columns, 0.4 + work_of_dropout(dropout)));
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_forward(Tensor input, std::optional<Tensor> residual,
-                                                              std::optional<Tensor> weight, std::optional<Tensor> bias,
-                                                              int64_t normalized_ndim, double eps) {
-  Forward out = forward("layer_norm", true, input, residual, weight, bias, normalized_ndim, eps);
+// ---- LayerNorm ----
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(Tensor input, std::optional<Tensor> weight,
+                                                      std::optional<Tensor> bias, int64_t normalized_ndim, double eps,
+                                                      double weight_offset) {
+  Forward out = forward({"layer_norm", true, normalized_ndim, weight_offset}, input, std::nullopt, weight, bias, eps);
+  return {out.output, out.mean, out.rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor grad_output, Tensor input, std::optional<Tensor> weight,
+                                                       std::optional<Tensor> bias, Tensor mean, Tensor rstd,
+                                                       int64_t normalized_ndim, double weight_offset, bool weight_grad,
+                                                       bool bias_grad) {
+  Backward out = backward({"layer_norm", true, normalized_ndim, weight_offset}, grad_output, std::nullopt, input,
+                          weight, bias, &mean, rstd, weight_grad, bias_grad);
+  return {out.grad_total, out.grad_weight, out.grad_bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward(Tensor input, Tensor residual,
+                                                                  std::optional<Tensor> weight,
+                                                                  std::optional<Tensor> bias,
+                                                                  std::optional<Tensor> philox, int64_t normalized_ndim,
+                                                                  double eps, double weight_offset, double dropout_p) {
+  const Call call{"add_layer_norm", true, normalized_ndim, weight_offset};
+  Forward out = forward(call, input, residual, weight, bias, eps, dropout_of(call.name, philox, dropout_p));
   return {out.output, out.sum, out.mean, out.rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor grad_output, std::optional<Tensor> grad_sum, Tensor input,
-                                                       std::optional<Tensor> weight, std::optional<Tensor> bias,
-                                                       Tensor mean, Tensor rstd, int64_t normalized_ndim,
-                                                       bool weight_grad, bool bias_grad) {
-  Backward out = backward("layer_norm", true, grad_output, grad_sum, input, weight, bias, &mean, rstd, normalized_ndim,
-                          weight_grad, bias_grad);
-  return {out.grad_input, out.grad_weight, out.grad_bias};
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
+    Tensor grad_output, std::optional<Tensor> grad_sum, Tensor sum, std::optional<Tensor> weight,
+    std::optional<Tensor> bias, Tensor mean, Tensor rstd, std::optional<Tensor> philox, int64_t normalized_ndim,
+    double weight_offset, double dropout_p, ScalarType input_dtype, bool weight_grad, bool bias_grad) {
+  const Call call{"add_layer_norm", true, normalized_ndim, weight_offset};
+  Backward out = backward(call, grad_output, grad_sum, sum, weight, bias, &mean, rstd, weight_grad, bias_grad,
+                          input_dtype, dropout_of(call.name, philox, dropout_p));
+  return {out.grad_input, out.grad_total, out.grad_weight, out.grad_bias};
 }
 
-std::tuple<Tensor, Tensor, Tensor> rms_norm_forward(Tensor input, std::optional<Tensor> residual,
-                                                    std::optional<Tensor> weight, int64_t normalized_ndim, double eps) {
-  Forward out = forward("rms_norm", false, input, residual, weight, std::nullopt, normalized_ndim, eps);
+// ---- RMSNorm ----
+
+std::tuple<Tensor, Tensor> rms_norm_forward(Tensor input, std::optional<Tensor> weight, int64_t normalized_ndim,
+                                            double eps, double weight_offset) {
+  Forward out =
+      forward({"rms_norm", false, normalized_ndim, weight_offset}, input, std::nullopt, weight, std::nullopt, eps);
+  return {out.output, out.rstd};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad_output, Tensor input, std::optional<Tensor> weight,
+                                             Tensor rstd, int64_t normalized_ndim, double weight_offset,
+                                             bool weight_grad) {
+  Backward out = backward({"rms_norm", false, normalized_ndim, weight_offset}, grad_output, std::nullopt, input, weight,
+                          std::nullopt, nullptr, rstd, weight_grad, false);
+  return {out.grad_total, out.grad_weight};
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm_forward(Tensor input, Tensor residual, std::optional<Tensor> weight,
+                                                        std::optional<Tensor> philox, int64_t normalized_ndim,
+                                                        double eps, double weight_offset, double dropout_p) {
+  const Call call{"add_rms_norm", false, normalized_ndim, weight_offset};
+  Forward out = forward(call, input, residual, weight, std::nullopt, eps, dropout_of(call.name, philox, dropout_p));
   return {out.output, out.sum, out.rstd};
 }
 
-std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad_output, std::optional<Tensor> grad_sum, Tensor input,
-                                             std::optional<Tensor> weight, Tensor rstd, int64_t normalized_ndim,
-                                             bool weight_grad) {
-  Backward out = backward("rms_norm", false, grad_output, grad_sum, input, weight, std::nullopt, nullptr, rstd,
-                          normalized_ndim, weight_grad, false);
-  return {out.grad_input, out.grad_weight};
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm_backward(Tensor grad_output, std::optional<Tensor> grad_sum, Tensor sum,
+                                                         std::optional<Tensor> weight, Tensor rstd,
+                                                         std::optional<Tensor> philox, int64_t normalized_ndim,
+                                                         double weight_offset, double dropout_p, ScalarType input_dtype,
+                                                         bool weight_grad) {
+  const Call call{"add_rms_norm", false, normalized_ndim, weight_offset};
+  Backward out = backward(call, grad_output, grad_sum, sum, weight, std::nullopt, nullptr, rstd, weight_grad, false,
+                          input_dtype, dropout_of(call.name, philox, dropout_p));
+  return {out.grad_input, out.grad_total, out.grad_weight};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("layer_norm.cpu", TORCH_BOX(&layer_norm_forward));
   m.impl("layer_norm_forward.cpu", TORCH_BOX(&layer_norm_forward));
   m.impl("layer_norm_backward.cpu", TORCH_BOX(&layer_norm_backward));
+  m.impl("add_layer_norm.cpu", TORCH_BOX(&add_layer_norm_forward));
+  m.impl("add_layer_norm_forward.cpu", TORCH_BOX(&add_layer_norm_forward));
+  m.impl("add_layer_norm_backward.cpu", TORCH_BOX(&add_layer_norm_backward));
   m.impl("rms_norm.cpu", TORCH_BOX(&rms_norm_forward));
   m.impl("rms_norm_forward.cpu", TORCH_BOX(&rms_norm_forward));
   m.impl("rms_norm_backward.cpu", TORCH_BOX(&rms_norm_backward));
+  m.impl("add_rms_norm.cpu", TORCH_BOX(&add_rms_norm_forward));
+  m.impl("add_rms_norm_forward.cpu", TORCH_BOX(&add_rms_norm_forward));
+  m.impl("add_rms_norm_backward.cpu", TORCH_BOX(&add_rms_norm_backward));
 }
 
 }  // namespace

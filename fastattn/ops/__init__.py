@@ -3,13 +3,15 @@
 from fastattn.ops.attention import scaled_dot_product_attention
 from fastattn.ops.cross_entropy import cross_entropy
 from fastattn.ops.gelu import gelu
-from fastattn.ops.layer_norm import layer_norm
+from fastattn.ops.layer_norm import add_layer_norm, layer_norm
 from fastattn.ops.linear import linear
-from fastattn.ops.rms_norm import rms_norm
+from fastattn.ops.rms_norm import add_rms_norm, rms_norm
 from fastattn.ops.softmax import log_softmax, softmax
 from fastattn.ops.swiglu import swiglu
 
 __all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
     "cross_entropy",
     "gelu",
     "layer_norm",

@@ -28,6 +28,18 @@ def layer_norm(input=(3, 8), shape=(8,), *args, **call):
     return lambda backend: fastattn.layer_norm(x, shape, *args, backend=backend, **call)
 
 
+def add_layer_norm(input=None, residual=None, **call):
+    x = f32(3, 8) if input is None else input
+    r = f32(3, 8) if residual is None else residual
+    return lambda backend: fastattn.add_layer_norm(x, r, (8,), backend=backend, **call)
+
+
+def add_rms_norm(input=None, residual=None, **call):
+    x = f32(3, 8) if input is None else input
+    r = f32(3, 8) if residual is None else residual
+    return lambda backend: fastattn.add_rms_norm(x, r, (8,), backend=backend, **call)
+
+
 def rms_norm(input=(3, 8), shape=(8,), *args, **call):
     x = f32(*input) if isinstance(input, tuple) else input
     return lambda backend: fastattn.rms_norm(x, shape, *args, backend=backend, **call)
@@ -328,6 +340,37 @@ BAD = {
             ),
         )
     },
+    **{
+        f"{name} {what}": (norm(**call), ValueError, f"{name}: {message}")
+        for name, norm in (("add_layer_norm", add_layer_norm), ("add_rms_norm", add_rms_norm))
+        for what, call, message in (
+            (
+                "residual shape",
+                {"residual": f32(8)},
+                r"residual must have the input's shape \(3, 8\) and device cpu, got",
+            ),
+            (
+                "integers",
+                {"input": f32(3, 8, dtype=torch.int64)},
+                r"input must be float32, bfloat16, float16 or float64",
+            ),
+            (
+                "integer residual",
+                {"residual": f32(3, 8, dtype=torch.int32)},
+                r"residual must be floating, got torch.int32",
+            ),
+            ("weight shape", {"weight": f32(7)}, r"weight must have shape \(8,\), got \(7,\)"),
+            ("dropout_p above 1", {"dropout_p": 1.5}, r"dropout_p must be in \[0, 1\], got 1.5"),
+            ("dropout_p of nothing", {"dropout_p": math.nan}, r"dropout_p must be in \[0, 1\], got nan"),
+            ("negative seed", {"seed": -1}, r"seed must be in \[0, 2\*\*63\), got -1"),
+            ("infinite weight_offset", {"weight_offset": math.inf}, r"weight_offset must be finite, got inf"),
+        )
+    },
+    "layer_norm weight_offset": (
+        layer_norm(weight_offset=math.nan),
+        ValueError,
+        r"layer_norm: weight_offset must be finite, got nan",
+    ),
     "layer_norm bias shape": (
         layer_norm((3, 8), (8,), None, f32(8, 1)),
         ValueError,
@@ -598,10 +641,21 @@ RAW_BAD = {
         *(f32(1, 2, 5, 8), None, f32(1, 2, 5, 8), f32(1, 2, 5, 8), f32(1, 2, 5, 8), None, None, f32(1, 2, 5, 8)),
         *(f32(1, 2, 4), 1.0, False, False, 0.0, False),
     ),
-    "norm of a short weight": lambda: torch.ops.fastattn.layer_norm_forward.cpu(f32(3, 8), None, f32(7), None, 1, 1e-5),
-    "norm of a small residual": lambda: torch.ops.fastattn.rms_norm_forward.cpu(f32(3, 8), f32(3, 7), None, 1, 1e-5),
+    "norm of a short weight": lambda: torch.ops.fastattn.layer_norm_forward.cpu(f32(3, 8), f32(7), None, 1, 1e-5, 0.0),
+    "norm of a small residual": lambda: torch.ops.fastattn.add_rms_norm_forward.cpu(
+        f32(3, 8), f32(3, 7), None, None, 1, 1e-5, 0.0, 0.0
+    ),
     "norm backward of short statistics": lambda: torch.ops.fastattn.rms_norm_backward.cpu(
-        f32(3, 8), None, f32(3, 8), None, f32(2), 1, False
+        f32(3, 8), f32(3, 8), None, f32(2), 1, 0.0, False
+    ),
+    "norm of a narrow residual": lambda: torch.ops.fastattn.add_layer_norm_forward.cpu(
+        f32(3, 8), f32(3, 8, dtype=torch.bfloat16), None, None, None, 1, 1e-5, 0.0, 0.0
+    ),
+    "norm without philox": lambda: torch.ops.fastattn.add_layer_norm_forward.cpu(
+        f32(3, 8), f32(3, 8), None, None, None, 1, 1e-5, 0.0, 0.5
+    ),
+    "norm backward of another sum's gradient": lambda: torch.ops.fastattn.add_layer_norm_backward.cpu(
+        *(f32(3, 8), f32(3, 7), f32(3, 8), None, None, f32(3), f32(3), None, 1, 0.0, 0.0, torch.float32, False, False)
     ),
     "linear of other inputs": lambda: torch.ops.fastattn.linear_forward.cpu(f32(3, 8), f32(4, 7), None, 0, False),
     "linear of a short bias": lambda: torch.ops.fastattn.linear_forward.cpu(f32(3, 8), f32(4, 8), f32(3), 0, False),

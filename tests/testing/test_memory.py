@@ -46,7 +46,7 @@ def test_poison_reaches_what_cpp_kernels_allocate(skip_without_native):
     kernel = torch.ops.fastattn.layer_norm_forward.cpu
     with poisoned_memory(), Allocations():
         kernel.redispatch(
-            torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), torch.randn(30, 40), None, None, None, 1, 1e-5
+            torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), torch.randn(30, 40), None, None, 1, 1e-5, 0.0
         )
     assert Allocations.seen >= 3  # output, mean, rstd
 

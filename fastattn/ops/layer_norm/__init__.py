@@ -1,9 +1,11 @@
-"""LayerNorm, optionally with a residual added first."""
+"""LayerNorm, and LayerNorm of a sum."""
 
 from fastattn.ops.layer_norm import cpu, reference
-from fastattn.ops.layer_norm.op import OP, layer_norm
+from fastattn.ops.layer_norm.op import ADD_OP, OP, add_layer_norm, layer_norm
 
 OP.implement("reference", reference.IMPLEMENTATION)
 OP.implement("cpu", cpu.IMPLEMENTATION)
+ADD_OP.implement("reference", reference.ADD_IMPLEMENTATION)
+ADD_OP.implement("cpu", cpu.ADD_IMPLEMENTATION)
 
-__all__ = ["OP", "layer_norm"]
+__all__ = ["ADD_OP", "OP", "add_layer_norm", "layer_norm"]

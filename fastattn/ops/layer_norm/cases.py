@@ -1,7 +1,9 @@
-"""Sample problems and workloads of LayerNorm, its definition in plain torch, and torch's peer."""
+"""Sample problems and workloads of LayerNorm and of the sum's, their definitions in plain torch, and torch's peers."""
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn import philox
 from fastattn.cases import Arguments, Case, Sampler, Suite, Workload
-from fastattn.ops.layer_norm.op import layer_norm
+from fastattn.ops.layer_norm.op import add_layer_norm, layer_norm
 
 Draw = Callable[..., Tensor]
 
@@ -25,6 +28,7 @@ def definition(
     *,
     residual: Tensor | None = None,
     prenorm: bool = False,
+    weight_offset: float = 0.0,
 ) -> Any:
     """LayerNorm written down, in the dtype of its inputs."""
     total = input if residual is None else input + residual
@@ -33,7 +37,7 @@ def definition(
     variance = (total - mean).square().mean(dims, keepdim=True)
     output = (total - mean) / (variance + eps).sqrt()
     if weight is not None:
-        output = output * weight
+        output = output * (weight + weight_offset)
     if bias is not None:
         output = output + bias
     return (output, total) if prenorm else output
@@ -48,14 +52,67 @@ def peer(
     *,
     residual: Tensor | None = None,
     prenorm: bool = False,
+    weight_offset: float = 0.0,
 ) -> Any:
     """torch's layer_norm after torch's addition; parameters in dtypes that it refuses are converted to the input's."""
     total = input if residual is None else input + residual
+    if weight is not None and weight_offset != 0.0:
+        weight = weight + weight_offset
     given = {t.dtype for t in (weight, bias) if t is not None}
     if given not in (set(), {total.dtype}, {torch.float32}) or total.dtype not in (torch.bfloat16, torch.float16):
         weight, bias = (None if t is None else t.to(total.dtype) for t in (weight, bias))
     output = F.layer_norm(total, tuple(normalized_shape), weight, bias, eps)
     return (output, total) if prenorm else output
+
+
+def _branch(input: Tensor, columns: int, p: float, seed: int | None) -> Tensor:
+    """input after dropout."""
+    if p == 0.0:
+        return input
+    assert seed is not None
+    keep = philox.row_mask(philox.fixed(seed, input.device), p, input.numel() // max(columns, 1), columns)
+    return input * keep.view(input.shape) * (1.0 / (1.0 - p) if p < 1.0 else 0.0)
+
+
+def add_definition(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dropout_p: float = 0.0,
+    weight_offset: float = 0.0,
+    seed: int | None = None,
+) -> Any:
+    """The sum and its norm written down, in the dtype of the inputs."""
+    branch = _branch(input, math.prod(normalized_shape), dropout_p, seed)
+    return definition(
+        branch, normalized_shape, weight, bias, eps, residual=residual, prenorm=True, weight_offset=weight_offset
+    )
+
+
+def add_peer(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dropout_p: float = 0.0,
+    weight_offset: float = 0.0,
+    seed: int | None = None,
+) -> Any:
+    """torch's addition and norm; without a seed its own dropout, which is another mask of the same kind."""
+    if dropout_p > 0.0 and seed is None:
+        branch = F.dropout(input, dropout_p)
+    else:
+        branch = _branch(input, math.prod(normalized_shape), dropout_p, seed)
+    return peer(
+        branch, normalized_shape, weight, bias, eps, residual=residual, prenorm=True, weight_offset=weight_offset
+    )
 
 
 def _contiguous(s: Sampler, *shape: int) -> Tensor:
@@ -109,6 +166,19 @@ def _build(
     return build
 
 
+def _outlier_in_front(s: Sampler) -> Arguments:
+    """The first columns say nothing of the mean."""
+    arguments = _build((20, 500))(s)
+    arguments["input"][:, 0] += 3000.0
+    return arguments
+
+
+def _halves_apart(s: Sampler) -> Arguments:
+    arguments = _build((20, 1000))(s)
+    arguments["input"][:, 32:] += 50.0
+    return arguments
+
+
 def _cases() -> Iterator[Case]:
     for columns in (2, 3, 7, 15, 16, 17, 31, 33, 64, 100, 127, 128, 255, 257, 768, 1000, 4099):
         core = columns in (3, 33, 768, 4099)
@@ -136,6 +206,9 @@ def _cases() -> Iterator[Case]:
     yield Case("prenorm without residual", _build((30, 100), prenorm=True))
     yield Case("prenorm of 2 dims", _build((7, 8, 9), dims=2, residual=True, prenorm=True))
     yield Case("residual in float32", _build((30, 100), residual=True, residual_dtype=torch.float32))
+    yield Case("weight offset", _build((30, 100), weight_offset=1.0), core=True)
+    yield Case("weight offset in float32", _build((30, 100), parameters=torch.float32, weight_offset=-0.5))
+    yield Case("weight offset without weight", _build((30, 100), weight=False, weight_offset=1.0))
     yield Case("large eps", _build((30, 100), eps=0.5))
     yield Case("no eps", _build((30, 100), eps=0.0))
     yield Case("tiny values", _build((30, 100), draw=lambda s, *n: s.normal(*n, std=1e-3)))
@@ -152,6 +225,13 @@ def _cases() -> Iterator[Case]:
     for name, (draw, shape) in layouts.items():
         yield Case(name, _build(shape, draw=draw), core=name == "strided rows")
         yield Case(f"{name} with residual", _build(shape, draw=draw, residual=True, prenorm=True))
+    yield Case("65536 columns", _build((3, 65536)))
+    yield Case("100003 columns", _build((2, 100003)))
+    yield Case("rows of 2050 columns", _build((11, 2050)))
+    yield Case("a mean of ten thousand", _build((6, 300), draw=lambda s, *n: s.normal(*n, mean=1e4, std=100.0)))
+    yield Case("a tiny variance", _build((30, 100), draw=lambda s, *n: s.normal(*n, mean=0.0, std=1e-6)))
+    yield Case("an outlier in front", _outlier_in_front)
+    yield Case("halves apart", _halves_apart)
     yield Case("no rows", _build((0, 16)))
     yield Case("no rows, residual", _build((0, 16), residual=True, prenorm=True))
     yield Case("no rows in the middle", _build((3, 0, 16)))
@@ -165,15 +245,60 @@ def _cases() -> Iterator[Case]:
     yield Case("NaN and infinity in rows", nan_row, differentiable=("input",))
 
 
-def workload(rows: int, columns: int, *, residual: bool = False, quick: bool = False) -> Workload:
+def _add_cases() -> Iterator[Case]:
+    add = functools.partial(_build, residual=True)
+    for columns in (1, 2, 7, 31, 33, 64, 100, 768, 1025, 4099):
+        differentiable = ("weight", "bias") if columns == 1 else None
+        yield Case(f"{columns} columns", add((9, columns)), differentiable=differentiable, core=columns in (7, 768))
+    yield Case("2 normalised dims", add((6, 10, 12), dims=2))
+    yield Case("no affine", add((20, 100), weight=False, bias=False))
+    yield Case("float32 parameters", add((20, 100), parameters=torch.float32), core=True)
+    yield Case("float32 residual", add((21, 100), residual_dtype=torch.float32, parameters=torch.float32), core=True)
+    yield Case("bfloat16 residual", add((21, 100), residual_dtype=torch.bfloat16))
+    yield Case("weight offset", add((30, 100), weight_offset=1.0))
+    for p in (0.0, 0.1, 0.5, 1.0):
+        yield Case(f"dropout {p}", add((40, 133), dropout_p=p, seed=1234), core=p == 0.1)
+    yield Case("dropout of long rows", add((5, 3001), dropout_p=0.3, seed=2**63 - 1))
+    yield Case("dropout of 1 column", add((50, 1), dropout_p=0.5, seed=9), differentiable=("weight", "bias"))
+    yield Case("dropout of 2 dims", add((3, 7, 5, 6), dims=2, dropout_p=0.2, seed=0))
+    yield Case(
+        "dropout into a float32 residual",
+        add((21, 100), residual_dtype=torch.float32, parameters=torch.float32, dropout_p=0.25, seed=5),
+        core=True,
+    )
+    for name, draw, shape in (
+        ("strided rows", _strided_rows, (12, 70)),
+        ("transposed", _transposed, (12, 70)),
+        ("permuted rows", _permuted_rows, (3, 6, 4, 50)),
+        ("expanded", _expanded, (8, 70)),
+    ):
+        yield Case(name, add(shape, draw=draw), core=name == "strided rows")
+        yield Case(f"{name} with dropout", add(shape, draw=draw, dropout_p=0.3, seed=3))
+    yield Case("no rows", add((0, 16), dropout_p=0.5, seed=1))
+
+
+def workload(rows: int, columns: int, *, quick: bool = False) -> Workload:
     size = rows * columns
     return Workload(
-        f"{rows}x{columns}" + (" residual" if residual else ""),
-        _build((rows, columns), residual=residual, prenorm=residual),
-        forward_flops=(9 if residual else 8) * size,
-        backward_flops=(14 if residual else 13) * size,
-        forward_elements=(4 if residual else 2) * size,
-        backward_elements=(4 if residual else 3) * size,
+        f"{rows}x{columns}",
+        _build((rows, columns)),
+        forward_flops=8 * size,
+        backward_flops=13 * size,
+        forward_elements=2 * size,
+        backward_elements=3 * size,
+        quick=quick,
+    )
+
+
+def add_layer_norm_workload(rows: int, columns: int, *, quick: bool = False) -> Workload:
+    size = rows * columns
+    return Workload(
+        f"{rows}x{columns}",
+        _build((rows, columns), residual=True),
+        forward_flops=9 * size,
+        backward_flops=14 * size,
+        forward_elements=4 * size,
+        backward_elements=4 * size,
         quick=quick,
     )
 
@@ -183,9 +308,11 @@ WORKLOADS = (
     workload(4096, 768, quick=True),
     workload(8192, 1024),
     workload(4096, 4096),
-    workload(4096, 768, residual=True, quick=True),
-    workload(8192, 1024, residual=True),
-    workload(4096, 4096, residual=True),
+)
+
+ADD_WORKLOADS = tuple(
+    add_layer_norm_workload(rows, columns, quick=rows == 4096 and columns == 768)
+    for rows, columns in ((1024, 768), (4096, 768), (8192, 1024), (4096, 4096))
 )
 
 SUITES = (
@@ -198,5 +325,15 @@ SUITES = (
         results=("output", "sum"),
         cases=tuple(replace(case, draws=4) for case in _cases()),
         workloads=WORKLOADS,
+    ),
+    Suite(
+        name="add_layer_norm",
+        function=add_layer_norm,
+        truth=add_definition,
+        peer=add_peer,
+        differentiable=("input", "weight", "bias", "residual"),
+        results=("output", "sum"),
+        cases=tuple(replace(case, draws=4) for case in _add_cases()),
+        workloads=ADD_WORKLOADS,
     ),
 )

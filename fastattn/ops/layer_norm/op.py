@@ -1,6 +1,7 @@
-"""LayerNorm, with an optional residual added first: the public function and the op's contract.
+"""LayerNorm, and LayerNorm of a sum: the public functions and the contracts of the ops.
 
-s = input + residual        y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias     (Ba et al. 2016)
+layer_norm        y = (x - mean(x)) / sqrt(var(x) + eps) * (weight + weight_offset) + bias      (Ba et al. 2016)
+add_layer_norm    s = residual + dropout(input), y = layer_norm(s): a pre-LN block's addition and the norm that follows
 """
 
 from __future__ import annotations
@@ -13,104 +14,102 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn import philox as philox_mask
 from fastattn.dispatch import Op, Problem, check_size
 from fastattn.numerics import accumulation_dtype
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HALVES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class LayerNormProblem(Problem):
+    """dtype is the input's."""
+
     shape: tuple[int, ...]
     normalized_ndim: int
     weight_dtype: torch.dtype | None
     bias_dtype: torch.dtype | None
-    residual: bool
 
 
-def _rows(input: Tensor, normalized_ndim: int) -> int:
-    return math.prod(input.shape[: input.ndim - normalized_ndim])
+@dataclass(frozen=True)
+class AddLayerNormProblem(LayerNormProblem):
+    """dtype is that of the sum, of residual and of the output."""
+
+    input_dtype: torch.dtype
+    dropout: bool
+
+
+def _rows(tensor: Tensor, normalized_ndim: int) -> int:
+    return math.prod(tensor.shape[: tensor.ndim - normalized_ndim])
+
+
+def _parameter_fake(like: Tensor, tensor: Tensor | None, wanted: bool) -> Tensor:
+    if tensor is None:
+        return like.new_empty((0,), dtype=torch.float32)
+    return tensor.new_empty(tensor.shape if wanted else (0,))
+
+
+# ---- layer_norm ----
 
 
 def _forward_fake(
     input: Tensor,
-    residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     normalized_ndim: int,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weight_offset: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     statistics = input.new_empty((_rows(input, normalized_ndim),), dtype=accumulation_dtype(input.dtype))
-    total = input.new_empty((0,) if residual is None else input.shape)
-    return input.new_empty(input.shape), total, statistics, torch.empty_like(statistics)
+    return input.new_empty(input.shape), statistics, torch.empty_like(statistics)
 
 
 def _backward_fake(
     grad_output: Tensor,
-    grad_sum: Tensor | None,
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     normalized_ndim: int,
+    weight_offset: float,
     weight_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    def parameter(tensor: Tensor | None, wanted: bool) -> Tensor:
-        if tensor is None:
-            return input.new_empty((0,), dtype=torch.float32)
-        return tensor.new_empty(tensor.shape if wanted else (0,))
-
-    return input.new_empty(input.shape), parameter(weight, weight_grad), parameter(bias, bias_grad)
+    parameters = _parameter_fake(input, weight, weight_grad), _parameter_fake(input, bias, bias_grad)
+    return input.new_empty(input.shape), *parameters
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    input, residual, weight, bias, ctx.normalized_ndim, _ = inputs
-    _, total, mean, rstd = output
-    ctx.has_residual = residual is not None
-    ctx.mark_non_differentiable(*((mean, rstd) if ctx.has_residual else (total, mean, rstd)))
+    input, weight, bias, ctx.normalized_ndim, _, ctx.weight_offset = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(total if ctx.has_residual else input, weight, bias, mean, rstd)
+    ctx.save_for_backward(input, weight, bias, mean, rstd)
 
 
-def _backward(kernel: Any, ctx: Any, grad_output: Tensor | None, grad_sum: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    total, weight, bias, mean, rstd = ctx.saved_tensors
+def _backward(kernel: Any, ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_output is None:
-        return grad_sum, grad_sum if ctx.has_residual else None, None, None, None, None
-    weight_grad = weight is not None and ctx.needs_input_grad[2]
-    bias_grad = bias is not None and ctx.needs_input_grad[3]
+        return None, None, None, None, None, None
+    input, weight, bias, mean, rstd = ctx.saved_tensors
+    weight_grad = weight is not None and ctx.needs_input_grad[1]
+    bias_grad = bias is not None and ctx.needs_input_grad[2]
     grad_input, grad_weight, grad_bias = kernel(
-        grad_output,
-        grad_sum if ctx.has_residual else None,
-        total,
-        weight,
-        bias,
-        mean,
-        rstd,
-        ctx.normalized_ndim,
-        weight_grad,
-        bias_grad,
+        grad_output, input, weight, bias, mean, rstd, ctx.normalized_ndim, ctx.weight_offset, weight_grad, bias_grad
     )
-    return (
-        grad_input,
-        grad_input if ctx.has_residual else None,
-        grad_weight if weight_grad else None,
-        grad_bias if bias_grad else None,
-        None,
-        None,
-    )
+    return grad_input, grad_weight if weight_grad else None, grad_bias if bias_grad else None, None, None, None
 
 
 OP = Op(
     "layer_norm",
     forward_schema=(
-        "(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, int normalized_ndim, float eps)"
-        " -> (Tensor output, Tensor sum, Tensor mean, Tensor rstd)"
+        "(Tensor input, Tensor? weight, Tensor? bias, int normalized_ndim, float eps, float weight_offset)"
+        " -> (Tensor output, Tensor mean, Tensor rstd)"
     ),
     backward_schema=(
-        "(Tensor grad_output, Tensor? grad_sum, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
-        " int normalized_ndim, bool weight_grad, bool bias_grad)"
+        "(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
+        " int normalized_ndim, float weight_offset, bool weight_grad, bool bias_grad)"
         " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
     ),
     forward_fake=_forward_fake,
@@ -120,70 +119,183 @@ OP = Op(
 )
 
 
-def _check(
+# ---- add_layer_norm ----
+
+
+def _add_forward_fake(
     input: Tensor,
-    normalized_shape: tuple[int, ...],
+    residual: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    residual: Tensor | None,
+    philox: Tensor | None,
+    normalized_ndim: int,
+    eps: float,
+    weight_offset: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    output, mean, rstd = _forward_fake(residual, weight, bias, normalized_ndim, eps, weight_offset)
+    return output, residual.new_empty(residual.shape), mean, rstd
+
+
+def _add_backward_fake(
+    grad_output: Tensor,
+    grad_sum: Tensor | None,
+    sum: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    philox: Tensor | None,
+    normalized_ndim: int,
+    weight_offset: float,
+    dropout_p: float,
+    input_dtype: torch.dtype,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    apart = dropout_p > 0.0 or input_dtype != sum.dtype
+    grad_input = sum.new_empty(sum.shape if apart else (0,), dtype=input_dtype)
+    parameters = _parameter_fake(sum, weight, weight_grad), _parameter_fake(sum, bias, bias_grad)
+    return grad_input, sum.new_empty(sum.shape), *parameters
+
+
+def _add_setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    input, _, weight, bias, philox, ctx.normalized_ndim, _, ctx.weight_offset, ctx.dropout_p = inputs
+    _, total, mean, rstd = output
+    ctx.input_dtype = input.dtype
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(total, weight, bias, mean, rstd, philox)
+
+
+def _add_backward(
+    kernel: Any, ctx: Any, grad_output: Tensor | None, grad_sum: Tensor | None, *_: Any
+) -> tuple[Any, ...]:
+    total, weight, bias, mean, rstd, philox = ctx.saved_tensors
+    apart = ctx.dropout_p > 0.0 or ctx.input_dtype != total.dtype
+    if grad_output is None:
+        if grad_sum is None or not apart:
+            return grad_sum, grad_sum, *(None,) * 7
+        grad_output = torch.zeros_like(total)
+    weight_grad = weight is not None and ctx.needs_input_grad[2]
+    bias_grad = bias is not None and ctx.needs_input_grad[3]
+    grad_input, grad_residual, grad_weight, grad_bias = kernel(
+        grad_output,
+        grad_sum,
+        total,
+        weight,
+        bias,
+        mean,
+        rstd,
+        philox,
+        ctx.normalized_ndim,
+        ctx.weight_offset,
+        ctx.dropout_p,
+        ctx.input_dtype,
+        weight_grad,
+        bias_grad,
+    )
+    return (
+        grad_input if apart else grad_residual,
+        grad_residual,
+        grad_weight if weight_grad else None,
+        grad_bias if bias_grad else None,
+        *(None,) * 5,
+    )
+
+
+ADD_OP = Op(
+    "add_layer_norm",
+    forward_schema=(
+        "(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, Tensor? philox, int normalized_ndim, float eps,"
+        " float weight_offset, float dropout_p) -> (Tensor output, Tensor sum, Tensor mean, Tensor rstd)"
+    ),
+    backward_schema=(
+        "(Tensor grad_output, Tensor? grad_sum, Tensor sum, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
+        " Tensor? philox, int normalized_ndim, float weight_offset, float dropout_p, ScalarType input_dtype,"
+        " bool weight_grad, bool bias_grad)"
+        " -> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)"
+    ),
+    forward_fake=_add_forward_fake,
+    backward_fake=_add_backward_fake,
+    setup_context=_add_setup_context,
+    backward=_add_backward,
+)
+
+
+# ---- validation ----
+
+
+def _check(
+    op: str, input: Tensor, normalized_shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None
 ) -> None:
     if input.dtype not in FLOATING:
-        raise ValueError(f"layer_norm: input must be float32, bfloat16, float16 or float64, got {input.dtype}")
-    check_size("layer_norm", "an input", input.shape)
+        raise ValueError(f"{op}: input must be float32, bfloat16, float16 or float64, got {input.dtype}")
+    check_size(op, "an input", input.shape)
     n = len(normalized_shape)
     if n == 0 or n > input.ndim or tuple(input.shape[input.ndim - n :]) != normalized_shape:
         raise ValueError(
-            f"layer_norm: the input's last dimensions must be normalized_shape {normalized_shape}, got an input of"
+            f"{op}: the input's last dimensions must be normalized_shape {normalized_shape}, got an input of"
             f" shape {tuple(input.shape)}"
         )
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
         if tuple(tensor.shape) != normalized_shape:
-            raise ValueError(f"layer_norm: {name} must have shape {normalized_shape}, got {tuple(tensor.shape)}")
+            raise ValueError(f"{op}: {name} must have shape {normalized_shape}, got {tuple(tensor.shape)}")
         if tensor.dtype not in FLOATING or tensor.device != input.device:
             raise ValueError(
-                f"layer_norm: {name} must be floating and on {input.device}, got {tensor.dtype} on {tensor.device}"
+                f"{op}: {name} must be floating and on {input.device}, got {tensor.dtype} on {tensor.device}"
             )
-    if residual is not None and (residual.shape != input.shape or residual.device != input.device):
+
+
+def _check_residual(op: str, input: Tensor, residual: Tensor) -> None:
+    if residual.shape != input.shape or residual.device != input.device:
         raise ValueError(
-            f"layer_norm: residual must have the input's shape {tuple(input.shape)} and device {input.device}, got"
+            f"{op}: residual must have the input's shape {tuple(input.shape)} and device {input.device}, got"
             f" {tuple(residual.shape)} on {residual.device}"
         )
-    if residual is not None and residual.dtype not in FLOATING:
-        raise ValueError(f"layer_norm: residual must be floating, got {residual.dtype}")
+    if residual.dtype not in FLOATING:
+        raise ValueError(f"{op}: residual must be floating, got {residual.dtype}")
 
 
-def _canonical(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Tensors as kernels take them: input and residual of one dtype; weight and bias contiguous and of one dtype,
-    the input's or float32 (float64 for float64 input)."""
-    if residual is not None and residual.dtype != input.dtype:
-        common = torch.promote_types(input.dtype, residual.dtype)
-        input, residual = input.to(common), residual.to(common)
-    dtype = input.dtype
+def _check_values(op: str, weight_offset: float, dropout_p: float = 0.0, seed: int | None = None) -> None:
+    if not math.isfinite(weight_offset):
+        raise ValueError(f"{op}: weight_offset must be finite, got {weight_offset}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1], got {dropout_p}")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ValueError(f"{op}: seed must be in [0, 2**63), got {seed}")
+
+
+def _parameters(dtype: torch.dtype, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """weight and bias as kernels take them: contiguous and of one dtype, `dtype` or float32 (float64 for float64)."""
     if (weight is not None and weight.dtype != dtype) or (bias is not None and bias.dtype != dtype):
         dtype = accumulation_dtype(dtype)
-    if weight is not None:
-        weight = weight.to(dtype).contiguous()
-    if bias is not None:
-        bias = bias.to(dtype).contiguous()
-    return input, weight, bias, residual
-
-
-def _problem(
-    input: Tensor, normalized_ndim: int, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
-) -> LayerNormProblem:
-    return LayerNormProblem(
-        device=input.device.type,
-        dtype=input.dtype,
-        shape=tuple(input.shape),
-        normalized_ndim=normalized_ndim,
-        weight_dtype=None if weight is None else weight.dtype,
-        bias_dtype=None if bias is None else bias.dtype,
-        residual=residual is not None,
+    return (
+        None if weight is None else weight.to(dtype).contiguous(),
+        None if bias is None else bias.to(dtype).contiguous(),
     )
+
+
+def _sides(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """input and residual as kernels take them: residual of their common dtype, input of that or of
+    fewer bits than float32."""
+    common = torch.promote_types(input.dtype, residual.dtype)
+    if input.dtype != common and not (common == torch.float32 and input.dtype in HALVES):
+        input = input.to(common)
+    return input, residual.to(common)
+
+
+def _tuple(normalized_shape: Sequence[int] | int) -> tuple[int, ...]:
+    return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+
+
+def _key(tensor: Tensor | None) -> Any:
+    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
+
+
+# ---- the public functions ----
 
 
 def layer_norm(
@@ -195,6 +307,7 @@ def layer_norm(
     *,
     residual: Tensor | None = None,
     prenorm: bool = False,
+    weight_offset: float = 0.0,
     backend: str | None = None,
 ) -> Any:
     """torch.nn.functional.layer_norm, optionally of input + residual in one pass.
@@ -204,8 +317,10 @@ def layer_norm(
         normalized_shape: the trailing dimensions that are normalised together.
         weight, bias: normalized_shape, any floating dtype (float32 parameters with 16-bit inputs cost no copy).
         eps: added to the variance.
-        residual: the input's shape; s = input + residual (rounded to their common dtype) is normalised.
+        residual: the input's shape; s = input + residual (rounded to their common dtype) is normalised, as
+            `add_layer_norm` does.
         prenorm: also return s, for the next residual connection.
+        weight_offset: added to a weight that is given.
         backend: serve with this backend or raise BackendUnsupported.
 
     Returns:
@@ -213,33 +328,143 @@ def layer_norm(
         dtypes; weight and bias gradients are accumulated in float32.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit.
+        ValueError: shapes, dtypes, devices or numbers that do not fit.
     """
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    ndim = len(shape)
+    shape = _tuple(normalized_shape)
+    if residual is not None:
+        results = _added("layer_norm", input, residual, shape, weight, bias, eps, 0.0, weight_offset, None, backend)
+        return results if prenorm else results[0]
+
+    if weight_offset != 0.0:
+        _check_values("layer_norm", weight_offset)
+
+    def problem() -> LayerNormProblem:
+        return _problem(input, shape, weight, bias)
+
     if torch.compiler.is_compiling():
-        _check(input, shape, weight, bias, residual)
-        x, w, b, r = _canonical(input, weight, bias, residual)
-        bound = OP.resolve(_problem(x, ndim, w, b, r), backend)
+        bound = OP.resolve(problem(), backend)
+    else:
+        signature = (input.shape, shape, input.dtype, input.device, _key(weight), _key(bias))
+        bound = OP.resolve_cached(signature, problem, backend)
+    weight, bias = _parameters(input.dtype, weight, bias)
+    output, _mean, _rstd = bound(input, weight, bias, len(shape), float(eps), float(weight_offset))
+    return (output, input) if prenorm else output
+
+
+def add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int] | int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dropout_p: float = 0.0,
+    weight_offset: float = 0.0,
+    seed: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """s = residual + dropout(input) and layer_norm(s), in one pass forward and one backward.
+
+    Args:
+        input: (..., *normalized_shape), float32, bfloat16, float16 or float64, any strides; what dropout is applied to.
+        residual: the input's shape. s is rounded once to the common dtype of both and normalised as it was rounded; a
+            16-bit input with a float32 residual, as autocast makes them, costs no copy.
+        normalized_shape: the trailing dimensions that are normalised together.
+        weight, bias: normalized_shape, any floating dtype.
+        eps: added to the variance.
+        dropout_p: probability in [0, 1] of dropping an element of input; the kept ones are scaled by 1 / (1 - p).
+            The mask is a function of (seed, offset) drawn from torch's generator (fastattn.philox.row_mask).
+        weight_offset: added to a weight that is given.
+        seed: fixes the dropout mask: an int in [0, 2**63).
+        backend: serve with this backend or raise BackendUnsupported.
+
+    Returns:
+        The norm and s, contiguous, of the input's shape and the common dtype. Gradients may come in through both.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or numbers that do not fit.
+    """
+    shape = _tuple(normalized_shape)
+    return _added("add_layer_norm", input, residual, shape, weight, bias, eps, dropout_p, weight_offset, seed, backend)
+
+
+def _added(
+    op: str,
+    input: Tensor,
+    residual: Tensor,
+    shape: tuple[int, ...],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    weight_offset: float,
+    seed: int | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    _check_values(op, weight_offset, dropout_p, seed)
+
+    def problem() -> AddLayerNormProblem:
+        return _add_problem(op, input, residual, shape, weight, bias, dropout_p > 0.0)
+
+    if torch.compiler.is_compiling():
+        bound = ADD_OP.resolve(problem(), backend)
     else:
         signature = (
-            input.shape, shape, input.dtype, input.device,
-            None if weight is None else (weight.shape, weight.dtype, weight.device),
-            None if bias is None else (bias.shape, bias.dtype, bias.device),
-            None if residual is None else (residual.shape, residual.dtype, residual.device),
+            op, input.shape, shape, input.dtype, input.device, _key(residual), _key(weight), _key(bias),
+            dropout_p > 0.0,
         )  # fmt: skip
+        bound = ADD_OP.resolve_cached(signature, problem, backend)
+    x, r = _sides(input, residual)
+    weight, bias = _parameters(r.dtype, weight, bias)
+    philox = None
+    if dropout_p > 0.0:
+        philox = philox_mask.draw(x.device) if seed is None else philox_mask.fixed(seed, x.device)
+    output, total, _mean, _rstd = bound(
+        x, r, weight, bias, philox, len(shape), float(eps), float(weight_offset), float(dropout_p)
+    )
+    return output, total
 
-        def problem() -> LayerNormProblem:
-            _check(input, shape, weight, bias, residual)
-            x, w, b, r = _canonical(input, weight, bias, residual)
-            return _problem(x, ndim, w, b, r)
 
-        bound = OP.resolve_cached(signature, problem, backend)
-        x, w, b, r = _canonical(input, weight, bias, residual)
-    output, total, _mean, _rstd = bound(x, r, w, b, ndim, float(eps))
-    if not prenorm:
-        return output
-    return output, (x if r is None else total)
+# ---- what dispatch would do ----
+
+
+def _problem(input: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None) -> LayerNormProblem:
+    _check("layer_norm", input, shape, weight, bias)
+    weight, bias = _parameters(input.dtype, weight, bias)
+    return LayerNormProblem(
+        device=input.device.type,
+        dtype=input.dtype,
+        shape=tuple(input.shape),
+        normalized_ndim=len(shape),
+        weight_dtype=None if weight is None else weight.dtype,
+        bias_dtype=None if bias is None else bias.dtype,
+    )
+
+
+def _add_problem(
+    op: str,
+    input: Tensor,
+    residual: Tensor,
+    shape: tuple[int, ...],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dropout: bool,
+) -> AddLayerNormProblem:
+    _check(op, input, shape, weight, bias)
+    _check_residual(op, input, residual)
+    x, r = _sides(input, residual)
+    weight, bias = _parameters(r.dtype, weight, bias)
+    return AddLayerNormProblem(
+        device=input.device.type,
+        dtype=r.dtype,
+        shape=tuple(input.shape),
+        normalized_ndim=len(shape),
+        weight_dtype=None if weight is None else weight.dtype,
+        bias_dtype=None if bias is None else bias.dtype,
+        input_dtype=x.dtype,
+        dropout=dropout,
+    )
 
 
 def _prepare(
@@ -250,12 +475,34 @@ def _prepare(
     eps: float = 1e-5,
     *,
     residual: Tensor | None = None,
+    weight_offset: float = 0.0,
     **_: Any,
-) -> tuple[Op, LayerNormProblem]:
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    _check(input, shape, weight, bias, residual)
-    x, w, b, r = _canonical(input, weight, bias, residual)
-    return OP, _problem(x, len(shape), w, b, r)
+) -> tuple[Op, Problem]:
+    shape = _tuple(normalized_shape)
+    _check_values("layer_norm", weight_offset)
+    if residual is None:
+        return OP, _problem(input, shape, weight, bias)
+    return ADD_OP, _add_problem("layer_norm", input, residual, shape, weight, bias, False)
+
+
+def _add_prepare(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int] | int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dropout_p: float = 0.0,
+    weight_offset: float = 0.0,
+    seed: int | None = None,
+    **_: Any,
+) -> tuple[Op, Problem]:
+    _check_values("add_layer_norm", weight_offset, dropout_p, seed)
+    return ADD_OP, _add_problem(
+        "add_layer_norm", input, residual, _tuple(normalized_shape), weight, bias, dropout_p > 0.0
+    )
 
 
 layer_norm.prepare = _prepare  # type: ignore[attr-defined]
+add_layer_norm.prepare = _add_prepare  # type: ignore[attr-defined]

@@ -1,9 +1,11 @@
-"""RMSNorm, optionally with a residual added first."""
+"""RMSNorm, and RMSNorm of a sum."""
 
 from fastattn.ops.rms_norm import cpu, reference
-from fastattn.ops.rms_norm.op import OP, rms_norm
+from fastattn.ops.rms_norm.op import ADD_OP, OP, add_rms_norm, rms_norm
 
 OP.implement("reference", reference.IMPLEMENTATION)
 OP.implement("cpu", cpu.IMPLEMENTATION)
+ADD_OP.implement("reference", reference.ADD_IMPLEMENTATION)
+ADD_OP.implement("cpu", cpu.ADD_IMPLEMENTATION)
 
-__all__ = ["OP", "rms_norm"]
+__all__ = ["ADD_OP", "OP", "add_rms_norm", "rms_norm"]

@@ -1,7 +1,9 @@
-"""Sample problems and workloads of RMSNorm, its definition in plain torch, and torch's peer."""
+"""Sample problems and workloads of RMSNorm and of the sum's, their definitions in plain torch, and torch's peers."""
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn import philox
 from fastattn.cases import Arguments, Case, Sampler, Suite, Workload
-from fastattn.ops.rms_norm.op import rms_norm
+from fastattn.ops.rms_norm.op import add_rms_norm, rms_norm
 
 Draw = Callable[..., Tensor]
 
@@ -24,13 +27,14 @@ def definition(
     *,
     residual: Tensor | None = None,
     prenorm: bool = False,
+    weight_offset: float = 0.0,
 ) -> Any:
     """RMSNorm written down, in the dtype of its inputs."""
     total = input if residual is None else input + residual
     dims = tuple(range(-len(normalized_shape), 0))
     output = total / (total.square().mean(dims, keepdim=True) + eps).sqrt()
     if weight is not None:
-        output = output * weight
+        output = output * (weight + weight_offset)
     return (output, total) if prenorm else output
 
 
@@ -42,11 +46,60 @@ def peer(
     *,
     residual: Tensor | None = None,
     prenorm: bool = False,
+    weight_offset: float = 0.0,
 ) -> Any:
     """torch's rms_norm after torch's addition; its weight has the input's dtype."""
     total = input if residual is None else input + residual
-    output = F.rms_norm(total, tuple(normalized_shape), None if weight is None else weight.to(total.dtype), eps)
+    if weight is not None:
+        weight = (weight + weight_offset if weight_offset != 0.0 else weight).to(total.dtype)
+    output = F.rms_norm(total, tuple(normalized_shape), weight, eps)
     return (output, total) if prenorm else output
+
+
+def _branch(input: Tensor, columns: int, p: float, seed: int | None) -> Tensor:
+    """input after dropout."""
+    if p == 0.0:
+        return input
+    assert seed is not None
+    keep = philox.row_mask(philox.fixed(seed, input.device), p, input.numel() // max(columns, 1), columns)
+    return input * keep.view(input.shape) * (1.0 / (1.0 - p) if p < 1.0 else 0.0)
+
+
+def add_definition(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    dropout_p: float = 0.0,
+    weight_offset: float = 0.0,
+    seed: int | None = None,
+) -> Any:
+    """The sum and its norm written down, in the dtype of the inputs."""
+    branch = _branch(input, math.prod(normalized_shape), dropout_p, seed)
+    return definition(
+        branch, normalized_shape, weight, eps, residual=residual, prenorm=True, weight_offset=weight_offset
+    )
+
+
+def add_peer(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    dropout_p: float = 0.0,
+    weight_offset: float = 0.0,
+    seed: int | None = None,
+) -> Any:
+    """torch's addition and norm; without a seed its own dropout, which is another mask of the same kind."""
+    if dropout_p > 0.0 and seed is None:
+        branch = F.dropout(input, dropout_p)
+    else:
+        branch = _branch(input, math.prod(normalized_shape), dropout_p, seed)
+    return peer(branch, normalized_shape, weight, eps, residual=residual, prenorm=True, weight_offset=weight_offset)
 
 
 def _contiguous(s: Sampler, *shape: int) -> Tensor:
@@ -119,6 +172,9 @@ def _cases() -> Iterator[Case]:
     yield Case("prenorm without residual", _build((30, 100), prenorm=True))
     yield Case("prenorm of 2 dims", _build((7, 8, 9), dims=2, residual=True, prenorm=True))
     yield Case("residual in float32", _build((30, 100), residual=True, residual_dtype=torch.float32))
+    yield Case("weight offset", _build((30, 100), weight_offset=1.0), core=True)
+    yield Case("weight offset in float32", _build((30, 100), parameters=torch.float32, weight_offset=-0.5))
+    yield Case("weight offset without weight", _build((30, 100), weight=False, weight_offset=1.0))
     yield Case("large eps", _build((30, 100), eps=0.5))
     yield Case("no eps", _build((30, 100), eps=0.0))
     yield Case("tiny values", _build((30, 100), draw=lambda s, *n: s.normal(*n, std=1e-3)))
@@ -134,6 +190,9 @@ def _cases() -> Iterator[Case]:
     for name, (draw, shape) in layouts.items():
         yield Case(name, _build(shape, draw=draw), core=name == "strided rows")
         yield Case(f"{name} with residual", _build(shape, draw=draw, residual=True, prenorm=True))
+    yield Case("65536 columns", _build((3, 65536)))
+    yield Case("100003 columns", _build((2, 100003)))
+    yield Case("rows of 2050 columns", _build((11, 2050)))
     yield Case("no rows", _build((0, 16)))
     yield Case("no rows, residual", _build((0, 16), residual=True, prenorm=True))
     yield Case("no rows in the middle", _build((3, 0, 16)))
@@ -146,15 +205,49 @@ def _cases() -> Iterator[Case]:
     yield Case("NaN in a row", nan_row, differentiable=("input",))
 
 
-def workload(rows: int, columns: int, *, residual: bool = False, quick: bool = False) -> Workload:
+def _add_cases() -> Iterator[Case]:
+    add = functools.partial(_build, residual=True)
+    for columns in (1, 2, 7, 31, 33, 64, 100, 768, 1025, 4099):
+        differentiable = ("weight",) if columns == 1 else None
+        yield Case(f"{columns} columns", add((9, columns)), differentiable=differentiable, core=columns in (7, 768))
+    yield Case("2 normalised dims", add((6, 10, 12), dims=2))
+    yield Case("no weight", add((20, 100), weight=False))
+    yield Case("float32 residual", add((21, 100), residual_dtype=torch.float32, parameters=torch.float32), core=True)
+    yield Case("weight offset", add((30, 100), weight_offset=1.0))
+    for p in (0.1, 0.5, 1.0):
+        yield Case(f"dropout {p}", add((40, 133), dropout_p=p, seed=1234), core=p == 0.1)
+    yield Case(
+        "dropout into a float32 residual",
+        add((21, 100), residual_dtype=torch.float32, parameters=torch.float32, dropout_p=0.25, seed=5),
+        core=True,
+    )
+    yield Case("strided rows", add((12, 70), draw=_strided_rows), core=True)
+    yield Case("permuted rows with dropout", add((3, 6, 4, 50), draw=_permuted_rows, dropout_p=0.3, seed=3))
+    yield Case("no rows", add((0, 16), dropout_p=0.5, seed=1))
+
+
+def workload(rows: int, columns: int, *, quick: bool = False) -> Workload:
     size = rows * columns
     return Workload(
-        f"{rows}x{columns}" + (" residual" if residual else ""),
-        _build((rows, columns), residual=residual, prenorm=residual),
-        forward_flops=(5 if residual else 4) * size,
-        backward_flops=(10 if residual else 9) * size,
-        forward_elements=(4 if residual else 2) * size,
-        backward_elements=(4 if residual else 3) * size,
+        f"{rows}x{columns}",
+        _build((rows, columns)),
+        forward_flops=4 * size,
+        backward_flops=9 * size,
+        forward_elements=2 * size,
+        backward_elements=3 * size,
+        quick=quick,
+    )
+
+
+def add_rms_norm_workload(rows: int, columns: int, *, quick: bool = False) -> Workload:
+    size = rows * columns
+    return Workload(
+        f"{rows}x{columns}",
+        _build((rows, columns), residual=True),
+        forward_flops=5 * size,
+        backward_flops=10 * size,
+        forward_elements=4 * size,
+        backward_elements=4 * size,
         quick=quick,
     )
 
@@ -164,9 +257,11 @@ WORKLOADS = (
     workload(4096, 768, quick=True),
     workload(8192, 1024),
     workload(4096, 4096),
-    workload(4096, 768, residual=True, quick=True),
-    workload(8192, 1024, residual=True),
-    workload(4096, 4096, residual=True),
+)
+
+ADD_WORKLOADS = tuple(
+    add_rms_norm_workload(rows, columns, quick=rows == 4096 and columns == 768)
+    for rows, columns in ((1024, 768), (4096, 768), (8192, 1024), (4096, 4096))
 )
 
 SUITES = (
@@ -179,5 +274,15 @@ SUITES = (
         results=("output", "sum"),
         cases=tuple(replace(case, draws=4) for case in _cases()),
         workloads=WORKLOADS,
+    ),
+    Suite(
+        name="add_rms_norm",
+        function=add_rms_norm,
+        truth=add_definition,
+        peer=add_peer,
+        differentiable=("input", "weight", "residual"),
+        results=("output", "sum"),
+        cases=tuple(replace(case, draws=4) for case in _add_cases()),
+        workloads=ADD_WORKLOADS,
     ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastattn.dispatch import native
-from fastattn.ops.rms_norm.op import OP, RMSNormProblem
+from fastattn.ops.rms_norm.op import ADD_OP, OP, RMSNormProblem
 
 
 def supports(problem: RMSNormProblem) -> str | None:
@@ -15,3 +15,4 @@ def supports(problem: RMSNormProblem) -> str | None:
 
 
 IMPLEMENTATION = native(OP, supports)
+ADD_IMPLEMENTATION = native(ADD_OP, supports)

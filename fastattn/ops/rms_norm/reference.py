@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from fastattn import philox as philox_mask
 from fastattn.dispatch import Implementation
 from fastattn.numerics import accumulation_dtype
 
@@ -15,31 +18,45 @@ def _two_dims(tensor: Tensor, normalized_ndim: int, dtype: torch.dtype) -> Tenso
     return tensor.reshape(rows, tensor.shape[tensor.ndim - normalized_ndim :].numel()).to(dtype)
 
 
+def _scale(weight: Tensor | None, weight_offset: float, dtype: torch.dtype) -> Tensor | float:
+    return 1.0 if weight is None else weight.reshape(-1).to(dtype) + weight_offset
+
+
+def _dropped(x: Tensor, philox: Tensor | None, p: float) -> Tensor:
+    """x, (rows, columns), with its elements dropped or scaled."""
+    if p == 0.0:
+        return x
+    assert philox is not None
+    keep = philox_mask.row_mask(philox, p, *x.shape)
+    return x * keep * (1.0 / (1.0 - p) if p < 1.0 else 0.0)
+
+
 def forward(
-    input: Tensor, residual: Tensor | None, weight: Tensor | None, normalized_ndim: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(output, sum, rstd); sum is (0,) without a residual; rstd is (rows,)."""
-    total = input if residual is None else input + residual
+    input: Tensor,
+    weight: Tensor | None,
+    normalized_ndim: int,
+    eps: float,
+    weight_offset: float,
+) -> tuple[Tensor, Tensor]:
+    """(output, rstd); rstd is (rows,)."""
     acc = accumulation_dtype(input.dtype)
-    x = _two_dims(total, normalized_ndim, acc)
+    x = _two_dims(input, normalized_ndim, acc)
     rstd = (x.square().mean(1, keepdim=True) + eps).rsqrt()
-    y = x * rstd
-    if weight is not None:
-        y = y * weight.reshape(-1).to(acc)
-    kept = input.new_empty((0,)) if residual is None else total.contiguous()
-    return y.reshape(input.shape).to(input.dtype).contiguous(), kept, rstd.reshape(-1)
+    y = x * rstd * _scale(weight, weight_offset, acc)
+    return y.reshape(input.shape).to(input.dtype).contiguous(), rstd.reshape(-1)
 
 
-def backward(
+def _gradients(
     grad_output: Tensor,
-    grad_sum: Tensor | None,
     input: Tensor,
     weight: Tensor | None,
     rstd: Tensor,
     normalized_ndim: int,
+    weight_offset: float,
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dx = rstd * (wg - xhat * mean(wg * xhat)) + grad_sum, with wg = weight * grad_output."""
+    """dx = rstd * (wg - xhat * mean(wg * xhat)), with wg = weight * grad_output: (rows, columns), not rounded; and the
+    weight's gradient."""
     acc = accumulation_dtype(input.dtype)
     g = _two_dims(grad_output, normalized_ndim, acc)
     x = _two_dims(input, normalized_ndim, acc)
@@ -47,18 +64,66 @@ def backward(
         square = x.square().mean(1)
         rstd = (square + (rstd.pow(-2) - square).detach()).rsqrt()
     xhat = x * rstd[:, None]
-    wg = g if weight is None else g * weight.reshape(-1).to(acc)
-    grad = (wg - xhat * (wg * xhat).mean(1, keepdim=True)) * rstd[:, None]
-    grad_input = grad.reshape(input.shape)
-    if grad_sum is not None:
-        grad_input = grad_input + grad_sum.to(acc)
+    wg = g * _scale(weight, weight_offset, acc)
+    grad = wg - xhat * (wg * xhat).mean(1, keepdim=True)
+
     if weight is None:
         grad_weight = input.new_empty((0,), dtype=torch.float32)
     elif weight_grad:
         grad_weight = (g * xhat).sum(0).reshape(weight.shape).to(weight.dtype)
     else:
         grad_weight = weight.new_empty((0,))
-    return grad_input.to(input.dtype).contiguous(), grad_weight
+    return grad * rstd[:, None], grad_weight
+
+
+def backward(grad_output: Tensor, input: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """grad_input and the weight's gradient."""
+    grad, grad_weight = _gradients(grad_output, input, *args)
+    return grad.reshape(input.shape).to(input.dtype).contiguous(), grad_weight
+
+
+def add_forward(
+    input: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    philox: Tensor | None,
+    normalized_ndim: int,
+    eps: float,
+    weight_offset: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(output, sum, rstd); the sum is rounded to the residual's dtype before it is normalised."""
+    acc = accumulation_dtype(residual.dtype)
+    branch = _dropped(_two_dims(input, normalized_ndim, acc), philox, dropout_p)
+    total = (residual.to(acc) + branch.reshape(residual.shape)).to(residual.dtype).contiguous()
+    output, rstd = forward(total, weight, normalized_ndim, eps, weight_offset)
+    return output, total, rstd
+
+
+def add_backward(
+    grad_output: Tensor,
+    grad_sum: Tensor | None,
+    sum: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    philox: Tensor | None,
+    normalized_ndim: int,
+    weight_offset: float,
+    dropout_p: float,
+    input_dtype: torch.dtype,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum's gradient is the residual's; the input's, where dropout or a dtype makes it another, is made from it
+    before it is rounded."""
+    grad, grad_weight = _gradients(grad_output, sum, weight, rstd, normalized_ndim, weight_offset, weight_grad)
+    if grad_sum is not None:
+        grad = grad + _two_dims(grad_sum, normalized_ndim, grad.dtype)
+    if dropout_p > 0.0 or input_dtype != sum.dtype:
+        grad_input = _dropped(grad, philox, dropout_p).reshape(sum.shape).to(input_dtype).contiguous()
+    else:
+        grad_input = sum.new_empty((0,), dtype=input_dtype)
+    return grad_input, grad.reshape(sum.shape).to(sum.dtype).contiguous(), grad_weight
 
 
 IMPLEMENTATION = Implementation(lambda problem: None, forward, backward, differentiable=True)
+ADD_IMPLEMENTATION = Implementation(lambda problem: None, add_forward, add_backward, differentiable=True)
