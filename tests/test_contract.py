@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastattn
 from fastattn import testing
+from fastattn.bench import measure
 from fastattn.dispatch import OPS
 from fastattn.testing.opcheck import available_backends, opcheck_samples
 
@@ -228,6 +229,33 @@ def test_values_without_columns():
     q, k, _ = qkv(2, 3, 7, 8)
     empty = sdpa(q, k, torch.zeros(2, 3, 7, 0), backend="reference")
     assert empty.shape == (2, 3, 7, 0)
+
+
+# ---- memory ----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"attn_mask": True}], ids=["full", "causal", "padding"])
+def test_extra_memory_of_attention_grows_with_the_length_and_not_its_square(options, skip_without_native):
+    """Forward, backward and all results at 32k: a twentieth of one S x S matrix of scores."""
+
+    def extra(length):
+        leaves = qkv(1, 1, length, 64, requires_grad=True)
+        call = dict(options)
+        if "attn_mask" in call:
+            call["attn_mask"] = (torch.arange(length) < length // 2).view(1, 1, 1, length)
+
+        def both():
+            return torch.autograd.grad(sdpa(*leaves, **call, backend="cpu").sum(), leaves)
+
+        return measure.peak_memory(both)[1]
+
+    extra(64)
+    found = {length: extra(length) for length in (8192, 32768)}
+    if found[8192] is None:
+        pytest.skip("the system does not tell peak memory")
+    assert found[32768] < 4.5 * found[8192]
+    assert found[32768] < 32768 * 32768 * 4 / 16
 
 
 # ---- determinism ----
