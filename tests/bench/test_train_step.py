@@ -33,7 +33,7 @@ def test_both_dtypes(capsys):
         ours, theirs = row["contenders"][OURS], row["contenders"][TORCH]
         assert row["speedup"] == pytest.approx(theirs["median_s"] / ours["median_s"], rel=1e-4)
         assert ours["tokens_per_s"] == pytest.approx(32 / ours["median_s"], rel=1e-4)
-        assert len(ours["losses"]) == row["steps_compared"] >= 5
+        assert len(ours["losses"]) == row["steps_compared"] >= 3
         assert row["largest_loss_difference"] <= train_step.LIMITS[row["dtype"]]
     assert sum(line.startswith("train-step tiny 2x16") for line in lines) == 2
     assert "2 of 2 rows within the law" in lines[-1]
