@@ -5,6 +5,7 @@ from fastattn.dispatch import BackendUnsupported, explain, use_backend
 from fastattn.ops import (
     add_layer_norm,
     add_rms_norm,
+    attention_varlen,
     cross_entropy,
     gelu,
     layer_norm,
@@ -23,6 +24,7 @@ __all__ = [
     "__version__",
     "add_layer_norm",
     "add_rms_norm",
+    "attention_varlen",
     "cross_entropy",
     "explain",
     "gelu",

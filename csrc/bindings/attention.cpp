@@ -300,13 +300,45 @@ int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / mult
 // Into how many parts the queries of each (batch, kv head) go: a matter of the problem only, so that sums are the same
 // on every machine.
 int64_t parts_of(const AttentionProblem& p, int64_t partial_size) {
-  const int64_t pairs = p.batches * p.kv_heads;
-  if (pairs == 0 || pairs >= kFewPairs) return 1;
-  const int64_t wanted = (kFewPairs + pairs - 1) / pairs;
+  int64_t pairs = p.batches * p.kv_heads;
+  if (pairs == 0) return 1;
+  int64_t even = pairs;  // as many as there would be if all sequences were as long as the longest
+  if (p.sequences != nullptr) {
+    double all = 0.0, most = 1.0;
+    for (int64_t i = 0; i < p.batches; i++) {
+      const AttentionSequence& rows = p.sequences[i];
+      const double work =
+          static_cast<double>(rows.query_end - rows.query_begin) * static_cast<double>(rows.key_end - rows.key_begin);
+      all += work;
+      most = std::max(most, work);
+    }
+    even = std::max<int64_t>(1, static_cast<int64_t>(all / most * static_cast<double>(p.kv_heads)));
+  }
+  if (even >= kFewPairs) return 1;
+  const int64_t wanted = (kFewPairs + even - 1) / even;
   const int64_t queries = p.heads / p.kv_heads * round_up(p.queries, kPartQueries) / kPartQueries;
   const int64_t affordable = kMostPartialBytes / std::max<int64_t>(1, pairs * partial_size * int64_t{sizeof(float)});
   return std::max<int64_t>(1, std::min({wanted, queries, affordable}));
 }
+
+// What tasks that share keys add up.
+struct PartialSums {
+  std::optional<Tensor> memory;
+  std::vector<int32_t> arrivals;
+
+  void give(AttentionBackward& p) {
+    const AttentionProblem& problem = p.problem;
+    p.partial_size = round_up(problem.keys, kAttentionRowPad) * (round_up(problem.head_dim, kAttentionColumnPad) +
+                                                                 round_up(problem.value_dim, kAttentionColumnPad));
+    p.parts = parts_of(problem, p.partial_size);
+    if (p.parts == 1) return;
+    const int64_t pairs = problem.batches * problem.kv_heads;
+    memory = empty({pairs * p.parts * p.partial_size}, ScalarType::Float);
+    arrivals.resize(static_cast<size_t>(pairs));
+    p.partial = static_cast<float*>(memory->mutable_data_ptr());
+    p.arrivals = arrivals.data();
+  }
+};
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -349,18 +381,8 @@ Gradients attention_backward(Tensor grad_output, std::optional<Tensor> grad_lse,
   p.grad_key = result_of(grad_key);
   p.grad_value = result_of(grad_value);
 
-  p.partial_size = round_up(problem.keys, kAttentionRowPad) *
-                   (round_up(problem.head_dim, kAttentionColumnPad) + round_up(problem.value_dim, kAttentionColumnPad));
-  p.parts = parts_of(problem, p.partial_size);
-  std::optional<Tensor> partial;
-  std::vector<int32_t> arrivals;
-  if (p.parts > 1) {
-    const int64_t pairs = problem.batches * problem.kv_heads;
-    partial = empty({pairs * p.parts * p.partial_size}, ScalarType::Float);
-    arrivals.resize(static_cast<size_t>(pairs));
-    p.partial = static_cast<float*>(partial->mutable_data_ptr());
-    p.arrivals = arrivals.data();
-  }
+  PartialSums sums;
+  sums.give(p);
 
   FASTATTN_CHECK(!mask_grad || (mask && problem.mask.dtype != DType::boolean),
                  "attention: only an additive mask has a gradient");
@@ -378,9 +400,204 @@ Gradients attention_backward(Tensor grad_output, std::optional<Tensor> grad_lse,
   return {grad_query, grad_key, grad_value, grad_mask, sink_gradient(problem, sinks, p.lse, p.delta, problem.queries)};
 }
 
+// ---- packed sequences ----
+
+void check_packed(const char* what, const Tensor& tensor, ScalarType type, int64_t rows, int64_t heads,
+                  int64_t columns) {
+  FASTATTN_CHECK(tensor.dim() == 3 && tensor.size(0) == rows && tensor.size(1) == heads && tensor.size(2) == columns &&
+                     tensor.scalar_type() == type,
+                 "attention_varlen: ", what, " must have shape (", rows, ", ", heads, ", ", columns,
+                 ") and the dtype of query");
+  FASTATTN_CHECK(tensor.stride(2) == 1 || columns <= 1, "attention_varlen: ", what,
+                 " must have a last stride of 1, got ", tensor.stride(2));
+}
+AttentionInput packed_input(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), 0, tensor.stride(1), tensor.stride(0)};
+}
+AttentionResult packed_result(const Tensor& tensor) {
+  return {tensor.mutable_data_ptr(), 0, tensor.stride(1), tensor.stride(0)};
+}
+
+// Where sequences start and end: not decreasing, within the rows.
+std::vector<int64_t> bounds_of(const char* what, const Tensor& tensor, int64_t rows) {
+  FASTATTN_CHECK(tensor.dim() == 1 && tensor.numel() >= 1, "attention_varlen: ", what, " must have shape (N + 1,)");
+  std::vector<int64_t> bounds = integers_of(what, tensor);
+  for (size_t i = 0; i < bounds.size(); i++) {
+    FASTATTN_CHECK(bounds[i] >= 0 && bounds[i] <= rows, "attention_varlen: ", what, " must be in [0, ", rows, "], got ",
+                   bounds[i], " at ", i);
+    FASTATTN_CHECK(i == 0 || bounds[i] >= bounds[i - 1], "attention_varlen: ", what, " must not decrease, got ",
+                   bounds[i], " at ", i, " after ", bounds[i - 1]);
+  }
+  return bounds;
+}
+
+// The problem and what it points to.
+struct Packed {
+  AttentionProblem problem{};
+  FeatureStorage storage;
+  std::vector<AttentionSequence> sequences;
+  bool all_queries = true, all_keys = true;  // belong to some sequence
+
+  Packed(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_seq_q, const Tensor& cu_seq_k,
+         const std::optional<Tensor>& seqused_k, double scale, int64_t max_q, int64_t max_k, const Features& features) {
+    FASTATTN_CHECK(query.dim() == 3 && key.dim() == 3 && value.dim() == 3,
+                   "attention_varlen: query, key and value must have 3 dimensions");
+    AttentionProblem& p = problem;
+    const ScalarType type = query.scalar_type();
+    FASTATTN_CHECK(type != ScalarType::Bool, "attention_varlen: query must be float32, bfloat16 or float16");
+    const int64_t query_rows = query.size(0), key_rows = key.size(0);
+    p.dtype = dtype_of(type);
+    p.heads = query.size(1);
+    p.kv_heads = key.size(1);
+    p.head_dim = query.size(2);
+    p.value_dim = value.size(2);
+    check_packed("query", query, type, query_rows, p.heads, p.head_dim);
+    check_packed("key", key, type, key_rows, p.kv_heads, p.head_dim);
+    check_packed("value", value, type, key_rows, p.kv_heads, p.value_dim);
+    FASTATTN_CHECK(p.kv_heads == 0 ? p.heads == 0 : p.heads % p.kv_heads == 0,
+                   "attention_varlen: query heads must be a multiple of key heads, got ", p.heads, " and ", p.kv_heads);
+    FASTATTN_CHECK(p.head_dim >= 1 && p.head_dim <= kMostColumns && p.value_dim >= 1 && p.value_dim <= kMostColumns,
+                   "attention_varlen: head dims must be in [1, ", kMostColumns, "], got ", p.head_dim, " and ",
+                   p.value_dim);
+    FASTATTN_CHECK(query_rows <= kMostRows && key_rows <= kMostRows, "attention_varlen: at most ", kMostRows,
+                   " rows, got ", query_rows, " and ", key_rows);
+    FASTATTN_CHECK(std::isfinite(scale), "attention_varlen: scale must be finite, got ", scale);
+    p.scale = static_cast<float>(scale);
+    p.window = {kAttentionUnbounded, kAttentionUnbounded, true, nullptr};
+    p.lse_head = query_rows;
+    const std::vector<int64_t> queries = bounds_of("cu_seq_q", cu_seq_q, query_rows);
+    const std::vector<int64_t> keys = bounds_of("cu_seq_k", cu_seq_k, key_rows);
+    FASTATTN_CHECK(queries.size() == keys.size(), "attention_varlen: cu_seq_q and cu_seq_k must have one length, got ",
+                   queries.size(), " and ", keys.size());
+    std::vector<int64_t> used;
+    if (seqused_k) {
+      used = integers_of("seqused_k", *seqused_k);
+      FASTATTN_CHECK(used.size() + 1 == keys.size(), "attention_varlen: seqused_k must have shape (", keys.size() - 1,
+                     ",)");
+      all_keys = false;
+    }
+    p.batches = static_cast<int64_t>(queries.size()) - 1;
+    for (size_t i = 0; i + 1 < queries.size(); i++) {
+      AttentionSequence rows = {queries[i], queries[i + 1], keys[i], keys[i + 1]};
+      const int64_t room = rows.key_end - rows.key_begin;
+      if (seqused_k) {
+        FASTATTN_CHECK(used[i] >= 0 && used[i] <= room, "attention_varlen: seqused_k must be in [0, ", room, "], got ",
+                       used[i], " at ", i);
+        rows.key_end = rows.key_begin + used[i];
+      }
+      FASTATTN_CHECK(rows.query_end - rows.query_begin <= max_q, "attention_varlen: sequence ", i, " has ",
+                     rows.query_end - rows.query_begin, " queries, more than max_q, ", max_q);
+      FASTATTN_CHECK(room <= max_k, "attention_varlen: sequence ", i, " has ", room, " keys, more than max_k, ", max_k);
+      p.queries = std::max(p.queries, rows.query_end - rows.query_begin);
+      p.keys = std::max(p.keys, rows.key_end - rows.key_begin);
+      sequences.push_back(rows);
+    }
+    all_queries = queries.front() == 0 && queries.back() == query_rows;
+    all_keys = all_keys && keys.front() == 0 && keys.back() == key_rows;
+    p.sequences = sequences.data();
+    add_features(features, p, storage);
+  }
+
+  double nanoseconds() const {
+    AttentionProblem one = problem;
+    double sum = 0.0;
+    one.batches = 1;
+    for (const AttentionSequence& rows : sequences) {
+      one.queries = rows.query_end - rows.query_begin;
+      one.keys = rows.key_end - rows.key_begin;
+      sum += nanoseconds_of(one);
+    }
+    return sum;
+  }
+};
+
+void zero(const Tensor& tensor) {
+  std::memset(tensor.mutable_data_ptr(), 0, static_cast<size_t>(tensor.numel() * tensor.element_size()));
+}
+
+std::tuple<Tensor, Tensor> attention_varlen_forward(Tensor query, Tensor key, Tensor value, Tensor cu_seq_q,
+                                                    Tensor cu_seq_k, std::optional<Tensor> seqused_k,
+                                                    std::optional<Tensor> philox, std::optional<Tensor> sinks,
+                                                    std::optional<Tensor> alibi_slopes, double scale, int64_t max_q,
+                                                    int64_t max_k, int64_t window_left, int64_t window_right,
+                                                    double softcap, double dropout_p) {
+  const std::optional<Tensor> none;
+  Packed packed(query, key, value, cu_seq_q, cu_seq_k, seqused_k, scale, max_q, max_k,
+                {window_left, window_right, softcap, sinks, alibi_slopes, none, none, none});
+  AttentionForward p{};
+  p.problem = packed.problem;
+  p.problem.dropout = dropout_of(philox, dropout_p);
+  std::vector<int64_t> first_tasks(packed.sequences.size() + 1);
+  Tensor output = empty({query.size(0), p.problem.heads, p.problem.value_dim}, query.scalar_type());
+  Tensor lse = empty({p.problem.heads, query.size(0)}, ScalarType::Float);
+  p.query = packed_input(query);
+  p.key = packed_input(key);
+  p.value = packed_input(value);
+  p.output = packed_result(output);
+  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  p.first_tasks = first_tasks.data();
+  if (!packed.all_queries) {
+    zero(output);
+    std::fill(p.lse, p.lse + lse.numel(), -std::numeric_limits<float>::infinity());
+  }
+  launch(kernels().attention->forward, p, packed.nanoseconds());
+  return {output, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_varlen_backward(
+    Tensor grad_output, std::optional<Tensor> grad_lse, Tensor query, Tensor key, Tensor value, Tensor cu_seq_q,
+    Tensor cu_seq_k, std::optional<Tensor> seqused_k, std::optional<Tensor> philox, std::optional<Tensor> sinks,
+    std::optional<Tensor> alibi_slopes, Tensor output, Tensor lse, double scale, int64_t max_q, int64_t max_k,
+    int64_t window_left, int64_t window_right, double softcap, double dropout_p) {
+  const std::optional<Tensor> none;
+  Packed packed(query, key, value, cu_seq_q, cu_seq_k, seqused_k, scale, max_q, max_k,
+                {window_left, window_right, softcap, sinks, alibi_slopes, none, none, none});
+  AttentionBackward p{};
+  p.problem = packed.problem;
+  p.problem.dropout = dropout_of(philox, dropout_p);
+  const AttentionProblem& problem = p.problem;
+  const int64_t rows = query.size(0);
+  check_packed("grad_output", grad_output, query.scalar_type(), rows, problem.heads, problem.value_dim);
+  check_packed("output", output, query.scalar_type(), rows, problem.heads, problem.value_dim);
+  const auto statistic = [&](const char* what, const Tensor& tensor) {
+    FASTATTN_CHECK(tensor.dim() == 2 && tensor.size(0) == problem.heads && tensor.size(1) == rows &&
+                       tensor.scalar_type() == ScalarType::Float,
+                   "attention_varlen: ", what, " must be float32 of shape (", problem.heads, ", ", rows, ")");
+    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  };
+  lse = statistic("lse", lse);
+  if (grad_lse) grad_lse = statistic("grad_lse", *grad_lse);
+  Tensor grad_query = empty(query.sizes(), query.scalar_type());
+  Tensor grad_key = empty(key.sizes(), query.scalar_type()), grad_value = empty(value.sizes(), query.scalar_type());
+  if (!packed.all_queries) zero(grad_query);
+  if (!packed.all_keys) {
+    zero(grad_key);
+    zero(grad_value);
+  }
+  p.grad_output = packed_input(grad_output);
+  p.query = packed_input(query);
+  p.key = packed_input(key);
+  p.value = packed_input(value);
+  p.output = packed_input(output);
+  p.lse = static_cast<const float*>(lse.const_data_ptr());
+  p.grad_lse = grad_lse ? static_cast<const float*>(grad_lse->const_data_ptr()) : nullptr;
+  p.grad_query = packed_result(grad_query);
+  p.grad_key = packed_result(grad_key);
+  p.grad_value = packed_result(grad_value);
+  PartialSums sums;
+  sums.give(p);
+  std::vector<float> delta(sinks ? static_cast<size_t>(lse.numel()) : 0);
+  if (sinks) p.delta = delta.data();
+  launch(kernels().attention->backward, p, packed.nanoseconds() * 2.5);
+  return {grad_query, grad_key, grad_value, sink_gradient(problem, sinks, p.lse, p.delta, rows)};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
+  m.impl("attention_varlen.cpu", TORCH_BOX(&attention_varlen_forward));
+  m.impl("attention_varlen_forward.cpu", TORCH_BOX(&attention_varlen_forward));
+  m.impl("attention_varlen_backward.cpu", TORCH_BOX(&attention_varlen_backward));
   m.impl("attention.cpu", TORCH_BOX(&attention_forward));
   m.impl("attention_forward.cpu", TORCH_BOX(&attention_forward));
   m.impl("attention_backward.cpu", TORCH_BOX(&attention_backward));

@@ -1,6 +1,6 @@
 """The ops, with torch.nn.functional's names and arguments."""
 
-from fastattn.ops.attention import scaled_dot_product_attention
+from fastattn.ops.attention import attention_varlen, scaled_dot_product_attention
 from fastattn.ops.cross_entropy import cross_entropy
 from fastattn.ops.gelu import gelu
 from fastattn.ops.layer_norm import add_layer_norm, layer_norm
@@ -12,6 +12,7 @@ from fastattn.ops.swiglu import swiglu
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
+    "attention_varlen",
     "cross_entropy",
     "gelu",
     "layer_norm",

@@ -20,6 +20,7 @@ from fastattn.testing.conformance import Results, evaluate, map_tensors, suites
 #: Cases whose arguments make the samples: few, because opcheck takes a second for each.
 SAMPLED = {
     "attention": ("lse mask", "dropout causal", "everything at once"),
+    "attention_varlen": ("gqa", "sinks"),
     "layer_norm": ("prenorm", "no affine"),
     "rms_norm": ("prenorm", "no weight"),
     "linear": ("gelu, bias", "relu, no bias", "vector weight"),

@@ -23,6 +23,13 @@ def attention(query=(2, 4, 5, 8), key=(2, 4, 6, 8), value=(2, 4, 6, 8), **call):
     return lambda backend: fastattn.scaled_dot_product_attention(q, k, v, backend=backend, **call)
 
 
+def varlen(queries=(0, 3, 5), keys=(0, 4, 6), query=(5, 4, 8), key=(6, 4, 8), value=(6, 4, 8), longest=(3, 4), **call):
+    q, k, v = (f32(*t) if isinstance(t, tuple) else t for t in (query, key, value))
+    bounds = (torch.tensor(b) if isinstance(b, tuple) else b for b in (queries, keys))
+    bound = (*bounds, *longest)
+    return lambda backend: fastattn.attention_varlen(q, k, v, *bound, backend=backend, **call)
+
+
 def layer_norm(input=(3, 8), shape=(8,), *args, **call):
     x = f32(*input) if isinstance(input, tuple) else input
     return lambda backend: fastattn.layer_norm(x, shape, *args, backend=backend, **call)
@@ -289,6 +296,91 @@ BAD = {
         RuntimeError,
         r"attention: prefix_len must be in \[0, 6\], got -1",
     ),
+    # packed sequences
+    **{
+        f"attention_varlen {name}": (varlen(**call), error, f"attention_varlen: {message}")
+        for name, call, error, message in (
+            ("dims", {"query": (1, 5, 4, 8)}, ValueError, r"query, key and value are \(T, H, D\), got 4, 3 and 3 dim"),
+            ("dtypes", {"key": f32(6, 4, 8).double()}, ValueError, r".* one dtype and device, got query torch.float32"),
+            (
+                "integers",
+                {n: f32(6, 4, 8).int() for n in ("query", "key", "value")},
+                ValueError,
+                r"dtype torch.int32 is",
+            ),
+            ("head dims", {"key": (6, 4, 9)}, ValueError, r"query and key must have one head dim, got 8 and 9"),
+            ("lengths", {"value": (7, 4, 8)}, ValueError, r"key and value must have one length and as many heads, got"),
+            ("heads", {"query": (5, 8, 8)}, ValueError, r"query has 8 heads, key and value 4: pass enable_gqa=True"),
+            (
+                "heads that do not divide",
+                {"query": (5, 6, 8), "enable_gqa": True},
+                ValueError,
+                r"with enable_gqa the query heads \(6\) must be a multiple of the key heads \(4\)",
+            ),
+            (
+                "no keys' bounds",
+                {"keys": None},
+                ValueError,
+                r"cu_seq_k must be a 1-D tensor of int32 or int64, got None",
+            ),
+            (
+                "bounds of floats",
+                {"queries": f32(3)},
+                ValueError,
+                r"cu_seq_q must be a 1-D tensor .* got torch.float32",
+            ),
+            (
+                "bounds of 2 dims",
+                {"queries": torch.zeros(1, 3).long()},
+                ValueError,
+                r"cu_seq_q must be a 1-D tensor of",
+            ),
+            (
+                "other counts",
+                {"queries": (0, 5)},
+                ValueError,
+                r"cu_seq_q and cu_seq_k must both have shape \(N \+ 1,\), got \(2,\) and \(3,\)",
+            ),
+            (
+                "no bounds at all",
+                {"queries": torch.zeros(0).long(), "keys": torch.zeros(0).long()},
+                ValueError,
+                r"cu_seq_q and cu_seq_k must both have shape \(N \+ 1,\), got \(0,\) and \(0,\)",
+            ),
+            ("used", {"seqused_k": torch.tensor([1])}, ValueError, r"seqused_k must have shape \(2,\), got \(1,\)"),
+            ("pages", {"block_table": torch.zeros(2, 1).int()}, ValueError, r"block_table is for caches: see fastattn"),
+            ("splits", {"num_splits": -1}, ValueError, r"num_splits must be None or at least 0 .* got -1"),
+            ("window", {"window_size": (-3, 0)}, ValueError, r"window must hold numbers of at least 0, .* \(-3, 0\)"),
+            ("softcap", {"softcap": -1.0}, ValueError, r"softcap must be 0 or in"),
+            ("scale", {"scale": math.inf}, ValueError, r"scale must be finite \(in float32\), got inf"),
+            (
+                "slopes",
+                {"alibi_slopes": f32(3)},
+                ValueError,
+                r"alibi_slopes must have shape \(4,\) or \(2, 4\), got \(3",
+            ),
+            ("sinks", {"sinks": f32(3)}, ValueError, r"sinks must have shape \(4,\), got \(3,\)"),
+            ("dropout", {"dropout_p": 2.0}, ValueError, r"dropout_p must be in \[0, 1\], got 2.0"),
+            # values, which only kernels can see
+            ("decreasing", {"queries": (0, 4, 3)}, RuntimeError, r"cu_seq_q must not decrease, got 3 at 2 after 4"),
+            ("beyond the rows", {"keys": (0, 4, 7)}, RuntimeError, r"cu_seq_k must be in \[0, 6\], got 7 at 2"),
+            ("negative", {"keys": (-1, 4, 6)}, RuntimeError, r"cu_seq_k must be in \[0, 6\], got -1 at 0"),
+            (
+                "far away",
+                {"keys": (0, 2**62, 6)},
+                RuntimeError,
+                r"cu_seq_k must be in \[0, 6\], got 4611686018427387904",
+            ),
+            ("max_q", {"longest": (2, 4)}, RuntimeError, r"sequence 0 has 3 queries, more than max_q, 2"),
+            ("max_k", {"longest": (3, 3)}, RuntimeError, r"sequence 0 has 4 keys, more than max_k, 3"),
+            (
+                "too many used",
+                {"seqused_k": torch.tensor([4, 3])},
+                RuntimeError,
+                r"seqused_k must be in \[0, 2\], got 3 at 1",
+            ),
+        )
+    },
     # norms
     **{
         f"{name} {what}": (norm(*args, **call), ValueError, f"{name}: {message}")

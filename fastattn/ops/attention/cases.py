@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastattn.cases import Arguments, Case, Sampler, Suite, Workload
-from fastattn.ops.attention import feature_cases
+from fastattn.ops.attention import feature_cases, varlen_cases
 from fastattn.ops.attention.op import scaled_dot_product_attention
 from fastattn.ops.attention.samples import (
     LARGE_LSE,
@@ -332,4 +332,5 @@ SUITES = (
         workloads=WORKLOADS,
         reads=True,  # in decoding only
     ),
+    varlen_cases.SUITE,
 )

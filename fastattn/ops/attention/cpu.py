@@ -6,11 +6,13 @@ import torch
 
 from fastattn.dispatch import native
 from fastattn.ops.attention.op import OP, AttentionProblem
+from fastattn.ops.attention.varlen import OP as VARLEN_OP
+from fastattn.ops.attention.varlen import VarlenProblem
 
 MAX_HEAD_DIM = 512
 
 
-def supports(problem: AttentionProblem) -> str | None:
+def supports(problem: AttentionProblem | VarlenProblem) -> str | None:
     if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"has no kernel for {problem.dtype}: float32, bfloat16, float16"
     if not 1 <= problem.head_dim <= MAX_HEAD_DIM or not 1 <= problem.value_dim <= MAX_HEAD_DIM:
@@ -19,3 +21,4 @@ def supports(problem: AttentionProblem) -> str | None:
 
 
 IMPLEMENTATION = native(OP, supports)
+VARLEN = native(VARLEN_OP, supports)

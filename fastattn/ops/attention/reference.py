@@ -93,12 +93,16 @@ def _scores(
     return plain, scores if seen is None else scores.masked_fill(~seen, -torch.inf)
 
 
-def _dropout(philox: Tensor | None, dropout_p: float, scores: Tensor) -> Tensor | None:
-    """What the probabilities are multiplied by: 0 or 1 / (1 - p), shaped and typed like the scores."""
+def _dropout(philox: Tensor | None, dropout_p: float, scores: Tensor, first_batch: int) -> Tensor | None:
+    """What the probabilities are multiplied by: 0 or 1 / (1 - p), shaped and typed like the scores.
+
+    first_batch: the number of the first batch element, for the counter.
+    """
     if philox is None:
         return None
     batch, kv_heads, groups, queries, keys = scores.shape
-    keep = philox_mask.keep_mask(philox.to(scores.device), dropout_p, batch, kv_heads * groups, queries, keys)
+    sizes = (first_batch + batch, kv_heads * groups, queries, keys)
+    keep = philox_mask.keep_mask(philox.to(scores.device), dropout_p, *sizes)[first_batch:]
     kept = 0.0 if dropout_p == 1.0 else 1.0 / (1.0 - dropout_p)
     return keep.view(scores.shape).to(scores.dtype) * kept
 
@@ -135,6 +139,7 @@ def forward(
     bottom_right: bool,
     dropout_p: float,
     *given: Any,
+    first_batch: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """(output, lse): softmax(scale * Q K^T + mask) V and the natural log of its denominator."""
     features = features_of(given)
@@ -143,7 +148,7 @@ def forward(
     lse = torch.logsumexp(scores, dim=-1)
     if features.sinks is not None:
         lse = torch.logaddexp(lse, _sink_column(features.sinks, scores).squeeze(-1))
-    dropout = _dropout(philox, dropout_p, scores)
+    dropout = _dropout(philox, dropout_p, scores, first_batch)
     if dropout is not None:
         weights = weights * dropout
     output = (weights @ value.to(weights.dtype).unsqueeze(2)).flatten(1, 2)
@@ -172,6 +177,7 @@ def backward(
     dropout_p: float,
     mask_grad: bool,
     *given: Any,
+    first_batch: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, of the additive mask ((0,) unless mask_grad) and of sinks ((0,) without).
 
@@ -190,7 +196,7 @@ def backward(
     k, v = key.to(dtype).unsqueeze(2), value.to(dtype).unsqueeze(2)
     grad_weights = grad @ v.transpose(-1, -2)
     delta = (grad * grouped(output)).sum(-1, keepdim=True)
-    dropout = _dropout(philox, dropout_p, scores)
+    dropout = _dropout(philox, dropout_p, scores, first_batch)
     dropped = weights if dropout is None else weights * dropout
     if dropout is not None:
         grad_weights = grad_weights * dropout

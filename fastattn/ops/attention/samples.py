@@ -72,6 +72,7 @@ def definition(
     causal_alignment: str = "top_left",
     return_lse: bool = False,
     seed: int | None = None,
+    keep: Tensor | None = None,
     window: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
@@ -79,7 +80,10 @@ def definition(
     document_ids: Tensor | tuple[Tensor, Tensor] | None = None,
     prefix_len: int | Tensor | None = None,
 ) -> Any:
-    """Attention written down, in the dtype of its inputs; queries that see no key give 0 and lse -inf."""
+    """Attention written down, in the dtype of its inputs; queries that see no key give 0 and lse -inf.
+
+    keep: which weights dropout keeps, instead of those that seed keeps.
+    """
     if enable_gqa:
         repeats = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
@@ -105,11 +109,13 @@ def definition(
     # Dead rows go around softmax, whose gradient would be NaN there.
     live_scores = scores.masked_fill(dead, 0.0)
     weights = torch.softmax(live_scores, -1).masked_fill(dead, 0.0)
-    if dropout_p > 0.0:
+    if keep is not None:
+        weights = weights * F.pad(keep, (0, weights.shape[-1] - keep.shape[-1])) / (1.0 - dropout_p)
+    elif dropout_p > 0.0:
         assert seed is not None
         *batch, heads, queries, keys = weights.shape if weights.ndim > 2 else (1, *weights.shape)
         state = philox.fixed(seed, query.device)
-        # (A sink's column is one past the keys; it has no value to drop.)
+        # A sink's column is one past the keys; it has no value to drop.
         keep = philox.keep_mask(state, dropout_p, math.prod(batch), heads, queries, keys).view(weights.shape)
         weights = weights * keep * (1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0)
     output = weights @ value
