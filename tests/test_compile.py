@@ -26,8 +26,10 @@ COMPILED = {
     "rms_norm": ("prenorm", "no weight", "float32 weight", "permuted rows", "weight offset"),
     "add_layer_norm": ("dropout 0.5", "dropout into a float32 residual", "strided rows", "weight offset"),
     "add_rms_norm": ("dropout 0.5", "dropout into a float32 residual", "no weight"),
-    "softmax": ("to float32", "dim 1 of 4", "no dims"),
-    "log_softmax": ("33 columns", "transposed, dim 0"),
+    "softmax": (
+        "to float32", "dim 1 of 4", "no dims", "mask of heads", "bool mask, dim 1", "causal bottom_right scale mask",
+    ),
+    "log_softmax": ("33 columns", "transposed, dim 0", "bool mask", "causal top_left 33x70"),
     "gelu": ("none 33 columns", "tanh float32 bias", "tanh transposed bias"),
     "swiglu": ("33 columns, packed", "transposed"),
     "cross_entropy": (

@@ -71,6 +71,11 @@ def calls(dtype=torch.float32):
         ),
         "softmax": (lambda x: fastattn.softmax(x, -1), (draw(4, 10),)),
         "log_softmax": (lambda x: fastattn.log_softmax(x, 0), (draw(4, 10),)),
+        "softmax mask": (lambda x, m: fastattn.softmax(x, -1, scale=0.5, mask=m), (draw(4, 10), draw(1, 10))),
+        "log_softmax causal": (
+            lambda x: fastattn.log_softmax(x, -1, is_causal=True).masked_fill(torch.ones(4, 10).triu(1).bool(), 0.0),
+            (draw(4, 10),),
+        ),
         "gelu": (lambda x, b: fastattn.gelu(x, bias=b), (draw(4, 10), draw(10))),
         "gelu tanh": (lambda x: fastattn.gelu(x, "tanh"), (draw(4, 10),)),
         "swiglu": (fastattn.swiglu, (draw(4, 10), draw(4, 10))),

@@ -6,6 +6,7 @@
 // Columns (inner > 1): the same online sums with `inner` in the lanes; nothing is transposed.
 #pragma once
 #include "../cpu/logsumexp.h"
+#include "masked.inl.h"
 #include "params.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -206,12 +207,18 @@ FASTATTN_INLINE void for_lanes(int64_t lanes, Body body) {
   for (int64_t lane = 0; lane < lanes; lane += kPair) body(Width<1>{}, lane, Part{min_of(lanes - lane, kPair)});
 }
 
+FASTATTN_INLINE bool softmax_is_masked(const SoftmaxForward& p) {
+  return p.scale != 1.f || p.mask.data != nullptr || p.causal != SoftmaxCausal::none;
+}
+
 template <class In, class Out, bool Log>
 void softmax_forward(const SoftmaxForward& p, TaskQueue& queue, char* scratch) {
   const In* const x = static_cast<const In*>(p.input);
   Out* const y = static_cast<Out*>(p.output);
   for_softmax_units(p.outer, p.columns, p.inner, queue, [&](int64_t unit, int64_t at, int64_t lanes) FASTATTN_LAMBDA {
-    if (p.inner == 1) {
+    if (p.inner == 1 && softmax_is_masked(p)) {
+      softmax_masked_row<In, Out, Log>(p, x + unit * p.input_stride, y + at, unit, reinterpret_cast<float*>(scratch));
+    } else if (p.inner == 1) {
       const In* const row = x + unit * p.input_stride;
       softmax_row<In, Out, Log>(row, y + at, p.columns, row + p.input_stride, reinterpret_cast<float*>(scratch));
     } else {
@@ -228,7 +235,10 @@ void softmax_backward(const SoftmaxBackward& p, TaskQueue& queue) {
   const G* const y = static_cast<const G*>(p.output);
   In* const dx = static_cast<In*>(p.grad_input);
   for_softmax_units(p.outer, p.columns, p.inner, queue, [&](int64_t unit, int64_t at, int64_t lanes) FASTATTN_LAMBDA {
-    if (p.inner == 1) {
+    if (p.inner == 1 && (p.scale != 1.f || p.masked || p.causal != SoftmaxCausal::none)) {
+      softmax_masked_backward_row<G, In, Log>(p, dy + unit * p.grad_output_stride, y + unit * p.output_stride, dx + at,
+                                              unit);
+    } else if (p.inner == 1) {
       const G *const dy_row = dy + unit * p.grad_output_stride, *const y_row = y + unit * p.output_stride;
       softmax_backward_row<G, In, Log>(dy_row, y_row, dx + at, p.columns, dy_row + p.grad_output_stride,
                                        y_row + p.output_stride);
@@ -278,7 +288,8 @@ int64_t softmax_forward_tasks(const SoftmaxForward& p) {
   return ceil_div(softmax_units(p.outer, p.inner), softmax_units_per_task(p.columns, p.inner));
 }
 int64_t softmax_forward_scratch(const SoftmaxForward& p) {
-  const bool needed = p.inner == 1 && p.output_dtype != DType::f32 && p.columns <= kSoftmaxLongRow;
+  const bool widened = p.output_dtype != DType::f32 && p.columns <= kSoftmaxLongRow;
+  const bool needed = p.inner == 1 && (widened || softmax_is_masked(p));
   return needed ? round_up(p.columns, kPair) * static_cast<int64_t>(sizeof(float)) : 0;
 }
 int64_t softmax_backward_tasks(const SoftmaxBackward& p) {

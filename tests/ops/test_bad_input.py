@@ -498,6 +498,48 @@ BAD = {
         ValueError,
         r"softmax: input must be float32, bfloat16, float16 or float64, got torch.int64; pass dtype= to convert it",
     ),
+    "softmax scale": (softmax(f32(3), 0, scale=math.inf), ValueError, r"softmax: scale must be finite, got inf"),
+    "softmax mask shape": (
+        softmax(f32(3, 4), 1, mask=f32(3)),
+        ValueError,
+        r"softmax: mask must broadcast to the input's shape \(3, 4\), got \(3,\)",
+    ),
+    "softmax mask dims": (
+        softmax(f32(3, 4), 1, mask=f32(1, 3, 4)),
+        ValueError,
+        r"softmax: mask must broadcast to the input's shape \(3, 4\), got \(1, 3, 4\)",
+    ),
+    "softmax integer mask": (
+        softmax(f32(3, 4), 1, mask=f32(4, dtype=torch.int64)),
+        ValueError,
+        r"softmax: mask must be bool or floating, got torch.int64",
+    ),
+    "softmax mask's device": (
+        softmax(f32(3, 4), 1, mask=f32(4, device="meta")),
+        ValueError,
+        r"softmax: mask is on meta, input on cpu",
+    ),
+    "softmax mask of many dims": (
+        softmax(f32(*[1] * 17), 1, mask=f32(1)),
+        ValueError,
+        r"softmax: with a mask the input has at most 16 dimensions, got 17",
+    ),
+    "softmax causal along rows": (
+        softmax(f32(3, 4), 0, is_causal=True),
+        ValueError,
+        r"softmax: is_causal is over the last two dimensions, and dim must be the last; got dim 0 of a 2-D input",
+    ),
+    "softmax causal of one dim": (softmax(f32(3), 0, is_causal=True), ValueError, r"got dim 0 of a 1-D input"),
+    "softmax alignment": (
+        softmax(f32(3, 4), 1, is_causal=True, causal_alignment="left"),
+        ValueError,
+        r"softmax: causal_alignment must be one of \('top_left', 'bottom_right'\), got 'left'",
+    ),
+    "log_softmax mask shape": (
+        lambda backend: fastattn.log_softmax(f32(3, 4), -1, mask=f32(5), backend=backend),
+        ValueError,
+        r"log_softmax: mask must broadcast to the input's shape \(3, 4\), got \(5,\)",
+    ),
     "softmax to integers": (
         softmax(f32(3), 0, torch.int32),
         ValueError,
@@ -759,6 +801,24 @@ RAW_BAD = {
         f32(3, 4), f32(3, 8), f32(4, 8), None, None, 1, True, True, False
     ),
     "softmax of a far dim": lambda: torch.ops.fastattn.softmax_forward.cpu(f32(3, 8), 2, False, torch.float32),
+    "softmax of a short mask": lambda: torch.ops.fastattn.softmax_forward.cpu(
+        f32(3, 8), 1, False, torch.float32, 1.0, f32(3, 7), 0
+    ),
+    "softmax of a mask of few dims": lambda: torch.ops.fastattn.softmax_forward.cpu(
+        f32(3, 8), 1, False, torch.float32, 1.0, f32(8), 0
+    ),
+    "softmax of a mask of far columns": lambda: torch.ops.fastattn.softmax_forward.cpu(
+        f32(3, 8), 1, False, torch.float32, 1.0, f32(8, 3).t(), 0
+    ),
+    "softmax causal of one dim": lambda: torch.ops.fastattn.softmax_forward.cpu(
+        f32(8), 0, False, torch.float32, 1.0, None, 1
+    ),
+    "softmax causal in a third way": lambda: torch.ops.fastattn.softmax_forward.cpu(
+        f32(3, 8), 1, False, torch.float32, 1.0, None, 3
+    ),
+    "softmax of a scale along rows": lambda: torch.ops.fastattn.softmax_forward.cpu(
+        f32(3, 8), 0, False, torch.float32, 2.0, None, 0
+    ),
     "softmax backward of another shape": lambda: torch.ops.fastattn.softmax_backward.cpu(
         f32(3, 8), f32(3, 7), 1, False, torch.float32
     ),

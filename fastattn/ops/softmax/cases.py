@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,17 +16,82 @@ from fastattn.ops.softmax.op import log_softmax, softmax
 Draw = Callable[..., Tensor]
 
 
-def definition(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
-    """softmax written down, in the dtype of its input (the truth of dtype= is that of the input as it is)."""
-    shifted = input - (input.amax(dim, keepdim=True) if input.numel() else 0.0)
+def scores(
+    input: Tensor, scale: float, mask: Tensor | None, is_causal: bool, causal_alignment: str
+) -> tuple[Tensor, Tensor | None]:
+    """scale * input + mask, and where nothing is visible (None: torch's softmax has an opinion everywhere)."""
+    x = input * scale if scale != 1.0 else input
+    if mask is not None:
+        x = x.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else x + mask.to(x.dtype)
+    if is_causal:
+        rows, columns = x.shape[-2:]
+        diagonal = 1 if causal_alignment == "top_left" else columns - rows + 1
+        x = x.masked_fill(torch.ones(rows, columns, dtype=torch.bool, device=x.device).triu(diagonal), -torch.inf)
+    return x, x == -torch.inf if mask is not None or is_causal else None
+
+
+def _written_down(x: Tensor, dim: int, log: bool) -> Tensor:
+    shifted = x - (x.amax(dim, keepdim=True) if x.numel() else 0.0)
     exponentials = shifted.exp()
-    return exponentials / exponentials.sum(dim, keepdim=True)
+    total = exponentials.sum(dim, keepdim=True)
+    return shifted - total.log() if log else exponentials / total
 
 
-def log_definition(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+def _of_visible(plain: Callable[[Tensor], Tensor], x: Tensor, hidden: Tensor | None, dim: int, log: bool) -> Tensor:
+    """plain(x), with rows that see nothing 0 (log: -inf) and without a gradient."""
+    if hidden is None or x.numel() == 0:
+        return plain(x)
+    dead = hidden.all(dim, keepdim=True)
+    return plain(x.masked_fill(dead, 0.0)).masked_fill(dead, -torch.inf if log else 0.0)
+
+
+def definition(
+    input: Tensor,
+    dim: int,
+    dtype: torch.dtype | None = None,
+    *,
+    scale: float = 1.0,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: str = "top_left",
+) -> Tensor:
+    """softmax written down, in the dtype of its input (the truth of dtype= is that of the input as it is)."""
+    x, hidden = scores(input, scale, mask, is_causal, causal_alignment)
+    return _of_visible(lambda x: _written_down(x, dim, False), x, hidden, dim, False)
+
+
+def log_definition(
+    input: Tensor,
+    dim: int,
+    dtype: torch.dtype | None = None,
+    *,
+    scale: float = 1.0,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: str = "top_left",
+) -> Tensor:
     """log_softmax written down, in the dtype of its input."""
-    shifted = input - (input.amax(dim, keepdim=True) if input.numel() else 0.0)
-    return shifted - shifted.exp().sum(dim, keepdim=True).log()
+    x, hidden = scores(input, scale, mask, is_causal, causal_alignment)
+    return _of_visible(lambda x: _written_down(x, dim, True), x, hidden, dim, True)
+
+
+def _peer(log: bool) -> Callable[..., Tensor]:
+    def peer(
+        input: Tensor,
+        dim: int,
+        dtype: torch.dtype | None = None,
+        *,
+        scale: float = 1.0,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        causal_alignment: str = "top_left",
+    ) -> Tensor:
+        """torch's function of scores made in the input's dtype."""
+        function = F.log_softmax if log else F.softmax
+        x, hidden = scores(input, scale, mask, is_causal, causal_alignment)
+        return _of_visible(lambda x: function(x, dim, dtype=dtype), x, hidden, dim, log)
+
+    return peer
 
 
 def _contiguous(s: Sampler, *shape: int) -> Tensor:
@@ -110,6 +176,78 @@ def _cases(log: bool) -> Iterator[Case]:
     for shape, dim in (((0, 5), 1), ((5, 0), 1), ((5, 0), 0), ((2, 0, 3), 2)):
         yield Case(f"empty {'x'.join(map(str, shape))} dim {dim}", _build(shape, dim=dim))
 
+    def featured(
+        *shape: int,
+        dim: int = -1,
+        mask: Callable[[Sampler], Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+        **call: Any,
+    ) -> Callable[[Sampler], Arguments]:
+        def build(s: Sampler) -> Arguments:
+            arguments = _build(shape, dim, dtype=dtype)(s)
+            return {**arguments, **call} if mask is None else {**arguments, "mask": mask(s), **call}
+
+        return build
+
+    def some(*shape: int, p: float = 0.7) -> Callable[[Sampler], Tensor]:
+        return lambda s: s.chance(*shape, p=p)
+
+    def added(*shape: int, dtype: torch.dtype | None = None) -> Callable[[Sampler], Tensor]:
+        return lambda s: s.normal(*shape, dtype=dtype)
+
+    both = ("input", "mask")
+    yield Case("scale", featured(20, 90, scale=0.3), core=True)
+    yield Case("negative scale", featured(20, 90, scale=-1.5))
+    yield Case("scale, dim 0", featured(20, 90, dim=0, scale=0.3))
+    yield Case("scale, to float32", featured(20, 90, scale=0.3, dtype=torch.float32))
+    yield Case("bool mask", featured(2, 3, 12, 70, mask=some(2, 3, 12, 70)), core=True)
+    yield Case("bool mask of columns", featured(2, 3, 12, 70, mask=some(2, 1, 1, 70), scale=0.125), core=True)
+    yield Case("bool mask of rows", featured(2, 3, 12, 70, mask=some(3, 12, 1)))
+    yield Case("bool mask, dim 1", featured(2, 9, 30, dim=1, mask=some(9, 30)))
+    yield Case("transposed bool mask", featured(12, 70, mask=lambda s: s.chance(70, 12).t()))
+    yield Case("bool mask of long rows", featured(3, 4099, mask=some(4099)))
+    yield Case("mask of one number", featured(12, 70, mask=some(p=1.0)))
+    yield Case("mask", featured(2, 3, 12, 70, mask=added(2, 3, 12, 70)), both, core=True)
+    yield Case("mask of heads", featured(2, 3, 12, 70, mask=added(3, 1, 70), scale=0.3), both, core=True)
+    yield Case("mask of rows", featured(2, 3, 12, 70, mask=added(2, 1, 12, 1)), ("input",))
+    yield Case("float32 mask", featured(2, 12, 70, mask=added(12, 70, dtype=torch.float32)), both)
+    yield Case("float32 mask, dim 0", featured(12, 70, dim=0, mask=added(12, 1, dtype=torch.float32)), both)
+    for alignment in ("top_left", "bottom_right"):
+        causal: dict[str, Any] = {"is_causal": True, "causal_alignment": alignment}
+        for rows, columns in ((40, 40), (33, 70), (70, 33)):
+            yield Case(f"causal {alignment} {rows}x{columns}", featured(2, rows, columns, **causal), core=rows == 70)
+        yield Case(
+            f"causal {alignment} scale mask", featured(2, 3, 12, 70, scale=0.3, mask=added(2, 1, 1, 70), **causal), both
+        )
+
+    def dead_rows(s: Sampler) -> Arguments:
+        mask = s.chance(6, 40)
+        mask[1], mask[4] = False, False
+        return {"input": s.normal(3, 6, 40), "dim": -1, "mask": mask}
+
+    yield Case("rows that see nothing", dead_rows, core=True)
+
+    def smallest(s: Sampler) -> Arguments:
+        """Many models write "not visible" as the smallest number."""
+        hidden = s.normal(6, 40).masked_fill(s.chance(6, 40), torch.finfo(s.dtype).min)
+        return {"input": s.normal(3, 6, 40), "dim": -1, "mask": hidden}
+
+    yield Case("mask of the smallest number", smallest)
+
+    def nan_in_rows(s: Sampler) -> Arguments:
+        arguments = dead_rows(s)
+        arguments["input"][0, 1, 3], arguments["input"][0, 2, :], arguments["input"][1, 3, 5] = (
+            torch.nan,
+            torch.nan,
+            torch.inf,
+        )
+        arguments["mask"][3, 5] = True
+        return arguments
+
+    yield Case("NaN and infinities under a mask", nan_in_rows, differentiable=())
+    yield Case("no rows under a mask", featured(0, 5, mask=some(5)))
+    yield Case("no columns under a mask", featured(5, 0, mask=some(5, 1)))
+
 
 def workload(rows: int, columns: int, *, quick: bool = False) -> Workload:
     size = rows * columns
@@ -124,12 +262,27 @@ def workload(rows: int, columns: int, *, quick: bool = False) -> Workload:
     )
 
 
+def causal_workload(batch: int, rows: int, *, quick: bool = False) -> Workload:
+    """Scaled causal scores, as attention that is not fused has them: half of them are visible."""
+    size = batch * rows * rows
+    return Workload(
+        f"{batch}x{rows}x{rows} scaled causal",
+        lambda s: {"input": s.normal(batch, rows, rows, std=2.0), "dim": -1, "scale": 0.125, "is_causal": True},
+        forward_flops=3 * size,
+        backward_flops=2 * size,
+        forward_elements=3 * size // 2,
+        backward_elements=2 * size,
+        quick=quick,
+    )
+
+
 WORKLOADS = (
     workload(4096, 768, quick=True),
     workload(8192, 1024),
     workload(4096, 4096),
     workload(512, 32768, quick=True),
     workload(1024, 50304),
+    causal_workload(12, 1024),
 )
 
 SUITES = (
@@ -137,7 +290,7 @@ SUITES = (
         name="softmax",
         function=softmax,
         truth=definition,
-        peer=F.softmax,
+        peer=_peer(False),
         differentiable=("input",),
         results=("output",),
         cases=tuple(replace(case, draws=8) for case in _cases(log=False)),
@@ -147,7 +300,7 @@ SUITES = (
         name="log_softmax",
         function=log_softmax,
         truth=log_definition,
-        peer=F.log_softmax,
+        peer=_peer(True),
         differentiable=("input",),
         results=("output",),
         cases=tuple(replace(case, draws=8) for case in _cases(log=True)),
