@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.cases import Arguments, Suite
+from fastattn.ops.attention.samples import may_see
 
 OURS, TORCH, EAGER, COMPILE, FLEX = "fastattn", "torch", "eager", "compile", "flex"
 
@@ -80,8 +81,21 @@ def _scale(query: Tensor, scale: float | None) -> float:
     return 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
 
 
+def boolean_mask(arguments: Arguments) -> Arguments:
+    """The arguments with window, document_ids and prefix_len made one mask, as a user of torch would build it once."""
+    described = {name: arguments[name] for name in ("window", "document_ids", "prefix_len") if name in arguments}
+    if not described:
+        return arguments
+    kept = {name: value for name, value in arguments.items() if name not in described}
+    causal = kept.pop("is_causal", False)
+    seen = may_see(kept["query"], kept["key"], causal, "top_left", **described)
+    assert seen is not None and kept.get("attn_mask") is None, "workloads have one kind of mask"
+    return {**kept, "attn_mask": seen.squeeze()}
+
+
 def additive_mask(arguments: Arguments) -> Arguments:
-    """The arguments with attn_mask and is_causal made one additive mask; bottom-right alignment is not a workload."""
+    """The arguments with every mask made one additive mask; bottom-right alignment is not a workload."""
+    arguments = boolean_mask(arguments)
     query, key = arguments["query"], arguments["key"]
     mask = arguments.get("attn_mask")
     if mask is not None and mask.dtype == torch.bool:
@@ -103,7 +117,7 @@ def _scores_bytes(arguments: Arguments) -> int:
 def _block_mask(arguments: Arguments) -> Arguments:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    if arguments.get("attn_mask") is not None:
+    if boolean_mask(arguments).get("attn_mask") is not None:
         raise RuntimeError("the flex contender takes causal workloads and those without a mask")
     query, key = arguments["query"], arguments["key"]
     names_kept = ("query", "key", "value", "scale", "enable_gqa")
@@ -127,7 +141,7 @@ def _attention(suite: Suite) -> dict[str, Callable[[], Contender]]:
 
     return {
         OURS: lambda: Contender(OURS, suite.function),
-        TORCH: lambda: Contender(TORCH, F.scaled_dot_product_attention),
+        TORCH: lambda: Contender(TORCH, F.scaled_dot_product_attention, boolean_mask),
         EAGER: lambda: Contender(EAGER, attention_eager, additive_mask, needs=_scores_bytes),
         COMPILE: lambda: Contender(
             COMPILE, _compiled(attention_written_out), additive_mask, compiles=True, needs=_scores_bytes

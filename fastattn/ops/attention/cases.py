@@ -39,6 +39,7 @@ from fastattn.ops.attention.samples import (
     expanded_mask,
     large,
     last_dims,
+    may_see,
     of_shape,
     padding,
     pattern,
@@ -270,13 +271,41 @@ def _padded_bench(batch: int, heads: int, length: int, dim: int) -> Workload:
     live = length * sum(length * (batch - b) // batch for b in range(batch))
     size = batch * heads * length * dim
     return Workload(
-        f"{batch}x{heads}x{length}x{dim} padded",
+        f"{batch}x{heads}x{length}x{dim} padded {live / (batch * length * length):.1%}",
         of_shape((batch, heads, length, length, dim), mask=padding),
         forward_flops=2 * heads * live * 2 * dim,
         backward_flops=2 * heads * live * 5 * dim,
         forward_elements=4 * size,
         backward_elements=8 * size,
     )
+
+
+def _masked_bench(what: str, batch: int, heads: int, length: int, dim: int, **call: Any) -> Workload:
+    """A workload whose mask is given by a few numbers; its name ends in the share of the scores that are seen."""
+    rows = torch.empty(length, 1)
+    names = ("window", "document_ids", "prefix_len")
+    described = {name: call[name] for name in names if name in call}
+    seen = may_see(rows, rows, call.get("is_causal", False), "top_left", **described)
+    live = length * length if seen is None else int(seen.sum())
+    size = batch * heads * length * dim
+    return Workload(
+        f"{batch}x{heads}x{length}x{dim} {what} {live / length**2:.1%}",
+        of_shape((batch, heads, length, length, dim), **call),
+        forward_flops=2 * batch * heads * live * 2 * dim,
+        backward_flops=2 * batch * heads * live * 5 * dim,
+        forward_elements=4 * size,
+        backward_elements=8 * size,
+    )
+
+
+def _masked_benches() -> Iterator[Workload]:
+    shape = (1, 8, 2048, 64)
+    documents = torch.arange(2048) * 8 // 2048
+    yield _masked_bench("window 256", *shape, window=(255, 0))
+    yield _masked_bench("window +-512", *shape, window=(512, 512))
+    yield _masked_bench("8 documents", *shape, document_ids=documents)
+    yield _masked_bench("8 documents causal", *shape, document_ids=documents, is_causal=True)
+    yield _masked_bench("prefix", *shape, prefix_len=512, is_causal=True)
 
 
 def _decode_bench(batch: int, heads: int, kv_heads: int, keys: int, dim: int) -> Workload:
@@ -301,6 +330,7 @@ WORKLOADS = (
     workload(8, 12, 512, 64),
     workload(1, 12, 1024, 64, causal=True, bshd=True),
     _padded_bench(8, 12, 512, 64),
+    *_masked_benches(),
     _decode_bench(1, 12, 12, 1024, 64),
     _decode_bench(1, 12, 4, 8192, 64),
     _decode_bench(8, 32, 8, 4096, 128),
