@@ -246,6 +246,11 @@ BAD = {
         RuntimeError,
         r"cross_entropy: target 4611686018427387904 at row 0 is not in \[0, 7\)",
     ),
+    "target of an empty set of classes": (
+        cross_entropy((2, 0), (0, 0)),
+        RuntimeError,
+        r"cross_entropy: target 0 at row 0 is not in \[0, 0\)",
+    ),
 }
 
 
