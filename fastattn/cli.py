@@ -85,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     # The benchmark's options come from the cases beside each op, which need torch; main adds them when asked
     # for.
     commands.add_parser("bench", help="time the kernels beside torch's", add_help=False)
+    commands.add_parser("tune", help="measure which backend is faster on this machine", add_help=False)
     return parser
 
 
@@ -222,6 +223,14 @@ def _bench(argv: Sequence[str]) -> int:
     return bench.run(parser.parse_args(argv))
 
 
+def _tune(argv: Sequence[str]) -> int:
+    from fastattn.bench import tune
+
+    parser = Parser(prog="fastattn tune", description="Measure which backend is faster here, and remember it.")
+    tune.add_arguments(parser)
+    return tune.run(parser.parse_args(argv))
+
+
 def _stopped(stop: Any, command: str) -> int:
     print(f"\n{stop}; everything is saved. Continue with: {command}", file=sys.stderr)
     return 128 + stop.signum
@@ -231,11 +240,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command, by default the one that this process was started with; returns its exit code."""
     if argv is None:
         argv = sys.argv[1:]
-        if argv and argv[0] in ("train", "generate", "demo", "bench"):
+        if argv and argv[0] in ("train", "generate", "demo", "bench", "tune"):
             let_idle_threads_sleep()
     try:
         if argv and argv[0] == "bench":
             return _bench(argv[1:])
+        if argv and argv[0] == "tune":
+            return _tune(argv[1:])
         arguments = vars(build_parser().parse_args(argv))
         del arguments["command"]
         return arguments.pop("run")(arguments)

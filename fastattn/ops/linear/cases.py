@@ -134,6 +134,7 @@ def workload(rows: int, inner: int, outer: int, *, quick: bool = False) -> Workl
 
 #: The projections of GPT-2 124M at 1024 tokens, and of a model of 10M parameters at 3072.
 WORKLOADS = (
+    workload(1, 768, 3072, quick=True),
     workload(1024, 768, 2304),
     workload(1024, 768, 768, quick=True),
     workload(1024, 768, 3072, quick=True),
