@@ -26,6 +26,9 @@ COMPILED = {
     "rms_norm": ("prenorm", "no weight", "float32 weight", "permuted rows", "weight offset"),
     "add_layer_norm": ("dropout 0.5", "dropout into a float32 residual", "strided rows", "weight offset"),
     "add_rms_norm": ("dropout 0.5", "dropout into a float32 residual", "no weight"),
+    "linear_cross_entropy": (
+        "mean smoothing bias weight", "none bias", "probabilities mean", "positions mean", "gradient of the input only",
+    ),
     "softmax": (
         "to float32", "dim 1 of 4", "no dims", "mask of heads", "bool mask, dim 1", "causal bottom_right scale mask",
     ),

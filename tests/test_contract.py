@@ -80,6 +80,14 @@ def calls(dtype=torch.float32):
         "gelu tanh": (lambda x: fastattn.gelu(x, "tanh"), (draw(4, 10),)),
         "swiglu": (fastattn.swiglu, (draw(4, 10), draw(4, 10))),
         "cross_entropy": (lambda x: fastattn.cross_entropy(x, target, label_smoothing=0.1), (draw(4, 10),)),
+        "linear_cross_entropy": (
+            lambda x, w, b: fastattn.linear_cross_entropy(x, w, target, linear_bias=b, label_smoothing=0.1),
+            (draw(4, 10), draw(7, 10), draw(7)),
+        ),
+        "linear_cross_entropy none": (
+            lambda x, w: fastattn.linear_cross_entropy(x, w, target, reduction="none"),
+            (draw(4, 10), draw(7, 10)),
+        ),
         "cross_entropy none": (lambda x: fastattn.cross_entropy(x, target, reduction="none"), (draw(4, 10),)),
     }
 
@@ -287,7 +295,10 @@ def larger_calls():
             (x, w),
         ),
         "softmax": (lambda x: fastattn.softmax(x, -1), (x,)),
-        "linear": (lambda x, w: fastattn.linear(x, w, activation="gelu"), (x, torch.randn(700, 300).requires_grad_())),
+        "linear": (
+            lambda x, w: fastattn.linear(x, w, activation="gelu"),
+            (x, torch.randn(700, 300).requires_grad_()),
+        ),
         "linear bfloat16": (
             lambda x, w, b: fastattn.linear(x, w, b),
             tuple(torch.randn(s).bfloat16().requires_grad_() for s in ((1500, 301), (130, 301), (130,))),
@@ -362,6 +373,7 @@ def test_calls_from_several_threads_at_once(backend):
         "add_layer_norm",
         "add_rms_norm",
         "linear",
+        "linear_cross_entropy",
         "cross_entropy",
         "softmax",
         "gelu",
@@ -395,6 +407,10 @@ AUTOCAST = {
     "log_softmax": (lambda x: fastattn.log_softmax(x, -1), lambda x: F.log_softmax(x, -1)),
     "gelu": (lambda x: fastattn.gelu(x), lambda x: F.gelu(x)),
     "swiglu": (lambda x: fastattn.swiglu(x, x), lambda x: F.silu(x) * x),
+    "linear_cross_entropy": (
+        lambda x: fastattn.linear_cross_entropy(x[0, 0], x[0, 1], torch.arange(5)),
+        lambda x: F.cross_entropy(F.linear(x[0, 0], x[0, 1]), torch.arange(5)),
+    ),
     "cross_entropy": (
         lambda x: fastattn.cross_entropy(x[0, 0], torch.arange(5)),
         lambda x: F.cross_entropy(x[0, 0], torch.arange(5)),

@@ -1,29 +1,10 @@
 // fastattn::linear on the CPU.
 #include <tuple>
 
-#include "rows.h"
+#include "matrix.h"
 
 namespace fastattn {
 namespace {
-
-struct Matrix {
-  Tensor tensor;  // the given one, or a contiguous copy if its strides do not fit
-  LinearMatrix view;
-};
-
-Matrix matrix_of(const Tensor& tensor) {
-  const int64_t rows = tensor.size(0), columns = tensor.size(1);
-  const DType dtype = dtype_of(tensor);
-  const bool down = tensor.stride(0) == 1 && tensor.stride(1) >= std::max<int64_t>(rows, 1) && columns > 1;
-  if (down && !(tensor.stride(1) == 1)) return {tensor, {tensor.const_data_ptr(), tensor.stride(1), dtype, true}};
-  const Rows as_rows = rows_of(tensor, 1, columns);
-  return {as_rows.tensor, {as_rows.data(), as_rows.stride, dtype, false}};
-}
-
-Matrix flattened(const Tensor& tensor, int64_t columns) {
-  const Rows rows = rows_of(tensor, 1, columns);
-  return {rows.tensor, {rows.data(), rows.stride, dtype_of(tensor), false}};
-}
 
 struct Sizes {
   int64_t rows, in, out;
@@ -72,6 +53,7 @@ std::tuple<Tensor, Tensor> linear_forward(Tensor input, Tensor weight, std::opti
   p.in = sizes.in;
   p.out = sizes.out;
   p.workers = torch::stable::get_num_threads();
+  p.output_dtype = dtype_of(input);
   p.activation = static_cast<Activation>(activation);
   launch(kernels().linear->forward, p, sizes.nanoseconds());
   return {output, preactivation};
@@ -118,6 +100,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor grad_output, Tensor in
   p.in = sizes.in;
   p.out = sizes.out;
   p.workers = torch::stable::get_num_threads();
+  p.input_grad_dtype = dtype_of(input);
+  p.weight_grad_dtype = dtype_of(weight);
   p.bias_dtype = dtype_of(bias_type);
   launch(kernels().linear->backward, p, sizes.nanoseconds() * (int{input_grad} + int{weight_grad}));
   return {grad_input, grad_weight, grad_bias};

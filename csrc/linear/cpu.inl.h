@@ -97,7 +97,7 @@ FASTATTN_INLINE void put_register(T* p, F32 x, Part part) {
   store_first(p, x, part.n);
 }
 
-// Finished sums to rows of T.
+// Finished sums to rows of T, or added to rows of floats.
 template <class T>
 void store_sums(const GemmSums& s, T* out, int64_t row) {
   for (int64_t r = 0; r < s.rows; r++) {
@@ -108,7 +108,17 @@ void store_sums(const GemmSums& s, T* out, int64_t row) {
   }
 }
 
-// The same with bias and activation; `bias` holds floats for all of the block's columns.
+void add_sums(const GemmSums& s, float* out, int64_t row) {
+  for (int64_t r = 0; r < s.rows; r++) {
+    float* const to = out + (s.m + r) * row + s.first;
+    const float* const from = s.sums + r * s.row;
+    for_registers(s.end - s.first, [&](int64_t c, auto where) FASTATTN_LAMBDA {
+      put_register(to + c, get_register(to + c, where) + load(from + c), where);
+    });
+  }
+}
+
+// Sums with bias and activation to rows of T; `bias` holds floats for all of the block's columns.
 template <class T, Activation kind>
 void store_activated(const GemmSums& s, const float* bias, T* out, T* before, int64_t row) {
   for (int64_t r = 0; r < s.rows; r++) {
@@ -146,9 +156,8 @@ int64_t linear_forward_scratch(const LinearForward& p) {
   return static_cast<int64_t>(arena.next);
 }
 
-template <class T, Activation kind>
+template <class G, class T, Activation kind>
 void linear_forward(const LinearForward& p, TaskQueue& queue, char* memory) {
-  using G = Arithmetic<T>;
   const Gemm product{gemm_matrix(p.input, true), gemm_matrix(p.weight, true), p.rows, p.out, p.in};
   const GemmPlan plan = linear_forward_plan(p);
   Arena arena{reinterpret_cast<uintptr_t>(memory)};
@@ -174,9 +183,15 @@ void linear_forward(const LinearForward& p, TaskQueue& queue, char* memory) {
 }
 
 void run_linear_forward(const LinearForward& p, TaskQueue& queue, char* memory) {
+  if (p.output_dtype != p.input.dtype) {  // floats of 16-bit inputs
+    if (p.input.dtype == DType::bf16) return linear_forward<Paired, float, Activation::none>(p, queue, memory);
+    return linear_forward<Single, float, Activation::none>(p, queue, memory);
+  }
   with_activation(p.activation, [&](auto activation) {
-    with_type(p.input.dtype,
-              [&](auto element) { linear_forward<decltype(element), decltype(activation)::value>(p, queue, memory); });
+    with_type(p.input.dtype, [&](auto element) {
+      using T = decltype(element);
+      linear_forward<Arithmetic<T>, T, decltype(activation)::value>(p, queue, memory);
+    });
   });
 }
 
@@ -241,7 +256,7 @@ int64_t linear_backward_tasks(const LinearBackward& p) {
 int64_t linear_backward_scratch(const LinearBackward& p) {
   const LinearBackwardPlan plan = linear_backward_plan(p);
   int64_t most = 2 * kBiasColumns * static_cast<int64_t>(sizeof(float));
-  with_type(p.grad.dtype, [&](auto element) {
+  with_type(p.input.dtype, [&](auto element) {
     using G = Arithmetic<decltype(element)>;
     Arena weight{0}, input{0};
     if (plan.weight_tasks > 0) gemm_scratch<G>(weight, plan.weight.rows, plan.weight.columns, p.rows);
@@ -257,6 +272,8 @@ void sum_columns(const LinearBackward& p, int64_t first, float* memory) {
   float* const total = memory;
   float* const partial = memory + kBiasColumns;
   memset(total, 0, kBiasColumns * sizeof(float));
+  if (p.accumulate)
+    memcpy(total, static_cast<const float*>(p.grad_bias) + first, static_cast<size_t>(columns) * sizeof(float));
   for (int64_t r0 = 0; r0 < p.rows; r0 += kBiasRows) {
     memset(partial, 0, kBiasColumns * sizeof(float));
     for (int64_t r = r0; r < min_of(r0 + kBiasRows, p.rows); r++) {
@@ -275,12 +292,18 @@ void sum_columns(const LinearBackward& p, int64_t first, float* memory) {
 }
 
 template <class G>
-void linear_product_task(const Gemm& product, const GemmPlan& plan, int64_t task, DType dtype, void* out,
+void linear_product_task(const Gemm& product, const GemmPlan& plan, int64_t task, DType dtype, bool add, void* out,
                          char* memory) {
   Arena arena{reinterpret_cast<uintptr_t>(memory)};
   const GemmScratch<G> scratch = gemm_scratch<G>(arena, plan.rows, plan.columns, product.k);
   const int64_t m0 = task % plan.row_blocks * plan.rows, m1 = min_of(m0 + plan.rows, product.m);
   const int64_t n0 = task / plan.row_blocks * plan.columns, n1 = min_of(n0 + plan.columns, product.n);
+  if (add) {
+    float* const to = static_cast<float*>(out);
+    gemm_block<G>(product, m0, m1, n0, n1, scratch,
+                  [&](const GemmSums& sums) FASTATTN_LAMBDA { add_sums(sums, to, product.n); });
+    return;
+  }
   with_type(dtype, [&](auto element) {
     auto* const to = static_cast<decltype(element)*>(out);
     gemm_block<G>(product, m0, m1, n0, n1, scratch,
@@ -288,31 +311,50 @@ void linear_product_task(const Gemm& product, const GemmPlan& plan, int64_t task
   });
 }
 
-template <class T>
+template <class G>
 void linear_backward(const LinearBackward& p, TaskQueue& queue, char* memory) {
-  using G = Arithmetic<T>;
   const LinearBackwardPlan plan = linear_backward_plan(p);
   const Gemm weight{gemm_matrix(p.grad, false), gemm_matrix(p.input, false), p.out, p.in, p.rows};
   const Gemm input{gemm_matrix(p.grad, true), gemm_matrix(p.weight, false), p.rows, p.in, p.out};
   for (int64_t task; (task = take_task(queue)) < queue.total;) {
     if (task < plan.weight_tasks) {
-      linear_product_task<G>(weight, plan.weight, task, p.weight.dtype, p.grad_weight, memory);
+      linear_product_task<G>(weight, plan.weight, task, p.weight_grad_dtype, p.accumulate, p.grad_weight, memory);
     } else if (task < plan.weight_tasks + plan.input_tasks) {
-      linear_product_task<G>(input, plan.input, task - plan.weight_tasks, p.input.dtype, p.grad_input, memory);
+      linear_product_task<G>(input, plan.input, task - plan.weight_tasks, p.input_grad_dtype, false, p.grad_input,
+                             memory);
     } else {
       const int64_t chunk = task - plan.weight_tasks - plan.input_tasks;
-      sum_columns<T>(p, chunk * kBiasColumns, reinterpret_cast<float*>(memory));
+      with_type(p.grad.dtype, [&](auto element) {
+        sum_columns<decltype(element)>(p, chunk * kBiasColumns, reinterpret_cast<float*>(memory));
+      });
     }
   }
 }
 
 void run_linear_backward(const LinearBackward& p, TaskQueue& queue, char* memory) {
-  with_type(p.grad.dtype, [&](auto element) { linear_backward<decltype(element)>(p, queue, memory); });
+  if (p.input.dtype == DType::bf16) return linear_backward<Paired>(p, queue, memory);
+  linear_backward<Single>(p, queue, memory);
+}
+
+int64_t scale_tasks(const ScaleParams& p) { return ceil_div(p.elements, kActivationElements); }
+int64_t scale_scratch(const ScaleParams&) { return 0; }
+void run_scale(const ScaleParams& p, TaskQueue& queue, char*) {
+  const F32 factor = splat(p.factor);
+  with_type(p.dtype, [&](auto element) {
+    auto* const to = static_cast<decltype(element)*>(p.to);
+    for (int64_t task; (task = take_task(queue)) < queue.total;) {
+      const int64_t begin = task * kActivationElements, count = min_of(kActivationElements, p.elements - begin);
+      for_registers(count, [&](int64_t c, auto where) FASTATTN_LAMBDA {
+        put_register(to + begin + c, get_register(p.from + begin + c, where) * factor, where);
+      });
+    }
+  });
 }
 
 constexpr LinearKernels kLinearKernels{{linear_forward_tasks, linear_forward_scratch, run_linear_forward},
                                        {linear_activation_tasks, linear_activation_scratch, run_linear_activation},
-                                       {linear_backward_tasks, linear_backward_scratch, run_linear_backward}};
+                                       {linear_backward_tasks, linear_backward_scratch, run_linear_backward},
+                                       {scale_tasks, scale_scratch, run_scale}};
 
 }  // namespace
 }  // namespace fastattn::FASTATTN_ISA

@@ -168,7 +168,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Token ids in, next-token logits out."""
+    """Token ids in, next-token logits or the loss out."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -199,8 +199,8 @@ class GPT(nn.Module):
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Logits for the token after each position and, with targets, the mean cross entropy in nats.
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Logits for the token after each position or, with targets, the mean cross entropy in nats.
 
         Args:
             idx: (B, S) int64 token ids.
@@ -208,7 +208,7 @@ class GPT(nn.Module):
             cache: keys and values of the positions before ``idx``; those of ``idx`` are appended.
 
         Returns:
-            logits (B, S, V) in the compute dtype, and the loss, a float32 scalar, or None.
+            logits (B, S, V) in the compute dtype and None, or None and the loss, a float32 scalar.
 
         Raises:
             ValueError: the positions (cached and new) exceed ``block_size``, or there are none.
@@ -226,9 +226,11 @@ class GPT(nn.Module):
             x = block(x, cache)
         if cache is not None:
             cache.length += S
-        logits = KERNELS[self.config.kernels].linear(self.norm(x), self.token_embedding.weight)
+        x, embedding = self.norm(x), self.token_embedding.weight
         if targets is None:
-            return logits, None
-        # In float32 for either namespace: a loss rounded to bfloat16 has three digits.
-        loss = KERNELS[self.config.kernels].cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        return logits, loss
+            return KERNELS[self.config.kernels].linear(x, embedding), None
+        x, targets = x.flatten(0, 1), targets.flatten()
+        if self.config.kernels == "fastattn":  # the logits, the largest tensor by far, are never all in memory
+            return None, ops.linear_cross_entropy(x, embedding, targets).float()
+        # In float32: a loss rounded to bfloat16 has three digits.
+        return None, F.cross_entropy(F.linear(x, embedding).float(), targets)

@@ -5,6 +5,7 @@ from fastattn.ops.cross_entropy import cross_entropy
 from fastattn.ops.gelu import gelu
 from fastattn.ops.layer_norm import add_layer_norm, layer_norm
 from fastattn.ops.linear import linear
+from fastattn.ops.linear_cross_entropy import linear_cross_entropy
 from fastattn.ops.rms_norm import add_rms_norm, rms_norm
 from fastattn.ops.softmax import log_softmax, softmax
 from fastattn.ops.swiglu import swiglu
@@ -17,6 +18,7 @@ __all__ = [
     "gelu",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "log_softmax",
     "rms_norm",
     "scaled_dot_product_attention",

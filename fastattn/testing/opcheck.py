@@ -24,6 +24,7 @@ SAMPLED = {
     "layer_norm": ("prenorm", "no affine"),
     "rms_norm": ("prenorm", "no weight"),
     "linear": ("gelu, bias", "relu, no bias", "vector weight"),
+    "linear_cross_entropy": ("mean smoothing bias weight", "none bias", "probabilities sum smoothing"),
     "softmax": ("to float32", "dim 1, wide inside", "mask of heads", "causal top_left 33x70"),
     "log_softmax": ("7 columns", "bool mask"),
     "gelu": ("none 33 columns bias", "tanh 3 columns"),

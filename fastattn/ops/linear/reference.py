@@ -44,12 +44,13 @@ def backward(
         grad_output = torch.ops.aten.threshold_backward(grad_output, saved, 0)
     count = input.shape[:-1].numel()
     rows, outer = input.reshape(count, weight.shape[1]), grad_output.reshape(count, weight.shape[0])
-    nothing = input.new_empty((0,))
-    grad_input = (outer @ weight.to(outer.dtype)).reshape(input.shape).contiguous() if input_grad else nothing
+    grad_input = input.new_empty((0,))
+    if input_grad:
+        grad_input = (outer @ weight.to(outer.dtype)).reshape(input.shape).contiguous()
     grad_weight = weight.new_empty((0,))
     if weight_grad:
         grad_weight = (outer.t() @ rows).to(weight.dtype).contiguous()
-    grad_bias = nothing if bias is None else bias.new_empty((0,))
+    grad_bias = (input if bias is None else bias).new_empty((0,))
     if bias_grad and bias is not None:
         grad_bias = outer.sum(0).to(bias.dtype)
     return grad_input, grad_weight, grad_bias

@@ -1,0 +1,129 @@
+"""linear_cross_entropy in plain torch: all logits at once, float32 (float64 for float64) from the products on."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastattn.dispatch import Implementation
+from fastattn.numerics import accumulation_dtype
+from fastattn.ops.linear_cross_entropy.op import out_of_range
+
+
+def _check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Index targets are checked where that costs no synchronisation: on CPU tensors that hold values."""
+    if target.device.type != "cpu" or target.is_floating_point() or torch._C._functorch.is_batchedtensor(target):
+        return
+    bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise RuntimeError(out_of_range(int(target[row]), row, classes, ignore_index))
+
+
+def _logits(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    acc = accumulation_dtype(input.dtype)
+    return F.linear(input.to(acc), weight.to(acc), None if bias is None else bias.to(acc))
+
+
+def _coefficients(
+    classes: int, acc: torch.dtype, target: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """a (rows, C), 0 in ignored rows: a row's loss is sum(a * -log_softmax); and the divisor of the mean."""
+    if target.is_floating_point():
+        a = target.to(acc) * (1.0 - smoothing) + smoothing / max(classes, 1)
+        return a if weight is None else a * weight, a.new_tensor(float(target.shape[0]))
+    kept = target != ignore_index
+    safe = target.masked_fill(~kept, 0)
+    zeros = torch.zeros(target.shape[0], classes, dtype=acc, device=target.device)
+    a = zeros.scatter(1, safe[:, None], 1.0) * (1.0 - smoothing) + smoothing / max(classes, 1)
+    divisor = kept.to(acc)
+    if weight is not None:
+        a, divisor = a * weight, divisor * weight[safe]
+    return a * kept[:, None], divisor.sum()
+
+
+def _gradients(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    smoothing: float,
+    reduction: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of input, weight and bias, in the accumulation dtype."""
+    logits = _logits(input, weight, bias)
+    a, total = _coefficients(weight.shape[0], logits.dtype, target, class_weight, ignore_index, smoothing)
+    per_row = grad[:, None] if reduction == 0 else (grad / total if reduction == 1 else grad)
+    counted = (a != 0.0).any(1, keepdim=True)
+    of_logits = (torch.softmax(logits, 1) * a.sum(1, keepdim=True) - a) * per_row
+    of_logits = of_logits.masked_fill(~counted, 0.0)
+    return of_logits @ weight.to(logits.dtype), of_logits.t() @ input.to(logits.dtype), of_logits.sum(0)
+
+
+def forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
+    input_grad: bool,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, lse, gradients of a reduced loss that were asked for)."""
+    _check_targets(target, weight.shape[0], ignore_index)
+    logits = _logits(input, weight, bias)
+    lse = torch.logsumexp(logits, 1) if logits.shape[1] else logits.new_full(logits.shape[:1], -torch.inf)
+    a, total = _coefficients(weight.shape[0], logits.dtype, target, class_weight, ignore_index, label_smoothing)
+    loss = (a * -torch.log_softmax(logits, 1)).masked_fill(a == 0.0, 0.0).sum(1)
+    if reduction == 1:
+        loss = loss.sum() / total
+    elif reduction == 2:
+        loss = loss.sum()
+    wanted = (input_grad, weight_grad, bias_grad)
+    gradients = [logits.new_empty((0,)) for _ in wanted]
+    if any(wanted):
+        options = (ignore_index, label_smoothing, reduction)
+        found = _gradients(logits.new_ones(()), input, weight, bias, target, class_weight, *options)
+        gradients = [f.contiguous() if w else g for f, g, w in zip(found, gradients, wanted, strict=True)]
+    return loss, lse, gradients[0], gradients[1], gradients[2]
+
+
+def backward(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    lse: Tensor,
+    ahead_input: Tensor,
+    ahead_weight: Tensor,
+    ahead_bias: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
+    input_grad: bool,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From the inputs, not from the gradients that were computed ahead, so that it can be differentiated."""
+    options = (ignore_index, label_smoothing, reduction)
+    found = _gradients(grad, input, weight, bias, target, class_weight, *options)
+    wanted = (input_grad, weight_grad, bias_grad and bias is not None)
+    likes = (input, weight, input if bias is None else bias)
+    gradients = [
+        g.to(like.dtype).contiguous() if w else like.new_empty((0,))
+        for g, w, like in zip(found, wanted, likes, strict=True)
+    ]
+    return gradients[0], gradients[1], gradients[2]
+
+
+IMPLEMENTATION = Implementation(lambda problem: None, forward, backward, differentiable=True)
