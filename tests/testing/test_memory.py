@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from fastattn import backends
+from fastattn import backends, testing
 from fastattn.testing import GuardedOutputs, guarded, poisoned_memory
 
 ISAS = [name for name, runs, _ in backends.native_module().cpu_isas() if runs] if not backends.probe("cpu") else []
@@ -106,3 +106,32 @@ def test_no_kernel_leaves_its_tensors(isa):
 def test_no_kernel_leaves_its_tensors_in_any_case(isa):
     result = run("-X", "faulthandler", "-m", "fastattn.testing.bounds", FASTATTN_CPU_ISA=isa)
     assert result.returncode == 0, "\n".join([*result.stdout.splitlines()[-1:], result.stderr])
+
+
+@pytest.mark.parametrize("suite", testing.suites().values(), ids=list(testing.suites()))
+def test_results_are_the_same_straight_from_the_allocator(suite, skip_without_native):
+    """As users get them: tests see results that came through the dispatcher."""
+    from fastattn import _C
+
+    for case in (case for case in suite.cases if case.core or "empty" in case.name or "no " in case.name):
+        arguments = suite.arguments(case, "cpu", torch.float32)
+        found = []
+        for through_dispatcher in (True, False):
+            before = _C.allocate_through_dispatcher(through_dispatcher)
+            try:
+                found.append(
+                    testing.evaluate(
+                        lambda **call: suite.function(**call, backend="cpu"),
+                        arguments,
+                        suite.differentiated(case, arguments),
+                        suite.results,
+                        lambda _, output: torch.ones_like(output),
+                    )
+                )
+            finally:
+                _C.allocate_through_dispatcher(before)
+        seen, straight = found
+        assert seen.keys() == straight.keys()
+        for name in seen:
+            assert testing.same_bits(seen[name], straight[name]), (case.name, name)
+            assert seen[name].stride() == straight[name].stride(), (case.name, name)
