@@ -286,11 +286,28 @@ FASTATTN_INLINE MaskKind apply_mask_of(const AttentionProblem& problem, int64_t 
   const int64_t offset = batch * mask.batch + head * mask.head + first_query * mask.query + first_key * mask.key;
   const MaskTile<T> tile = {static_cast<const T*>(mask.data) + offset, mask.query == 0 ? 1 : queries,
                             mask.key == 0 ? 1 : live_keys, mask.query, mask.key};
+  uint8_t none = 0, *known = &none;
+  if (mask.kinds != nullptr) {
+    static_assert(kPanel >= kAttentionLeastPanel, "there is a byte for every panel and block");
+    const int64_t heads = mask.head == 0 ? 1 : problem.heads;
+    const int64_t slice = (mask.batch == 0 ? 0 : batch) * heads + (mask.head == 0 ? 0 : head);
+    known = mask.kinds +
+            (slice * ceil_div(problem.queries, kPanel) + first_query / kPanel) * ceil_div(problem.keys, kKeyBlock) +
+            first_key / kKeyBlock;
+    // Whoever looks finds the same: it does not matter who was first.
+    const uint8_t found = __atomic_load_n(known, __ATOMIC_RELAXED);
+    const auto kind = static_cast<MaskKind>(found - 1);
+    if (found != 0) {
+      if (kind == MaskKind::mixed) bias_row = tile.fill(bias, vectors);
+      return kind;
+    }
+  }
   // The next block's part, which is in no cache yet and too short a stretch of every line for the hardware to guess.
   for (int64_t i = 0; i < tile.queries; i++)
     for (int64_t j = 0; j < kKeyBlock && mask.key == 1; j += 64 / static_cast<int64_t>(sizeof(T)))
       __builtin_prefetch(tile.data + i * mask.query + kKeyBlock + j);
   const MaskKind kind = tile.kind();
+  __atomic_store_n(known, static_cast<uint8_t>(static_cast<int>(kind) + 1), __ATOMIC_RELAXED);
   if (kind == MaskKind::mixed) bias_row = tile.fill(bias, vectors);
   return kind;
 }

@@ -24,7 +24,11 @@ struct AttentionMask {
   const void* data;
   DType dtype;
   int64_t batch, head, query, key;
+  // Where several heads share the mask: what has been found out about its part for a panel of queries and a block of
+  // keys, 0 for nothing yet. Zeroed; (batch, head, ceil(queries / kAttentionLeastPanel), ceil(keys / 128)) of the mask.
+  uint8_t* kinds;
 };
+constexpr int64_t kAttentionLeastPanel = 8;
 
 // Philox4x32-10 under key `seed` at counter (offset, b * heads + h, i, j / 4) decides about (i, j) with its word
 // j % 4: kept iff word >= threshold. Kept probabilities grow by keep_scale = 1 / (1 - p); p = 1 has keep_scale 0.

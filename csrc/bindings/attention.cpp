@@ -56,6 +56,7 @@ struct FeatureStorage {
   std::vector<float> sinks, slopes;
   std::vector<int32_t> query_ids, key_ids, ranges;
   std::vector<int64_t> prefixes;
+  std::vector<uint8_t> mask_kinds;
 };
 
 template <class T, class To>
@@ -136,6 +137,17 @@ void documents_of(const Tensor& queries, const Tensor& keys, AttentionProblem& p
                    stride(keys, p.keys),     storage.ranges.data(),  stride(keys, 2 * blocks)};
 }
 
+// Room for what heads that share a mask find out about it. (Prefixes let every batch element look at other keys.)
+void share_mask(AttentionProblem& p, FeatureStorage& storage) {
+  const bool shared = (p.mask.head == 0 && p.heads > 1) || (p.mask.batch == 0 && p.batches > 1);
+  if (p.mask.data == nullptr || p.mask.query == 0 || !shared || p.window.prefixes != nullptr) return;
+  const auto blocks = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
+  const int64_t slices = (p.mask.batch == 0 ? 1 : p.batches) * (p.mask.head == 0 ? 1 : p.heads);
+  storage.mask_kinds.resize(
+      static_cast<size_t>(slices * blocks(p.queries, kAttentionLeastPanel) * blocks(p.keys, kAttentionIdBlock)));
+  p.mask.kinds = storage.mask_kinds.data();
+}
+
 void add_features(const Features& features, AttentionProblem& p, FeatureStorage& storage) {
   FASTATTN_CHECK(features.window_left >= -1 && features.window_right >= -1,
                  "attention: window must hold two numbers of at least -1, got (", features.window_left, ", ",
@@ -172,6 +184,7 @@ void add_features(const Features& features, AttentionProblem& p, FeatureStorage&
                      prefix);
     p.window.prefixes = storage.prefixes.data();
   }
+  share_mask(p, storage);
 }
 
 // Of sinks: each query's probability of the sink times what its gradient lacks, summed in an order of its own.
@@ -238,7 +251,7 @@ AttentionProblem problem_of(const Tensor& query, const Tensor& key, const Tensor
     FASTATTN_CHECK(mask_type == ScalarType::Bool || mask_type == ScalarType::Float || mask_type == type,
                    "attention: mask must be bool, float32 or of the dtype of query");
     const auto stride = [&](int64_t i) { return mask->size(i) == 1 ? 0 : mask->stride(i); };
-    p.mask = {mask->const_data_ptr(), dtype_of(mask_type), stride(0), stride(1), stride(2), stride(3)};
+    p.mask = {mask->const_data_ptr(), dtype_of(mask_type), stride(0), stride(1), stride(2), stride(3), nullptr};
   }
   return p;
 }
