@@ -47,12 +47,12 @@ class Implementation:
 
     supports: None when it can serve the problem, else the reason, in words for people.
     forward, backward: with the op's schemas. differentiable: backward is made of differentiable torch ops, so that
-    it can itself be differentiated.
+    it can itself be differentiated. An op without gradients has no backward.
     """
 
     supports: Callable[[Any], str | None]
     forward: Callable[..., Any]
-    backward: Callable[..., Any]
+    backward: Callable[..., Any] | None
     differentiable: bool = False
 
 
@@ -113,10 +113,10 @@ class Bound:
         self.op, self.backend, self.implementation = op, backend, implementation
         self.supports = implementation.supports
         again = implementation.backward
-        traced = again if implementation.differentiable else op.differentiable_again(again)
+        traced = again if again is None or implementation.differentiable else op.differentiable_again(again)
         self.public = op.define(backend, implementation, traced)
         self.forward = run = _direct(implementation.forward)
-        self.backward = kernel = _direct(implementation.backward)
+        self.backward = kernel = None if again is None else _direct(again)
         self.tensors = op.tensor_arguments(backend)
         setup_context = op.setup_context
 
@@ -168,6 +168,17 @@ def _function(name: str, *, generate_vmap_rule: bool = False, **methods: Callabl
     return function.apply
 
 
+def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
+    pass
+
+
+def _refuse_gradient(name: str, instead: str) -> Callable[..., Any]:
+    def backward(kernel: Any, ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"{name} has no gradient; {instead}")
+
+    return backward
+
+
 class Op:
     """A fused operation, declared once.
 
@@ -180,6 +191,7 @@ class Op:
     with every tensor replaced by its shape. Ops that multiply matrices have both; others count nothing, as in torch.
     preference_class: the class of a problem, for fastattn/preference.py, of an op whose kernels are not the fastest
     everywhere; without it the order of backends.PRIORITY decides.
+    An op without a backward_schema has no gradient; asking for one is an error that says what to use `instead`.
     """
 
     def __init__(
@@ -187,11 +199,12 @@ class Op:
         name: str,
         *,
         forward_schema: str,
-        backward_schema: str,
+        backward_schema: str | None = None,
         forward_fake: Callable[..., Any],
-        backward_fake: Callable[..., Any],
-        setup_context: Callable[[Any, Any, Any], None],
-        backward: Callable[..., Any],
+        backward_fake: Callable[..., Any] | None = None,
+        setup_context: Callable[[Any, Any, Any], None] | None = None,
+        backward: Callable[..., Any] | None = None,
+        instead: str = "",
         forward_flops: Callable[..., int] | None = None,
         backward_flops: Callable[..., int] | None = None,
         preference_class: Callable[[Any], str] | None = None,
@@ -199,24 +212,30 @@ class Op:
         self.name = name
         self.forward_schema, self.backward_schema = forward_schema, backward_schema
         self.forward_fake, self.backward_fake = forward_fake, backward_fake
-        self.setup_context, self.backward = setup_context, backward
+        self.setup_context = setup_context or _save_nothing
+        self.backward = backward or _refuse_gradient(name, instead)
         self.forward_flops, self.backward_flops = forward_flops, backward_flops
         self.preference_class = preference_class
+        #: The torch ops of every backend are called the op's name and one of these.
+        self.suffixes = ("", "_forward") if backward_schema is None else ("", "_forward", "_backward")
         self.bound: dict[str, Bound] = {}
         self._chosen: dict[Any, Bound] = {}
         self._native: Bound | None = None
         OPS[name] = self
 
-    def define(self, backend: str, implementation: Implementation, traced: Callable[..., Any]) -> Callable[..., Any]:
+    def define(
+        self, backend: str, implementation: Implementation, traced: Callable[..., Any] | None
+    ) -> Callable[..., Any]:
         """Registers the three torch ops of a backend; returns the public one.
 
         traced: the backward as autograd may see it where its result may be differentiated again.
         """
-        kernels = {
+        kernels: dict[str, tuple[str, Any, Any]] = {
             f"{self.name}_forward": (self.forward_schema, self.forward_fake, implementation.forward),
-            f"{self.name}_backward": (self.backward_schema, self.backward_fake, implementation.backward),
             self.name: (self.forward_schema, self.forward_fake, implementation.forward),
         }
+        if self.backward_schema is not None:
+            kernels[f"{self.name}_backward"] = (self.backward_schema, self.backward_fake, implementation.backward)
         for name, (schema, fake, kernel) in kernels.items():
             qualified = f"{name}.{backend}"
             LIBRARY.define(f"{qualified}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
@@ -227,7 +246,9 @@ class Op:
             torch.library.register_vmap(
                 f"fastattn::{qualified}", functools.partial(_vmap_by_loop, overload), lib=LIBRARY
             )
-        kernel = getattr(getattr(torch.ops.fastattn, f"{self.name}_backward"), backend)
+        kernel = None
+        if self.backward_schema is not None:
+            kernel = getattr(getattr(torch.ops.fastattn, f"{self.name}_backward"), backend)
 
         def backward(ctx: Any, *grads: Any) -> Any:
             return self.backward(traced if torch.is_grad_enabled() else kernel, ctx, *grads)
@@ -249,8 +270,10 @@ class Op:
         flop_registry.update(entries)
         formulas = {"": self.forward_flops, "_forward": self.forward_flops, "_backward": self.backward_flops}
         for suffix, formula in formulas.items():
+            if formula is None:
+                continue
             packet = getattr(torch.ops.fastattn, f"{self.name}{suffix}")
-            if formula is not None and packet not in flop_registry:
+            if packet not in flop_registry:
                 register_flop_formula(packet)(_without_result(formula))
 
     def differentiable_again(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -277,6 +300,7 @@ class Op:
             def first_derivative(*leaves: Any) -> Any:
                 for i, leaf in zip(wanted, leaves, strict=True):
                     args[i] = leaf
+                assert reference is not None
                 results = reference(*args)
                 results = (results,) if isinstance(results, torch.Tensor) else results
                 return tuple(results[i] for i in given)
@@ -305,7 +329,8 @@ class Op:
     def implement(self, backend: str, implementation: Implementation) -> None:
         """Adds a backend."""
         if not isinstance(implementation.forward, NativeKernel):
-            forward, backward = _without_autocast(implementation.forward), _without_autocast(implementation.backward)
+            forward, backward = _without_autocast(implementation.forward), implementation.backward
+            backward = None if backward is None else _without_autocast(backward)
             implementation = replace(implementation, forward=forward, backward=backward)
         self.bound[backends.check_name(backend)] = Bound(self, backend, implementation)
 

@@ -105,7 +105,7 @@ def test_opcheck(op, args, kwargs):
 
 def test_opcheck_sees_every_op():
     seen = {str(op).removeprefix("fastattn.") for op, _, _ in SAMPLES}
-    assert seen == {f"{name}{suffix}.{b}" for name in OPS for suffix in ("", "_forward", "_backward") for b in BACKENDS}
+    assert seen == {f"{name}{suffix}.{b}" for name, op in OPS.items() for suffix in op.suffixes for b in BACKENDS}
 
 
 # ---- autograd ----

@@ -3,9 +3,11 @@
 #include "../attention/params.h"
 #include "../ceilings/params.h"
 #include "../cross_entropy/params.h"
+#include "../decode/params.h"
 #include "../gelu/params.h"
 #include "../layer_norm/params.h"
 #include "../linear/params.h"
+#include "../rotary/params.h"
 #include "../softmax/params.h"
 #include "../swiglu/params.h"
 #include "types.h"
@@ -17,9 +19,11 @@ namespace fastattn {
   X(attention, AttentionKernels, isa)        \
   X(ceilings, CeilingLoops, isa)             \
   X(cross_entropy, CrossEntropyKernels, isa) \
+  X(decode, DecodeKernels, isa)              \
   X(gelu, GeluKernels, isa)                  \
   X(layer_norm, NormKernels, isa)            \
   X(linear, LinearKernels, isa)              \
+  X(rotary, RotaryKernels, isa)              \
   X(softmax, SoftmaxKernels, isa)            \
   X(swiglu, SwigluKernels, isa)
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn import ops
+from fastattn.flash_attn import flash_attn_with_kvcache
 
 KERNELS: dict[str, Any] = {"fastattn": ops, "torch": F}
 
@@ -79,6 +80,11 @@ class KVCache:
         values[:, :, self.length : end] = value
         return keys[:, :, :end], values[:, :, :end]
 
+    def slots(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The layer's whole caches for keys and values, seen as (B, K, H, D)."""
+        keys, values = self.storage[layer]
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
 
 class LayerNorm(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
@@ -120,12 +126,14 @@ class CausalSelfAttention(nn.Module):
         B, S, C = x.shape
         # Three views of one (B, S, 3, H, D) tensor: the kernels read them through their strides, nothing is
         # copied.
-        query, key, value = (
-            t.transpose(1, 2) for t in self.qkv(x).view(B, S, 3, self.n_head, C // self.n_head).unbind(2)
-        )
-        past = 0
+        query, key, value = self.qkv(x).view(B, S, 3, self.n_head, C // self.n_head).unbind(2)
+        past = cache.length if cache is not None else 0
+        if cache is not None and past and self.kernels == "fastattn" and not self.training:
+            query, key, value = (t.to(cache.storage.dtype) for t in (query, key, value))
+            y = flash_attn_with_kvcache(query, *cache.slots(self.layer), key, value, cache_seqlens=past, causal=True)
+            return self.projection(y.view(B, S, C))
+        query, key, value = (t.transpose(1, 2) for t in (query, key, value))
         if cache is not None:
-            past = cache.length
             key, value = cache.append(self.layer, key, value)
         # The last query is aligned with the last key. Without a past that is plain causal attention; a single
         # query sees every key; several queries after a past need the mask spelled out.

@@ -21,6 +21,8 @@ from fastattn.testing.conformance import Results, evaluate, map_tensors, suites
 SAMPLED = {
     "attention": ("lse mask", "dropout causal", "everything at once"),
     "attention_varlen": ("gqa", "sinks"),
+    "decode": ("everything", "lengths, rows of the cache"),
+    "rotary": ("halves packed", "neighbours offsets"),
     "layer_norm": ("prenorm", "no affine"),
     "rms_norm": ("prenorm", "no weight"),
     "linear": ("gelu, bias", "relu, no bias", "vector weight"),

@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 
-from fastattn import dispatch
+from fastattn import dispatch, ops
 from fastattn.models import GPT, GPTConfig, KVCache
 
 CONFIG = GPTConfig(vocab_size=61, block_size=24, n_layer=2, n_head=3, n_embd=36)
@@ -112,6 +113,18 @@ def test_cache_gives_the_logits_of_the_whole_sequence(kernels, pieces):
     torch.testing.assert_close(torch.cat(parts, dim=1), whole)
     with pytest.raises(ValueError, match="1 to 0 tokens"):
         model(idx[:, :1], cache=cache)
+
+
+def test_cached_steps_are_decoded():
+    """Tokens after the first go through the decode kernel, not through attention with a mask."""
+    model = make().eval()
+    idx = tokens(2, 24)
+    cache = KVCache(model.config, 2, dtype=torch.float32, device=idx.device)
+    with torch.no_grad():
+        model(idx[:, :10], cache=cache)
+        with mock.patch.object(ops, "scaled_dot_product_attention", side_effect=AssertionError):
+            parts = [model(piece, cache=cache)[0] for piece in (idx[:, 10:11], idx[:, 11:])]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(idx)[0][:, 10:])
 
 
 def test_dropout_acts_in_training_only():

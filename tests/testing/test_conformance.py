@@ -72,13 +72,14 @@ def test_suites_differentiate_something_and_have_core_cases():
     for suite in suites().values():
         assert any(case.core for case in suite.cases)
         arguments = suite.arguments(suite.cases[0], "cpu", torch.float32)
-        assert suite.differentiated(suite.cases[0], arguments)
+        assert suite.differentiated(suite.cases[0], arguments) or suite.differentiable == ()
 
 
 @pytest.mark.parametrize("suite", suites().values(), ids=suites())
 def test_workloads_count_what_they_say(suite):
     for workload in suite.workloads:
-        assert 0 < workload.flops() < 10 * workload.flops(backward=True)
+        assert workload.flops() > 0
+        assert workload.flops() < 10 * workload.flops(backward=True) or suite.differentiable == ()
         assert workload.bytes(torch.float32) == 2 * workload.bytes(torch.bfloat16) > 0
     assert any(workload.quick for workload in suite.workloads)
 

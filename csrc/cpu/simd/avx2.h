@@ -51,6 +51,7 @@ FASTATTN_INLINE I32 operator+(I32 a, I32 b) { return {_mm256_add_epi32(a.v, b.v)
 FASTATTN_INLINE I32 operator-(I32 a, I32 b) { return {_mm256_sub_epi32(a.v, b.v)}; }
 FASTATTN_INLINE I32 operator^(I32 a, I32 b) { return {_mm256_xor_si256(a.v, b.v)}; }
 FASTATTN_INLINE I32 operator&(I32 a, I32 b) { return {_mm256_and_si256(a.v, b.v)}; }
+FASTATTN_INLINE F32 to_float(I32 a) { return {_mm256_cvtepi32_ps(a.v)}; }
 FASTATTN_INLINE Mask operator<(I32 a, I32 b) { return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(b.v, a.v))}; }
 FASTATTN_INLINE Mask operator~(Mask a) { return {_mm256_xor_ps(a.v, _mm256_castsi256_ps(_mm256_set1_epi32(-1)))}; }
 FASTATTN_INLINE Mask operator>=(I32 a, I32 b) { return ~(a < b); }
@@ -179,6 +180,17 @@ FASTATTN_INLINE void join_two(F32& a, F32& b) {
   const __m256 lo = _mm256_unpacklo_ps(a.v, b.v), hi = _mm256_unpackhi_ps(a.v, b.v);
   a.v = _mm256_permute2f128_ps(lo, hi, 0x20);
   b.v = _mm256_permute2f128_ps(lo, hi, 0x31);
+}
+
+FASTATTN_INLINE void deinterleave(F32& a, F32& b) { split_two(a, b); }
+
+FASTATTN_INLINE F32 sum_four(F32 a, F32 b, F32 c, F32 d) {
+  const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v));
+  const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c.v, d.v), _mm256_unpackhi_ps(c.v, d.v));
+  return {_mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee))};
+}
+FASTATTN_INLINE F32 join_sums(const F32* t) {
+  return {_mm256_add_ps(_mm256_permute2f128_ps(t[0].v, t[1].v, 0x20), _mm256_permute2f128_ps(t[0].v, t[1].v, 0x31))};
 }
 
 FASTATTN_INLINE void transpose_tile(const float* s, int64_t ls, float* d, int64_t ld) {

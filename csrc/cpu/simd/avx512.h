@@ -59,6 +59,7 @@ FASTATTN_INLINE I32 operator+(I32 a, I32 b) { return {_mm512_add_epi32(a.v, b.v)
 FASTATTN_INLINE I32 operator-(I32 a, I32 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 FASTATTN_INLINE I32 operator^(I32 a, I32 b) { return {_mm512_xor_si512(a.v, b.v)}; }
 FASTATTN_INLINE I32 operator&(I32 a, I32 b) { return {_mm512_and_si512(a.v, b.v)}; }
+FASTATTN_INLINE F32 to_float(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 FASTATTN_INLINE Mask operator>=(I32 a, I32 b) { return {_mm512_cmpge_epi32_mask(a.v, b.v)}; }
 FASTATTN_INLINE Mask operator<(I32 a, I32 b) { return {_mm512_cmplt_epi32_mask(a.v, b.v)}; }
 FASTATTN_INLINE I32 load_ints(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
@@ -128,6 +129,19 @@ FASTATTN_INLINE void join_two(F32& a, F32& b) {
   a.v = l;
 }
 
+FASTATTN_INLINE void deinterleave(F32& a, F32& b) { split_two(a, b); }
+
+FASTATTN_INLINE F32 sum_four(F32 a, F32 b, F32 c, F32 d) {
+  const __m512d ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v)));
+  const __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v)));
+  return {_mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)))};
+}
+FASTATTN_INLINE F32 join_sums(const F32* t) {
+  const __m512 a = _mm512_add_ps(_mm512_shuffle_f32x4(t[0].v, t[1].v, 0x88), _mm512_shuffle_f32x4(t[0].v, t[1].v, 0xdd));
+  const __m512 b = _mm512_add_ps(_mm512_shuffle_f32x4(t[2].v, t[3].v, 0x88), _mm512_shuffle_f32x4(t[2].v, t[3].v, 0xdd));
+  return {_mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd))};
+}
+
 FASTATTN_INLINE void transpose_tile(const float* s, int64_t ls, float* d, int64_t ld) {
   __m512 r[16], t[16];
   FASTATTN_UNROLL for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_ps(s + i * ls);
@@ -167,6 +181,20 @@ FASTATTN_INLINE F32 dot2(F32 acc, Pairs a, Pairs b) {
   return {_mm512_dpbf16_ps(acc.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
 }
 FASTATTN_INLINE Pairs load_pairs(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+FASTATTN_INLINE Pairs load_pairs(const bf16* p) { return {_mm512_loadu_si512(p)}; }
+FASTATTN_INLINE Pairs load_pairs_first(const bf16* p, int64_t n) {
+  return {_mm512_maskz_loadu_epi16(n >= 32 ? ~__mmask32{0} : (__mmask32{1} << n) - 1, p)};
+}
+FASTATTN_INLINE Pairs zero_pairs() { return {_mm512_setzero_si512()}; }
+FASTATTN_INLINE void zip_rows(Pairs low, Pairs high, Pairs& a, Pairs& b) {
+  a.v = _mm512_unpacklo_epi16(low.v, high.v);
+  b.v = _mm512_unpackhi_epi16(low.v, high.v);
+}
+FASTATTN_INLINE void order_columns(F32& a, F32& b) {
+  const __m512 low = _mm512_shuffle_f32x4(a.v, b.v, 0x44), high = _mm512_shuffle_f32x4(a.v, b.v, 0xee);
+  a.v = _mm512_shuffle_f32x4(low, low, 0xd8);
+  b.v = _mm512_shuffle_f32x4(high, high, 0xd8);
+}
 FASTATTN_INLINE void store_pairs(uint32_t* p, Pairs x) { _mm512_storeu_si512(p, x.v); }
 FASTATTN_INLINE Pairs splat_pair(uint32_t pair) { return {_mm512_set1_epi32(static_cast<int32_t>(pair))}; }
 // 32 consecutive bf16, lo first: the layout of memory.

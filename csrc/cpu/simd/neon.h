@@ -45,6 +45,7 @@ FASTATTN_INLINE I32 operator+(I32 a, I32 b) { return {vaddq_s32(a.v, b.v)}; }
 FASTATTN_INLINE I32 operator-(I32 a, I32 b) { return {vsubq_s32(a.v, b.v)}; }
 FASTATTN_INLINE I32 operator^(I32 a, I32 b) { return {veorq_s32(a.v, b.v)}; }
 FASTATTN_INLINE I32 operator&(I32 a, I32 b) { return {vandq_s32(a.v, b.v)}; }
+FASTATTN_INLINE F32 to_float(I32 a) { return {vcvtq_f32_s32(a.v)}; }
 FASTATTN_INLINE Mask operator>=(I32 a, I32 b) { return {vcgeq_s32(a.v, b.v)}; }
 FASTATTN_INLINE Mask operator<(I32 a, I32 b) { return {vcltq_s32(a.v, b.v)}; }
 FASTATTN_INLINE I32 load_ints(const int32_t* p) { return {vld1q_s32(p)}; }
@@ -158,6 +159,13 @@ FASTATTN_INLINE void join_two(F32& a, F32& b) {
   a.v = low;
 }
 
+FASTATTN_INLINE void deinterleave(F32& a, F32& b) { split_two(a, b); }
+
+FASTATTN_INLINE F32 sum_four(F32 a, F32 b, F32 c, F32 d) {
+  return {vpaddq_f32(vpaddq_f32(a.v, b.v), vpaddq_f32(c.v, d.v))};
+}
+FASTATTN_INLINE F32 join_sums(const F32* t) { return t[0]; }
+
 FASTATTN_INLINE void transpose_tile(const float* s, int64_t ls, float* d, int64_t ld) {
   const float32x4_t r0 = vld1q_f32(s), r1 = vld1q_f32(s + ls), r2 = vld1q_f32(s + 2 * ls), r3 = vld1q_f32(s + 3 * ls);
   const float64x2_t t0 = vreinterpretq_f64_f32(vtrn1q_f32(r0, r1)), t1 = vreinterpretq_f64_f32(vtrn2q_f32(r0, r1));
@@ -178,6 +186,19 @@ FASTATTN_INLINE F32 dot2(F32 acc, Pairs a, Pairs b) {
   return {vbfdotq_f32(acc.v, vreinterpretq_bf16_u32(a.v), vreinterpretq_bf16_u32(b.v))};
 }
 FASTATTN_INLINE Pairs load_pairs(const uint32_t* p) { return {vld1q_u32(p)}; }
+FASTATTN_INLINE Pairs load_pairs(const bf16* p) { return {vreinterpretq_u32_u16(vld1q_u16(&p->bits))}; }
+FASTATTN_INLINE Pairs load_pairs_first(const bf16* p, int64_t n) {
+  alignas(16) bf16 some[8] = {};
+  memcpy(some, p, static_cast<size_t>(n) * sizeof(bf16));
+  return load_pairs(some);
+}
+FASTATTN_INLINE Pairs zero_pairs() { return {vdupq_n_u32(0)}; }
+FASTATTN_INLINE void zip_rows(Pairs low, Pairs high, Pairs& a, Pairs& b) {
+  const uint16x8_t l = vreinterpretq_u16_u32(low.v), h = vreinterpretq_u16_u32(high.v);
+  a.v = vreinterpretq_u32_u16(vzip1q_u16(l, h));
+  b.v = vreinterpretq_u32_u16(vzip2q_u16(l, h));
+}
+FASTATTN_INLINE void order_columns(F32&, F32&) {}
 FASTATTN_INLINE void store_pairs(uint32_t* p, Pairs x) { vst1q_u32(p, x.v); }
 FASTATTN_INLINE Pairs splat_pair(uint32_t pair) { return {vdupq_n_u32(pair)}; }
 // 2*kLanes consecutive bf16, lo first: the layout of memory.

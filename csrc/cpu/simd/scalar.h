@@ -50,6 +50,7 @@ FASTATTN_INLINE I32 operator+(I32 a, I32 b) { return {(Ints)((Words)a.v + (Words
 FASTATTN_INLINE I32 operator-(I32 a, I32 b) { return {(Ints)((Words)a.v - (Words)b.v)}; }
 FASTATTN_INLINE I32 operator^(I32 a, I32 b) { return {a.v ^ b.v}; }
 FASTATTN_INLINE I32 operator&(I32 a, I32 b) { return {a.v & b.v}; }
+FASTATTN_INLINE F32 to_float(I32 a) { return {__builtin_convertvector(a.v, Floats)}; }
 FASTATTN_INLINE Mask operator>=(I32 a, I32 b) { return {a.v >= b.v}; }
 FASTATTN_INLINE Mask operator<(I32 a, I32 b) { return {a.v < b.v}; }
 FASTATTN_INLINE I32 load_ints(const int32_t* p) { return {Ints{p[0], p[1], p[2], p[3]}}; }
@@ -162,6 +163,16 @@ FASTATTN_INLINE void store_two(bf16* p, F32 a, F32 b) {
 }
 FASTATTN_INLINE void split_two(F32&, F32&) {}
 FASTATTN_INLINE void join_two(F32&, F32&) {}
+
+FASTATTN_INLINE void deinterleave(F32& a, F32& b) {
+  const Floats even = {a.v[0], a.v[2], b.v[0], b.v[2]}, odd = {a.v[1], a.v[3], b.v[1], b.v[3]};
+  a.v = even;
+  b.v = odd;
+}
+FASTATTN_INLINE F32 sum_four(F32 a, F32 b, F32 c, F32 d) {
+  return {Floats{reduce_add(a), reduce_add(b), reduce_add(c), reduce_add(d)}};
+}
+FASTATTN_INLINE F32 join_sums(const F32* t) { return t[0]; }
 
 FASTATTN_INLINE void transpose_tile(const float* s, int64_t ls, float* d, int64_t ld) {
   for (int r = 0; r < kLanes; r++)

@@ -15,9 +15,15 @@
 //   stream_two(p, a, b)        like store_two (of bf16, or in order), to a 2*kLanes aligned p and past the caches where
 //                              the machine can; finish_streams() before another thread may look
 //   transpose_tile(s, ls, d, ld)  d[c*ld + r] = s[r*ls + c], kLanes x kLanes floats
+//   to_float(n)                the nearest float
+//   deinterleave(a, b)         the even elements of 2*kLanes consecutive ones in a, the odd ones in b
+//   sum_four(a, b, c, d)       in every block of four lanes: the sums of that block of a, b, c and d
+//   join_sums(t)               of kLanes / 4 results of sum_four: lane 4*i + j is the sum of all lanes of argument j of t[i]
 //   mul_wide(a, b, hi, lo)     32 x 32 -> 64 bit product of unsigned lanes (Philox)
 //   with FASTATTN_HAS_DOT2 (AVX512_BF16, NEON_BF16): Pairs, dot2(acc, a, b), pack_pairs(lo, hi), narrow_two(lo, hi)
 //   (consecutive), interleave_rows(lo, hi, n, out)
+//   zip_rows(low, high, a, b)  pairs of what stands in one column of two rows, in whatever order of columns is cheapest;
+//   order_columns(a, b)        brings sums in that order back into the natural one
 //
 // Everything lives in an anonymous namespace inside fastattn::<isa>: an object file exports its table and nothing else.
 #pragma once

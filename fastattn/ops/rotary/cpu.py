@@ -1,0 +1,17 @@
+"""Rotary position embedding on the cpu backend: csrc/rotary."""
+
+from __future__ import annotations
+
+import torch
+
+from fastattn.dispatch import native
+from fastattn.ops.rotary.op import OP, RotaryProblem
+
+
+def supports(problem: RotaryProblem) -> str | None:
+    if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"has no kernel for {problem.dtype}: float32, bfloat16, float16"
+    return None
+
+
+IMPLEMENTATION = native(OP, supports)
