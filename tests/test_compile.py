@@ -37,7 +37,7 @@ COMPILED = {
     "swiglu": ("33 columns, packed", "transposed"),
     "cross_entropy": (
         "mean smoothing weight ignoring 3", "probabilities none smoothing weight", "3 dims mean", "one dim",
-        "uint8 targets",
+        "uint8 targets", "z_loss softcap none", "z_loss returned",
     ),
 }  # fmt: skip
 

@@ -88,6 +88,10 @@ def calls(dtype=torch.float32):
             lambda x, w: fastattn.linear_cross_entropy(x, w, target, reduction="none"),
             (draw(4, 10), draw(7, 10)),
         ),
+        "cross_entropy z_loss softcap": (
+            lambda x: fastattn.cross_entropy(x, target, z_loss=0.1, softcap=2.0),
+            (draw(4, 10),),
+        ),
         "cross_entropy none": (lambda x: fastattn.cross_entropy(x, target, reduction="none"), (draw(4, 10),)),
     }
 

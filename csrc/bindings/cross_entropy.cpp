@@ -63,7 +63,8 @@ double estimate(const Problem& problem, double nanoseconds_each) {
 
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor input, Tensor target, std::optional<Tensor> weight,
                                                          int64_t ignore_index, double label_smoothing,
-                                                         int64_t reduction) {
+                                                         int64_t reduction, double z_loss, double softcap) {
+  FASTATTN_CHECK(softcap >= 0.0, "cross_entropy: softcap must be 0 or more, got ", softcap);
   const Problem q = problem(input, target, weight, ignore_index, reduction);
   const bool reduced = q.reduction != Reduction::none;
   Tensor row_loss = reduced ? unpoisoned(q.rows, ScalarType::Float) : empty({q.rows}, ScalarType::Float);
@@ -85,6 +86,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor input, Tensor ta
   p.probabilities_stride = q.target.stride;
   p.ignore_index = ignore_index;
   p.label_smoothing = static_cast<float>(label_smoothing);
+  p.z_loss = static_cast<float>(z_loss);
+  p.softcap = static_cast<float>(softcap);
   p.reduction = q.reduction;
   p.dtype = dtype_of(input);
   p.probabilities_dtype = q.probabilities ? dtype_of(target) : DType::f32;
@@ -93,7 +96,9 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor input, Tensor ta
 }
 
 Tensor cross_entropy_backward(Tensor grad, Tensor input, Tensor target, std::optional<Tensor> weight, Tensor lse,
-                              Tensor total, int64_t ignore_index, double label_smoothing, int64_t reduction) {
+                              Tensor total, int64_t ignore_index, double label_smoothing, int64_t reduction,
+                              double z_loss, double softcap) {
+  FASTATTN_CHECK(softcap >= 0.0, "cross_entropy: softcap must be 0 or more, got ", softcap);
   const Problem q = problem(input, target, weight, ignore_index, reduction);
   const auto is_float = [](const Tensor& tensor, int64_t elements) {
     return tensor.scalar_type() == ScalarType::Float && tensor.numel() == elements && tensor.is_contiguous();
@@ -117,6 +122,8 @@ Tensor cross_entropy_backward(Tensor grad, Tensor input, Tensor target, std::opt
   p.probabilities_stride = q.target.stride;
   p.ignore_index = ignore_index;
   p.label_smoothing = static_cast<float>(label_smoothing);
+  p.z_loss = static_cast<float>(z_loss);
+  p.softcap = static_cast<float>(softcap);
   p.reduction = q.reduction;
   p.dtype = dtype_of(input);
   p.probabilities_dtype = q.probabilities ? dtype_of(target) : DType::f32;

@@ -2,7 +2,8 @@
 //   a_c = weight_c * ((1 - smoothing) * t_c + smoothing / C),  t the class probabilities or the one-hot of the target,
 // a row's loss is sum_c(a_c * (lse - x_c)) and its gradient softmax(x)_c * sum(a) - a_c. A class with a_c = 0 adds
 // nothing, however impossible it is. lse - x_c is taken as log(sum) - (x_c - max), so that a large offset costs
-// nothing.
+// nothing. With z_loss (PaLM, Chowdhery et al. 2022, section 5) z lse^2 is added, whose gradient is 2 z lse softmax(x).
+// Capped logits go through fp32 scratch rows: X is the type of the logits that are read, T that of the tensors.
 #pragma once
 #include "../cpu/logsumexp.h"
 #include "params.h"
@@ -55,10 +56,19 @@ float soft_loss(const T* x, int64_t columns, const Target* t, const float* weigh
   return static_cast<float>(loss);
 }
 
+// softcap * tanh(x / softcap)
 template <class T>
-void cross_entropy_forward_row(const CrossEntropyForward& p, int64_t row) {
-  const T* const x = static_cast<const T*>(p.input) + row * p.input_stride;
-  const Exponentials e = sum_exponentials(x, p.columns, x + p.input_stride);
+void cap_logits(const T* x, float* capped, int64_t columns, float softcap) {
+  const F32x2 inverse = splat2(1.f / softcap), cap = splat2(softcap);
+  for_columns<2>(columns, [&](int64_t c, int, auto where) FASTATTN_LAMBDA {
+    const F32x2 t = get(x + c, Natural{}, where) * inverse;
+    put(capped + c, cap * F32x2{tanh(t.a), tanh(t.b)}, Natural{}, where);
+  });
+}
+
+template <class X, class T>
+void cross_entropy_forward_row(const CrossEntropyForward& p, int64_t row, const X* x, const X* ahead) {
+  const Exponentials e = sum_exponentials(x, p.columns, ahead);
   const float log_sum = __builtin_logf(e.sum);
   p.lse[row] = e.max + log_sum;
   const float spread = p.columns > 0 ? p.label_smoothing / static_cast<float>(p.columns) : 0.f;
@@ -76,8 +86,10 @@ void cross_entropy_forward_row(const CrossEntropyForward& p, int64_t row) {
     const int64_t target = p.target[row];
     const float a = share * (p.weight != nullptr ? p.weight[target] : 1.f);
     if (a != 0.f) loss = a * (log_sum - (element(x + target) - e.max));
-    if (spread != 0.f) loss += soft_loss<T, T>(x, p.columns, nullptr, p.weight, 0.f, spread, e);
+    if (spread != 0.f) loss += soft_loss<X, X>(x, p.columns, nullptr, p.weight, 0.f, spread, e);
   }
+  const bool counts = p.probabilities != nullptr || p.target[row] != p.ignore_index;
+  if (p.z_loss != 0.f && counts) loss += p.z_loss * p.lse[row] * p.lse[row];
   p.row_loss[row] = loss;
 }
 
@@ -97,23 +109,32 @@ void cross_entropy_reduce(const CrossEntropyForward& p) {
 }
 
 template <class T>
-void cross_entropy_forward(const CrossEntropyForward& p, TaskQueue& queue) {
+void cross_entropy_forward(const CrossEntropyForward& p, TaskQueue& queue, char* scratch) {
+  float* const capped = reinterpret_cast<float*>(scratch);
   const int64_t rows_per_task = cross_entropy_rows_per_task(p.columns);
   for (int64_t task; (task = take_task(queue)) < queue.total;) {
     const int64_t end = min_of((task + 1) * rows_per_task, p.rows);
-    for (int64_t row = task * rows_per_task; row < end; row++) cross_entropy_forward_row<T>(p, row);
+    for (int64_t row = task * rows_per_task; row < end; row++) {
+      const T* const x = static_cast<const T*>(p.input) + row * p.input_stride;
+      if (p.softcap == 0.f) {
+        cross_entropy_forward_row<T, T>(p, row, x, x + p.input_stride);
+      } else {
+        cap_logits(x, capped, p.columns, p.softcap);
+        cross_entropy_forward_row<float, T>(p, row, capped, capped);
+      }
+    }
     if (finish_task(queue)) cross_entropy_reduce(p);
   }
 }
 
-void run_cross_entropy_forward(const CrossEntropyForward& p, TaskQueue& queue, char*) {
+void run_cross_entropy_forward(const CrossEntropyForward& p, TaskQueue& queue, char* scratch) {
   switch (p.dtype) {
     case DType::bf16:
-      return cross_entropy_forward<bf16>(p, queue);
+      return cross_entropy_forward<bf16>(p, queue, scratch);
     case DType::f16:
-      return cross_entropy_forward<f16>(p, queue);
+      return cross_entropy_forward<f16>(p, queue, scratch);
     default:
-      return cross_entropy_forward<float>(p, queue);
+      return cross_entropy_forward<float>(p, queue, scratch);
   }
 }
 
@@ -188,10 +209,10 @@ void smooth_gradient(const T* x, T* dx, int64_t columns, const float* weight, fl
   });
 }
 
-// softmax * sum(a) - a, a_c = grad * weight_c * (share * t_c + spread)
+// softmax * (sum(a) + extra) - a, a_c = grad * weight_c * (share * t_c + spread)
 template <class T, class Target>
 void soft_gradient(const T* x, T* dx, int64_t columns, const Target* t, const float* weight, float lse, float scale,
-                   float grad, float share, float spread) {
+                   float grad, float share, float spread, float extra) {
   const auto coefficient = [&](int64_t c, auto where) FASTATTN_LAMBDA {
     F32x2 a = fma(splat2(share), get(t + c, Natural{}, where), splat2(spread));
     if (weight != nullptr) a = a * get(weight + c, Natural{}, where);
@@ -200,45 +221,44 @@ void soft_gradient(const T* x, T* dx, int64_t columns, const Target* t, const fl
   F32x2 sums[2] = {splat2(0.f), splat2(0.f)};
   for_columns<2>(columns, [&](int64_t c, int i, auto where)
                               FASTATTN_LAMBDA { sums[i] = sums[i] + keep(coefficient(c, where), zero(), where); });
-  const F32x2 shift = splat2(lse), all = splat2(reduce_add(sums[0] + sums[1]) * scale);
+  const F32x2 shift = splat2(lse), all = splat2((reduce_add(sums[0] + sums[1]) + extra) * scale);
   for_columns<2>(columns, [&](int64_t c, int, auto where) FASTATTN_LAMBDA {
     const F32x2 p = exponential(x + c, dx + c, shift, where);
     put(dx + c, p * all - coefficient(c, where), Natural{}, where);
   });
 }
 
-template <class T>
-void cross_entropy_backward_row(const CrossEntropyBackward& p, int64_t row, float weight_sum) {
-  const T* const x = static_cast<const T*>(p.input) + row * p.input_stride;
-  T* const dx = static_cast<T*>(p.grad_input) + row * p.columns;
+template <class X, class T>
+void cross_entropy_backward_row(const CrossEntropyBackward& p, int64_t row, float weight_sum, const X* x, X* dx) {
   const float lse = p.lse[row];
   const float grad = p.reduction == Reduction::none   ? p.grad[row]
                      : p.reduction == Reduction::mean ? *p.grad / *p.total
                                                       : *p.grad;
   const float spread = p.label_smoothing / static_cast<float>(p.columns);
   const float share = 1.f - p.label_smoothing;
+  const float extra = p.z_loss == 0.f ? 0.f : grad * 2.f * p.z_loss * lse;
   if (p.probabilities != nullptr) {
     const float scale = normalizer(x, dx, p.columns, lse);
     if (p.probabilities_dtype == DType::f32) {
       const float* t = static_cast<const float*>(p.probabilities) + row * p.probabilities_stride;
-      soft_gradient(x, dx, p.columns, t, p.weight, lse, scale, grad, share, spread);
+      soft_gradient(x, dx, p.columns, t, p.weight, lse, scale, grad, share, spread, extra);
     } else {
       const T* t = static_cast<const T*>(p.probabilities) + row * p.probabilities_stride;
-      soft_gradient(x, dx, p.columns, t, p.weight, lse, scale, grad, share, spread);
+      soft_gradient(x, dx, p.columns, t, p.weight, lse, scale, grad, share, spread, extra);
     }
     return;
   }
   const int64_t target = p.target[row];
   if (target == p.ignore_index) {
-    memset(dx, 0, static_cast<size_t>(p.columns) * sizeof(T));
+    memset(dx, 0, static_cast<size_t>(p.columns) * sizeof(X));
     return;
   }
   const float weight = p.weight != nullptr ? p.weight[target] : 1.f;
   // The target's own column, which has a larger coefficient, is written once more.
   const float coefficient = grad * (share * weight + spread * weight);
-  float scale = grad * (share * weight + spread * weight_sum), own;
+  float scale = grad * (share * weight + spread * weight_sum) + extra, own;
   if (spread == 0.f) {
-    if constexpr (!kSumAgain<T>) scale *= normalizer(x, dx, p.columns, lse);
+    if constexpr (!kSumAgain<X>) scale *= normalizer(x, dx, p.columns, lse);
     own = hard_gradient(x, dx, p.columns, target, lse, scale);
   } else {
     scale *= normalizer(x, dx, p.columns, lse);
@@ -248,8 +268,25 @@ void cross_entropy_backward_row(const CrossEntropyBackward& p, int64_t row, floa
   put(dx + target, splat2(own - coefficient), Natural{}, Part{1});
 }
 
+// 1 - tanh(x)^2 = 4 e / (1 + e)^2 with e = exp(-2 |x|): it does not cancel
+FASTATTN_INLINE F32 tanh_derivative(F32 x) {
+  const F32 e = exp(min(x, zero() - x) * splat(2.f)), sum = splat(1.f) + e;
+  return splat(4.f) * e / (sum * sum);
+}
 template <class T>
-void cross_entropy_backward(const CrossEntropyBackward& p, TaskQueue& queue) {
+void uncap_gradient(const float* gradient, const T* x, T* dx, int64_t columns, float softcap) {
+  const F32x2 inverse = splat2(1.f / softcap);
+  for_columns<2>(columns, [&](int64_t c, int, auto where) FASTATTN_LAMBDA {
+    const F32x2 t = get(x + c, Natural{}, where) * inverse;
+    const F32x2 slope = {tanh_derivative(t.a), tanh_derivative(t.b)};
+    put(dx + c, get(gradient + c, Natural{}, where) * slope, Natural{}, where);
+  });
+}
+
+template <class T>
+void cross_entropy_backward(const CrossEntropyBackward& p, TaskQueue& queue, char* scratch) {
+  float* const capped = reinterpret_cast<float*>(scratch);
+  float* const gradient = capped + round_up(p.columns, kPair);
   double weight_sum = static_cast<double>(p.columns);
   if (p.weight != nullptr && p.label_smoothing != 0.f) {
     weight_sum = 0.0;
@@ -258,30 +295,43 @@ void cross_entropy_backward(const CrossEntropyBackward& p, TaskQueue& queue) {
   const int64_t rows_per_task = cross_entropy_rows_per_task(p.columns);
   for (int64_t task; (task = take_task(queue)) < queue.total;) {
     const int64_t end = min_of((task + 1) * rows_per_task, p.rows);
-    for (int64_t row = task * rows_per_task; row < end; row++)
-      cross_entropy_backward_row<T>(p, row, static_cast<float>(weight_sum));
+    for (int64_t row = task * rows_per_task; row < end; row++) {
+      const T* const x = static_cast<const T*>(p.input) + row * p.input_stride;
+      T* const dx = static_cast<T*>(p.grad_input) + row * p.columns;
+      if (p.softcap == 0.f) {
+        cross_entropy_backward_row<T, T>(p, row, static_cast<float>(weight_sum), x, dx);
+      } else {
+        cap_logits(x, capped, p.columns, p.softcap);
+        cross_entropy_backward_row<float, T>(p, row, static_cast<float>(weight_sum), capped, gradient);
+        uncap_gradient(gradient, x, dx, p.columns, p.softcap);
+      }
+    }
   }
 }
 
-void run_cross_entropy_backward(const CrossEntropyBackward& p, TaskQueue& queue, char*) {
+void run_cross_entropy_backward(const CrossEntropyBackward& p, TaskQueue& queue, char* scratch) {
   switch (p.dtype) {
     case DType::bf16:
-      return cross_entropy_backward<bf16>(p, queue);
+      return cross_entropy_backward<bf16>(p, queue, scratch);
     case DType::f16:
-      return cross_entropy_backward<f16>(p, queue);
+      return cross_entropy_backward<f16>(p, queue, scratch);
     default:
-      return cross_entropy_backward<float>(p, queue);
+      return cross_entropy_backward<float>(p, queue, scratch);
   }
 }
 
 int64_t cross_entropy_forward_tasks(const CrossEntropyForward& p) {
   return max_of(ceil_div(p.rows, cross_entropy_rows_per_task(p.columns)), 1);  // no rows have a loss, too
 }
-int64_t cross_entropy_forward_scratch(const CrossEntropyForward&) { return 0; }
+int64_t cross_entropy_forward_scratch(const CrossEntropyForward& p) {
+  return p.softcap == 0.f ? 0 : round_up(p.columns, kPair) * static_cast<int64_t>(sizeof(float));
+}
 int64_t cross_entropy_backward_tasks(const CrossEntropyBackward& p) {
   return p.columns == 0 ? 0 : ceil_div(p.rows, cross_entropy_rows_per_task(p.columns));
 }
-int64_t cross_entropy_backward_scratch(const CrossEntropyBackward&) { return 0; }
+int64_t cross_entropy_backward_scratch(const CrossEntropyBackward& p) {
+  return p.softcap == 0.f ? 0 : 2 * round_up(p.columns, kPair) * static_cast<int64_t>(sizeof(float));
+}
 
 constexpr CrossEntropyKernels kCrossEntropyKernels{
     {cross_entropy_forward_tasks, cross_entropy_forward_scratch, run_cross_entropy_forward},

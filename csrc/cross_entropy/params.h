@@ -21,6 +21,8 @@ struct CrossEntropyForward {
   int64_t probabilities_stride;
   int64_t ignore_index;  // class numbers only
   float label_smoothing;
+  float z_loss;   // weight of lse^2 in a row's loss
+  float softcap;  // logits are softcap * tanh(input / softcap), unless it is 0
   Reduction reduction;
   DType dtype;
   DType probabilities_dtype;  // f32 or dtype
@@ -41,6 +43,8 @@ struct CrossEntropyBackward {
   int64_t probabilities_stride;
   int64_t ignore_index;
   float label_smoothing;
+  float z_loss;   // weight of lse^2 in a row's loss
+  float softcap;  // logits are softcap * tanh(input / softcap), unless it is 0
   Reduction reduction;
   DType dtype;
   DType probabilities_dtype;

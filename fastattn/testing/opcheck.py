@@ -31,7 +31,7 @@ SAMPLED = {
     "log_softmax": ("7 columns", "bool mask"),
     "gelu": ("none 33 columns bias", "tanh 3 columns"),
     "swiglu": ("33 columns, packed",),
-    "cross_entropy": ("mean smoothing weight ignoring 3", "probabilities none smoothing weight"),
+    "cross_entropy": ("mean smoothing weight ignoring 3", "probabilities none smoothing weight", "z_loss softcap mean"),
 }
 
 

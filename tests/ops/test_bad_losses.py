@@ -226,6 +226,21 @@ BAD = {
         r"cross_entropy: label_smoothing must be in \[0, 1\], got -0.1",
     ),
     "NaN smoothing": (cross_entropy(label_smoothing=math.nan), ValueError, r"must be in \[0, 1\], got nan"),
+    "negative z_loss": (
+        cross_entropy(z_loss=-1e-4),
+        ValueError,
+        r"cross_entropy: z_loss must be a finite number of 0 or more, got -0.0001",
+    ),
+    "infinite softcap": (
+        cross_entropy(softcap=math.inf),
+        ValueError,
+        r"cross_entropy: softcap must be a finite number of 0 or more, got inf",
+    ),
+    "NaN softcap": (
+        cross_entropy(softcap=math.nan),
+        ValueError,
+        r"softcap must be a finite number of 0 or more, got nan",
+    ),
     "deprecated arguments": (
         cross_entropy(size_average=True),
         ValueError,
@@ -315,6 +330,9 @@ RAW_BAD = {
     ),
     "cross entropy backward of a target out of range": lambda: torch.ops.fastattn.cross_entropy_backward.cpu(
         f32(3), f32(3, 8), torch.tensor([0, 8, 1]), None, f32(3), f32(()), -100, 0.0, 0
+    ),
+    "cross entropy of a negative cap": lambda: torch.ops.fastattn.cross_entropy_forward.cpu(
+        f32(3, 8), torch.zeros(3, dtype=torch.int64), None, -100, 0.0, 1, 0.0, -1.0
     ),
     "cross entropy of one weight": lambda: torch.ops.fastattn.cross_entropy_forward.cpu(
         f32(3, 8), torch.zeros(3, dtype=torch.int64), f32(1), -100, 0.0, 1

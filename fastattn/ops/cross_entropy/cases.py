@@ -22,10 +22,34 @@ Draw = Callable[..., Tensor]
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def peer(input: Tensor, target: Tensor, weight: Tensor | None = None, **call: Any) -> Tensor:
-    """torch's cross_entropy, which wants int64 indices and a weight of the input's dtype."""
+def peer(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    z_loss: float = 0.0,
+    return_z_loss: bool = False,
+    softcap: float = 0.0,
+    **call: Any,
+) -> Any:
+    """torch's cross_entropy, which wants int64 indices and the input's dtype; z_loss and softcap around it."""
     target = target if target.is_floating_point() else target.to(torch.int64)
-    return F.cross_entropy(input, target, None if weight is None else weight.to(input.dtype), **call)
+    weight = None if weight is None else weight.to(input.dtype)
+    x = softcap * (input / softcap).tanh() if softcap else input
+    loss = F.cross_entropy(x, target, weight, **call)
+    if not z_loss and not return_z_loss:
+        return loss
+    squares = z_loss * torch.logsumexp(x, 0 if x.ndim == 1 else 1).square()
+    total: Any = squares.numel()
+    if not target.is_floating_point():
+        ignored = target == call.get("ignore_index", -100)
+        squares = squares.masked_fill(ignored, 0.0)
+        shares = torch.ones_like(squares) if weight is None else weight[target.masked_fill(ignored, 0)]
+        total = shares.masked_fill(ignored, 0.0).sum()
+    reduction = call.get("reduction", "mean")
+    if reduction != "none":
+        squares = squares.sum() / total if reduction == "mean" else squares.sum()
+    return (loss + squares, squares.detach()) if return_z_loss else loss + squares
 
 
 def _contiguous(s: Sampler, *shape: int) -> Tensor:
@@ -139,6 +163,27 @@ def _cases() -> Iterator[Case]:
     yield Case("int32 targets", _build((24, 19), target_dtype=torch.int32))
     yield Case("uint8 targets", _build((24, 19), target_dtype=torch.uint8))
     yield Case("float32 weight", _build((24, 19), weight=True, weight_dtype=torch.float32))
+    combinations: tuple[dict[str, Any], ...] = ({"z_loss": 0.05}, {"softcap": 5.0}, {"z_loss": 0.05, "softcap": 5.0})
+    for features in combinations:
+        name = " ".join(features)
+        for reduction in REDUCTIONS:
+            yield Case(f"{name} {reduction}", _build((24, 19), reduction=reduction, ignored=3, **features), core=True)
+        yield Case(
+            f"{name} smoothing weight",
+            _build((24, 19), label_smoothing=0.2, weight=True, ignored=-100, **features),
+        )
+        yield Case(
+            f"{name} probabilities",
+            _build((24, 19), probabilities=True, label_smoothing=0.2, weight=True, **features),
+            LOGITS_AND_TARGET,
+            core=True,
+        )
+        yield Case(f"{name} large vocabulary", _build((6, 50304), **features))
+        yield Case(f"{name} 3 dims", _build((4, 7, 9), **features))
+        yield Case(f"{name} strided rows", _build((12, 70), draw=_strided_rows, **features))
+        yield Case(f"{name} large logits", _build((24, 90), draw=lambda s, *n: s.normal(*n, std=50.0), **features))
+    yield Case("z_loss returned", _build((24, 19), ignored=3, z_loss=0.05, return_z_loss=True))
+    yield Case("z_loss returned none", _build((24, 19), ignored=3, z_loss=0.05, return_z_loss=True, reduction="none"))
     yield Case("strided rows", _build((12, 70), draw=_strided_rows), core=True)
     yield Case("transposed", _build((12, 70), draw=_transposed))
     yield Case("expanded", _build((12, 70), draw=_expanded))
@@ -175,11 +220,11 @@ def _cases() -> Iterator[Case]:
     yield Case("NaN in a row", nan_row)
 
 
-def workload(rows: int, classes: int, *, quick: bool = False) -> Workload:
+def workload(rows: int, classes: int, *, quick: bool = False, **features: Any) -> Workload:
     size = rows * classes
     return Workload(
-        f"{rows}x{classes}",
-        _build((rows, classes)),
+        " ".join((f"{rows}x{classes}", *features)),
+        _build((rows, classes), **features),
         forward_flops=4 * size,
         backward_flops=3 * size,
         forward_elements=size,
@@ -188,7 +233,13 @@ def workload(rows: int, classes: int, *, quick: bool = False) -> Workload:
     )
 
 
-WORKLOADS = (workload(4096, 1024, quick=True), workload(1024, 50304, quick=True), workload(4096, 32768))
+WORKLOADS = (
+    workload(4096, 1024, quick=True),
+    workload(1024, 50304, quick=True),
+    workload(4096, 32768),
+    workload(1024, 50304, z_loss=1e-4),
+    workload(1024, 50304, softcap=30.0),
+)
 
 SUITES = (
     Suite(
@@ -197,7 +248,7 @@ SUITES = (
         truth=peer,
         peer=peer,
         differentiable=LOGITS,
-        results=("loss",),
+        results=("loss", "z_loss"),
         # One number is right or wrong by luck; eight of them have an error.
         cases=tuple(replace(case, draws=max(case.draws, 8)) for case in _cases()),
         workloads=WORKLOADS,

@@ -1,13 +1,15 @@
 """Cross entropy: the public function and the op's contract.
 
-    loss_n = -sum_c a_nc log_softmax(x_n)_c
+    loss_n = -sum_c a_nc log_softmax(x_n)_c + z_loss lse(x_n)^2
 
 with a_nc = weight_c * t'_nc and t' = (1 - smoothing) * t + smoothing / C, where t is the one-hot of an index target or
-the given class probabilities (Szegedy et al. 2016 for the smoothing).
+the given class probabilities (Szegedy et al. 2016 for the smoothing; Chowdhery et al. 2022, section 5, for z_loss).
+With a softcap, x = softcap * tanh(input / softcap) (Gemma 2, 2024, section 2).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +32,8 @@ class CrossEntropyProblem(Problem):
     weight: bool
     label_smoothing: bool
     reduction: str
+    z_loss: bool = False
+    softcap: bool = False
 
 
 def _forward_fake(
@@ -39,6 +43,8 @@ def _forward_fake(
     ignore_index: int,
     label_smoothing: float,
     reduction: int,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(input.dtype)
     rows = (input.shape[0],)
@@ -59,12 +65,15 @@ def _backward_fake(
     ignore_index: int,
     label_smoothing: float,
     reduction: int,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
 ) -> Tensor:
     return input.new_empty(input.shape)
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     input, target, weight, *ctx.options = inputs
+    ctx.given = len(inputs)
     _, lse, total = output
     ctx.mark_non_differentiable(lse, total)
     ctx.set_materialize_grads(False)
@@ -87,13 +96,16 @@ def _grad_probabilities(
 
 def _backward(kernel: Any, ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     input, target, weight, lse, total = ctx.saved_tensors
-    nothing = (None,) * 6
+    nothing = (None,) * ctx.given
     if grad is None:
         return nothing
-    _, smoothing, reduction = ctx.options
+    _, smoothing, reduction, *features = ctx.options
     grad_target = None
     if ctx.needs_input_grad[1]:
-        grad_target = _grad_probabilities(grad, input, target, weight, lse, smoothing, reduction)
+        x = input
+        if features and features[1]:
+            x = features[1] * (input.to(lse.dtype) / features[1]).tanh()
+        grad_target = _grad_probabilities(grad, x, target, weight, lse, smoothing, reduction)
     grad_input = None
     if ctx.needs_input_grad[0]:
         grad_input = kernel(grad.contiguous(), input, target, weight, lse, total, *ctx.options)
@@ -103,12 +115,12 @@ def _backward(kernel: Any, ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any,
 OP = Op(
     "cross_entropy",
     forward_schema=(
-        "(Tensor input, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, int reduction)"
-        " -> (Tensor loss, Tensor lse, Tensor total)"
+        "(Tensor input, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, int reduction,"
+        " float z_loss=0.0, float softcap=0.0) -> (Tensor loss, Tensor lse, Tensor total)"
     ),
     backward_schema=(
         "(Tensor grad, Tensor input, Tensor target, Tensor? weight, Tensor lse, Tensor total, int ignore_index,"
-        " float label_smoothing, int reduction) -> Tensor grad_input"
+        " float label_smoothing, int reduction, float z_loss=0.0, float softcap=0.0) -> Tensor grad_input"
     ),
     forward_fake=_forward_fake,
     backward_fake=_backward_fake,
@@ -124,7 +136,15 @@ def out_of_range(target: int, row: int, classes: int, ignore_index: int) -> str:
     )
 
 
-def _check(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float) -> None:
+def _check(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> None:
     if input.ndim < 1:
         raise ValueError("cross_entropy: input must have a class dimension: (C,), (N, C) or (N, C, d1, ...)")
     if input.dtype not in FLOATING:
@@ -155,6 +175,9 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str,
         raise ValueError(f"cross_entropy: reduction must be one of {REDUCTIONS}, got {reduction!r}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"cross_entropy: label_smoothing must be in [0, 1], got {label_smoothing}")
+    for what, value in (("z_loss", z_loss), ("softcap", softcap)):
+        if not 0.0 <= value < math.inf:
+            raise ValueError(f"cross_entropy: {what} must be a finite number of 0 or more, got {value}")
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -178,7 +201,13 @@ def _canonical(input: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Te
 
 
 def _problem(
-    input: Tensor, target: Tensor, weight: Tensor | None, label_smoothing: float, reduction: str
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+    reduction: str,
+    z_loss: float,
+    softcap: float,
 ) -> CrossEntropyProblem:
     return CrossEntropyProblem(
         device=input.device.type,
@@ -189,6 +218,8 @@ def _problem(
         weight=weight is not None,
         label_smoothing=label_smoothing > 0.0,
         reduction=reduction,
+        z_loss=z_loss > 0.0,
+        softcap=softcap > 0.0,
     )
 
 
@@ -210,8 +241,11 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     *,
+    z_loss: float = 0.0,
+    return_z_loss: bool = False,
+    softcap: float = 0.0,
     backend: str | None = None,
-) -> Tensor:
+) -> Any:
     """torch.nn.functional.cross_entropy: negative log-likelihood of softmax(input).
 
     Args:
@@ -223,10 +257,15 @@ def cross_entropy(
         ignore_index: index targets of this value add nothing to loss or gradient.
         reduction: "none", "mean" (over weights of the targets; over N d1 ... for probabilities) or "sum".
         label_smoothing: in [0, 1], the share of the target spread over all classes.
+        z_loss: weight of the square of the log-sum-exp, added to the loss of every row that is not ignored and reduced
+            with it (the mean divides both by the same number); it keeps logits near log-probabilities.
+        return_z_loss: also return what z_loss added, reduced as the loss is, without a gradient.
+        softcap: c > 0: the logits are c * tanh(input / c); 0: the input.
         backend: serve with this backend or raise BackendUnsupported.
 
     Returns:
-        The loss in torch's result dtype, computed and reduced in float32 (float64 for float64).
+        The loss in torch's result dtype, computed and reduced in float32 (float64 for float64); with return_z_loss a
+        tuple (loss, z_loss), the first including the second.
 
     Raises:
         ValueError: shapes, dtypes or values that do not fit.
@@ -234,28 +273,47 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         raise ValueError("cross_entropy: size_average and reduce are deprecated in torch; use reduction")
-    label_smoothing = float(label_smoothing)
+    label_smoothing, z_loss, softcap = float(label_smoothing), float(z_loss), float(softcap)
     if torch.compiler.is_compiling():
-        _check(input, target, weight, reduction, label_smoothing)
+        _check(input, target, weight, reduction, label_smoothing, z_loss, softcap)
         x, t, w = _canonical(input, target, weight)
-        bound = OP.resolve(_problem(x, t, w, label_smoothing, reduction), backend)
+        bound = OP.resolve(_problem(x, t, w, label_smoothing, reduction, z_loss, softcap), backend)
     else:
         signature = (
             input.shape, target.shape, input.dtype, target.dtype, input.device, target.device,
             None if weight is None else (weight.shape, weight.dtype, weight.device), reduction, label_smoothing,
+            z_loss, softcap,
         )  # fmt: skip
 
         def problem() -> CrossEntropyProblem:
-            _check(input, target, weight, reduction, label_smoothing)
-            return _problem(*_canonical(input, target, weight), label_smoothing, reduction)
+            _check(input, target, weight, reduction, label_smoothing, z_loss, softcap)
+            return _problem(*_canonical(input, target, weight), label_smoothing, reduction, z_loss, softcap)
 
         bound = OP.resolve_cached(signature, problem, backend)
         x, t, w = _canonical(input, target, weight)
-    loss, _lse, _total = bound(x, t, w, ignore_index, label_smoothing, REDUCTIONS.index(reduction))
-    if reduction == "none":
-        loss = loss.reshape(input.shape[:1] + input.shape[2:] if input.ndim > 1 else ())
+    options = ignore_index, label_smoothing, REDUCTIONS.index(reduction)
+    features = (z_loss, softcap) if z_loss or softcap else ()
+    loss, lse, total = bound(x, t, w, *options, *features)
     dtype = _result_dtype(input, target)
-    return loss if loss.dtype == dtype else loss.to(dtype)
+
+    def shaped(result: Tensor) -> Tensor:
+        if reduction == "none":
+            result = result.reshape(input.shape[:1] + input.shape[2:] if input.ndim > 1 else ())
+        return result if result.dtype == dtype else result.to(dtype)
+
+    if not return_z_loss:
+        return shaped(loss)
+    return shaped(loss), shaped(_z_loss(lse.detach(), t, total.detach(), ignore_index, reduction, z_loss))
+
+
+def _z_loss(lse: Tensor, target: Tensor, total: Tensor, ignore_index: int, reduction: str, weight: float) -> Tensor:
+    """The share of z_loss in a loss, from the statistics of the forward pass."""
+    rows = weight * lse.square()
+    if not target.is_floating_point():
+        rows = rows.masked_fill(target == ignore_index, 0.0)
+    if reduction == "none":
+        return rows
+    return rows.sum() / total if reduction == "mean" else rows.sum()
 
 
 def _prepare(
@@ -267,10 +325,13 @@ def _prepare(
     reduce: None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
     **_: Any,
 ) -> tuple[Op, CrossEntropyProblem]:
-    _check(input, target, weight, reduction, label_smoothing)
-    return OP, _problem(*_canonical(input, target, weight), label_smoothing, reduction)
+    _check(input, target, weight, reduction, label_smoothing, z_loss, softcap)
+    return OP, _problem(*_canonical(input, target, weight), label_smoothing, reduction, z_loss, softcap)
 
 
 cross_entropy.prepare = _prepare  # type: ignore[attr-defined]
