@@ -106,7 +106,8 @@ def _grad_probabilities(
     input, weight, bias, target, class_weight = tensors
     acc = lse.dtype
     logits = F.linear(input.to(acc), weight.to(acc), None if bias is None else bias.to(acc))
-    log_probabilities = logits - lse[:, None]
+    # For a second derivative lse is no constant.
+    log_probabilities = torch.log_softmax(logits, -1) if torch.is_grad_enabled() else logits - lse[:, None]
     if class_weight is not None:
         log_probabilities = log_probabilities * class_weight
     per_row = grad[:, None] if reduction == 0 else grad / (input.shape[0] if reduction == 1 else 1)
