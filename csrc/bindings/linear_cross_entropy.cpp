@@ -33,6 +33,15 @@ struct Problem {
   }
 };
 
+// values * factor in another dtype
+Tensor scaled(const Tensor& values, float factor, ScalarType type) {
+  Tensor out = empty(values.sizes(), type);
+  const float* const from = static_cast<const float*>(values.const_data_ptr());
+  ScaleParams s{from, out.mutable_data_ptr(), values.numel(), factor, dtype_of(type)};
+  launch(kernels().linear->scale, s, static_cast<double>(values.numel()) * 0.2);
+  return out;
+}
+
 Problem problem(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& target,
                 const std::optional<Tensor>& class_weight, int64_t ignore_index, double label_smoothing,
                 int64_t reduction) {
@@ -75,6 +84,9 @@ Problem problem(const Tensor& input, const Tensor& weight, const std::optional<T
             ignore_index,
             static_cast<float>(label_smoothing),
             static_cast<float>(rows)};
+  // Rounded once, not while it is packed for every chunk.
+  if (input.scalar_type() == ScalarType::BFloat16 && p.weight.view.dtype == DType::f32 && rows > p.chunk())
+    p.weight = matrix_of(scaled(torch::stable::contiguous(weight), 1.f, ScalarType::BFloat16));
   if (p.input.view.transposed) p.input = flattened(torch::stable::contiguous(input), p.in);
   if (!probabilities) {
     const auto* numbers = static_cast<const int64_t*>(p.target.data());
@@ -235,15 +247,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward(
   }
   if (!gradients) return {loss, lse, or_nothing({}), or_nothing({}), or_nothing({})};
   return {loss, lse, or_nothing(gradients->input), or_nothing(gradients->weight), or_nothing(gradients->bias)};
-}
-
-// values * factor in another dtype; serial below a million elements.
-Tensor scaled(const Tensor& values, float factor, ScalarType type) {
-  Tensor out = empty(values.sizes(), type);
-  const float* const from = static_cast<const float*>(values.const_data_ptr());
-  ScaleParams s{from, out.mutable_data_ptr(), values.numel(), factor, dtype_of(type)};
-  launch(kernels().linear->scale, s, static_cast<double>(values.numel()) * 0.2);
-  return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(Tensor grad, Tensor input, Tensor weight,
