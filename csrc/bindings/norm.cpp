@@ -1,7 +1,6 @@
 // fastattn::layer_norm, rms_norm, add_layer_norm and add_rms_norm on the CPU.
-#include <unistd.h>
-
 #include <cmath>
+#include <fstream>
 #include <tuple>
 
 #include "rows.h"
@@ -49,13 +48,16 @@ DType affine_dtype(const char* name, const std::optional<Tensor>& weight, const 
 
 double estimate(int64_t elements, double nanoseconds_each) { return static_cast<double>(elements) * nanoseconds_each; }
 
-// Bytes of the largest cache; what is known to be more is written past it.
-int64_t cache_bytes() {
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-  static const int64_t bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  if (bytes > 0) return bytes;
-#endif
-  return int64_t{32} << 20;
+// Whether a call that reads and writes so many bytes should write past the caches: whoever reads the result finds
+// little of it there once they are more than half of the largest one, and lines need not be fetched to be overwritten.
+// Linux says for each cache how much there is (sysconf adds up those of a socket).
+bool worth_streaming(int64_t bytes) {
+  static const int64_t cache = [] {
+    std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
+    int64_t kib = 0;
+    return file >> kib && kib > 0 ? kib << 10 : int64_t{32} << 20;
+  }();
+  return bytes > cache / 2;
 }
 
 Dropout dropout_of(const char* name, const std::optional<Tensor>& philox, double p) {
@@ -129,7 +131,7 @@ Forward forward(const Call& call, const Tensor& input, const std::optional<Tenso
   p.affine_dtype = affine_dtype(name, weight, bias);
   p.centred = call.centred;
   const int64_t bytes = rows * columns * (type == ScalarType::Float ? 4 : 2);
-  p.streaming = bytes * (residual ? 4 : 2) > cache_bytes();
+  p.streaming = worth_streaming(bytes * (residual ? 4 : 2));
   p.dropout = dropout;
   launch(kernels().layer_norm->forward, p, estimate(rows * columns, 0.2 + work_of_dropout(dropout)));
   return out;
@@ -205,7 +207,7 @@ Backward backward(const Call& call, const Tensor& grad_output, const std::option
   p.affine_dtype = affine_dtype(name, weight, bias);
   p.centred = call.centred;
   const int64_t bytes = rows * columns * (type == ScalarType::Float ? 4 : 2);
-  p.streaming = bytes * (3 + (grad_sum ? 1 : 0) + (apart ? 1 : 0)) > cache_bytes();
+  p.streaming = worth_streaming(bytes * (3 + (grad_sum ? 1 : 0) + (apart ? 1 : 0)));
   p.dropout = dropout;
   launch(kernels().layer_norm->backward, p, estimate(rows * columns, 0.4 + work_of_dropout(dropout)));
   return out;

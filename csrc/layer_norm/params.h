@@ -26,7 +26,7 @@ struct NormForward {
   DType input_dtype;    // `dtype`, or with a residual in f32 bf16 or f16
   DType affine_dtype;   // of weight and bias
   bool centred;         // LayerNorm, else RMSNorm
-  bool streaming;       // input and output together are more than the caches hold
+  bool streaming;       // results had better not go through the caches
   Dropout dropout;      // of input, where there is a residual; row and column of the mask are those of the problem
 };
 
@@ -53,7 +53,7 @@ struct NormBackward {
   DType input_dtype;    // of grad_input
   DType affine_dtype;   // of weight, grad_weight, grad_bias
   bool centred;         // LayerNorm, else RMSNorm
-  bool streaming;       // inputs and outputs together are more than the caches hold
+  bool streaming;       // results had better not go through the caches
   Dropout dropout;
 };
 

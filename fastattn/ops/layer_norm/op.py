@@ -20,6 +20,7 @@ from fastattn.numerics import accumulation_dtype
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALVES = (torch.bfloat16, torch.float16)
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @dataclass(frozen=True)
@@ -298,6 +299,20 @@ def _key(tensor: Tensor | None) -> Any:
 # ---- the public functions ----
 
 
+def _plain(
+    input: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor | None:
+    """The commonest call, where overhead counts; None for others."""
+    n = len(shape)
+    if type(input) is not Tensor or not input.is_cpu or n == 0 or input.shape[-n:] != shape:
+        return None
+    for parameter in (weight, bias):
+        if parameter is not None and not (type(parameter) in _PLAIN and parameter.is_cpu and parameter.shape == shape):
+            return None
+    results = OP.attempt(input, weight, bias, n, eps, 0.0)
+    return None if results is None else results[0]
+
+
 def layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int] | int,
@@ -335,6 +350,10 @@ def layer_norm(
         results = _added("layer_norm", input, residual, shape, weight, bias, eps, 0.0, weight_offset, None, backend)
         return results if prenorm else results[0]
 
+    if backend is None and weight_offset == 0.0 and not torch.compiler.is_compiling():
+        plain = _plain(input, shape, weight, bias, eps)
+        if plain is not None:
+            return (plain, input) if prenorm else plain
     if weight_offset != 0.0:
         _check_values("layer_norm", weight_offset)
 

@@ -20,6 +20,8 @@ from fastattn.numerics import accumulation_dtype
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALVES = (torch.bfloat16, torch.float16)
+_PLAIN = (Tensor, torch.nn.Parameter)
+_FLOAT_EPS = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -278,6 +280,17 @@ def _key(tensor: Tensor | None) -> Any:
 # ---- the public functions ----
 
 
+def _plain(input: Tensor, shape: tuple[int, ...], weight: Tensor | None, eps: float | None) -> Tensor | None:
+    """The commonest call, where overhead counts; None for others."""
+    n = len(shape)
+    if type(input) is not Tensor or not input.is_cpu or n == 0 or input.shape[-n:] != shape:
+        return None
+    if weight is not None and not (type(weight) in _PLAIN and weight.is_cpu and weight.shape == shape):
+        return None
+    results = OP.attempt(input, weight, n, _FLOAT_EPS if eps is None else eps, 0.0)
+    return None if results is None else results[0]
+
+
 def rms_norm(
     input: Tensor,
     normalized_shape: Sequence[int] | int,
@@ -314,6 +327,10 @@ def rms_norm(
         results = _added("rms_norm", input, residual, shape, weight, eps, 0.0, weight_offset, None, backend)
         return results if prenorm else results[0]
 
+    if backend is None and weight_offset == 0.0 and not torch.compiler.is_compiling():
+        plain = _plain(input, shape, weight, eps)
+        if plain is not None:
+            return (plain, input) if prenorm else plain
     if weight_offset != 0.0:
         _check_values("rms_norm", weight_offset)
 
