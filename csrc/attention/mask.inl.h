@@ -368,7 +368,8 @@ struct DocumentTile {
 
 // ---- what a panel sees of a block ----
 
-// Minus slope times the distance between query and key.
+// Minus slope times the distance between query and key, added to the tile or (kFresh) written there.
+template <bool kFresh>
 FASTATTN_INLINE void add_distances(float slope, int64_t level, int64_t begin, int64_t end, int vectors, float* tile) {
   alignas(64) float lanes[kLanes];
   for (int x = 0; x < kLanes; x++) lanes[x] = static_cast<float>(x);
@@ -377,7 +378,7 @@ FASTATTN_INLINE void add_distances(float slope, int64_t level, int64_t begin, in
     for (int64_t j = begin; j < end; j++) {
       float* to = tile + j * kPanel + n * kLanes;
       const F32 ahead = position - splat(static_cast<float>(j));
-      store(to, fnma(splat(slope), max(ahead, zero() - ahead), load(to)));
+      store(to, fnma(splat(slope), max(ahead, zero() - ahead), kFresh ? zero() : load(to)));
     }
   }
 }
@@ -423,13 +424,16 @@ __attribute__((noinline)) bool look_closer(const AttentionProblem& problem, cons
   const bool distances = slope != 0.f;
   if (mask == MaskKind::clean && documents == MaskKind::clean && !distances) return true;
   if (documents == MaskKind::mixed || distances) {
-    if (mask == MaskKind::clean)
+    const int64_t level = first_query + sequence.shift - first_key;
+    if (mask == MaskKind::clean && !distances)
       memset(bias, 0, static_cast<size_t>(round_up(live_keys, kRowPad) * kPanel) * sizeof(float));
     else if (row == 0)
       for (int64_t j = 1; j < live_keys; j++) memcpy(bias + j * kPanel, bias, kPanel * sizeof(float));
     row = kPanel;
-    if (distances)
-      add_distances(slope, first_query + sequence.shift - first_key, seen.first_row(), live_keys, vectors, bias);
+    if (distances && mask == MaskKind::clean)
+      add_distances<true>(slope, level, seen.first_row(), live_keys, vectors, bias);
+    else if (distances)
+      add_distances<false>(slope, level, seen.first_row(), live_keys, vectors, bias);
     if (documents == MaskKind::mixed) ids.exclude(bias, vectors);
   }
   seen.clean_begin = seen.clean_end = 0;
