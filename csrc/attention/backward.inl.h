@@ -4,7 +4,6 @@
 // with delta = rowsum(dO * O) - grad_lse. Tiles are transposed: a row per key, a lane per query.
 #pragma once
 #include "../cpu/prefetch.inl.h"
-#include "band.inl.h"
 #include "softmax.inl.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -29,16 +28,11 @@ struct GradientTiles {
   float* scores;
   typename G::Step* score_pairs;
 
-  static constexpr int64_t kRowBytes = kPanel * 4 / G::kPack;
-
   static GradientTiles take(Arena& arena) {
     return {arena.take<float>(kKeyBlock * kPanel), arena.take<float>(kKeyBlock * kPanel),
             arena.take<typename G::Step>(G::kPaired ? kKeyBlock / 2 * kPanel : 0)};
   }
-  Operand rows(const float* tile, int first) const {
-    return {reinterpret_cast<const char*>(tile) + first * kLanes * 4 / G::kPack, kRowBytes};
-  }
-  typename G::Step* score_columns() const {
+  const typename G::Step* score_columns() const {
     if constexpr (G::kPaired)
       return score_pairs;
     else
@@ -142,25 +136,6 @@ FASTATTN_INLINE void gradient_block(Operand keys, Operand values, const PackedRo
     });
 }
 
-// gradient[key] += sum over the panel's queries of tile[key][query] * rows[query].
-template <class G>
-FASTATTN_INLINE void add_key_gradient(const float* tile, const GradientTiles<G>& tiles, const typename G::Step* rows,
-                                      int64_t row, int64_t columns, const Visibility& seen, float* gradient,
-                                      Prefetch& prefetch) {
-  const int64_t gradient_row = padded_columns(columns);
-  const int wide = static_cast<int>(ceil_div(columns, kLanes));
-  for (int i = 0; i < seen.range_count; i++) {
-    const Range& range = seen.ranges[i];
-    const int64_t skipped = range.first * kLanes / G::kPack;
-    const int64_t steps = (range.last - range.first) * kLanes / G::kPack;
-    for (int c = 0; c < wide; c += kVectors)
-      with_width(static_cast<int>(min_of(kVectors, wide - c)), [&](auto width) {
-        add_rows<G, width.value>(tiles.rows(tile, range.first), rows + skipped * row + c * kLanes, row, steps,
-                                 gradient + c * kLanes, gradient_row, range.begin, range.end, prefetch);
-      });
-  }
-}
-
 // A panel of queries in the backward pass: everything about it that does not depend on the block of keys.
 template <class G>
 struct BackwardPanel {
@@ -250,7 +225,7 @@ struct BackwardPanel {
       if (!look(problem, sequence, batch, head, first, count, first_key, n, seen, bias)) continue;
       const int64_t kv_head = head / (problem.heads / problem.kv_heads);
       const Operand block = rows_operand<G>(problem.dtype, head_rows(p.key, problem.dtype, batch, kv_head, first_key),
-                                            n, problem.head_dim, false, keys);
+                                            n, problem.head_dim, keys);
       advance_softmax<G>(block, query, seen, score_scale(problem.scale).unit, vectors, nullptr, tiles.probabilities,
                          tiles.score_pairs, statistics, nothing);
     }
@@ -266,48 +241,26 @@ struct BackwardPanel {
 template <class G>
 struct BackwardScratch {
   BackwardPanel<G> panel;
-  typename G::Step *query_pairs, *grad_pairs, *key_pairs;
-  float *ones, *grad_query, *rows, *partial;
+  typename G::Step *query_columns, *grad_columns, *key_columns;  // copies, where they are needed
+  float *grad_query, *partial;                                   // grad_query: (kPanel, padded head_dim)
   void *keys, *values;
 
   // Returns the bytes used.
   int64_t carve(const AttentionBackward& p, char* memory) {
     const AttentionProblem& problem = p.problem;
     const uintptr_t start = reinterpret_cast<uintptr_t>(memory);
-    const int64_t key_columns = padded_columns(problem.head_dim), value_columns = padded_columns(problem.value_dim);
     Arena arena{start};
     panel = BackwardPanel<G>::take(arena, problem, true);
-    query_pairs = arena.take<typename G::Step>(G::kPaired ? kPanel / 2 * key_columns : 0);
-    grad_pairs = arena.take<typename G::Step>(G::kPaired ? kPanel / 2 * value_columns : 0);
-    key_pairs = arena.take<typename G::Step>(G::kPaired ? kKeyBlock / 2 * key_columns : 0);
-    ones = arena.take<float>(kPanel);
-    grad_query = arena.take<float>(key_columns * kPanel);
-    rows = arena.take<float>(kPanel * key_columns);
-    keys = arena.take<float>(kKeyBlock * key_columns);
-    values = arena.take<float>(kKeyBlock * value_columns);
+    query_columns = arena.take<typename G::Step>(kPanel / G::kPack * stretched<G>(problem.head_dim));
+    grad_columns = arena.take<typename G::Step>(kPanel / G::kPack * stretched<G>(problem.value_dim));
+    key_columns = arena.take<typename G::Step>(kKeyBlock / G::kPack * stretched<G>(problem.head_dim));
+    grad_query = arena.take<float>(kPanel * padded_columns(problem.head_dim));
+    keys = arena.take<float>(kKeyBlock * padded_columns(problem.head_dim));
+    values = arena.take<float>(kKeyBlock * padded_columns(problem.value_dim));
     partial = arena.take<float>(p.parts == 1 ? p.partial_size : 0);
     return static_cast<int64_t>(arena.next - start);
   }
 };
-
-template <class G>
-__attribute__((noinline)) void finish_grad_query(const AttentionBackward& p, const BackwardScratch<G>& scratch) {
-  const AttentionProblem& problem = p.problem;
-  const BackwardPanel<G>& panel = scratch.panel;
-  const Operand target = head_rows(p.grad_query, problem.dtype, panel.batch, panel.head, panel.first);
-  const int64_t whole = panel.vectors * kLanes;
-  if (problem.dtype == DType::f32 && panel.count == whole && problem.head_dim % kLanes == 0) {
-    const F32 scale = splat(problem.scale);
-    for (int64_t i = 0; i < problem.head_dim * kPanel; i += kLanes)
-      store(scratch.grad_query + i, load(scratch.grad_query + i) * scale);
-    transpose_from_panel(scratch.grad_query, whole, problem.head_dim,
-                         reinterpret_cast<float*>(const_cast<char*>(target.data)), p.grad_query.row);
-    return;
-  }
-  const int64_t row = padded_columns(problem.head_dim);
-  transpose_from_panel(scratch.grad_query, whole, round_up(problem.head_dim, kLanes), scratch.rows, row);
-  narrow_rows(problem.dtype, scratch.rows, row, panel.count, problem.head_dim, target, problem.scale);
-}
 
 // What one task adds up: gradients of all keys, then of all values, of one kv head.
 struct Partial {
@@ -345,27 +298,13 @@ __attribute__((noinline)) void backward_panel(const AttentionBackward& p, int64_
   const AttentionProblem& problem = p.problem;
   const BackwardPanel<G>& panel = scratch.panel;
   const float unit = score_scale(problem.scale).unit;
-  const typename G::Step *query_rows, *grad_rows;
-  int64_t query_row, grad_row;
-  if constexpr (G::kPaired) {
-    interleave<G>(panel.query.source, panel.count, problem.head_dim, scratch.query_pairs);
-    interleave<G>(panel.grad.source, panel.count, problem.value_dim, scratch.grad_pairs);
-    query_rows = scratch.query_pairs;
-    grad_rows = scratch.grad_pairs;
-    query_row = padded_columns(problem.head_dim);
-    grad_row = padded_columns(problem.value_dim);
-    // Up to a whole vector of queries.
-    const int64_t filled = ceil_div(panel.count, 2), wanted = panel.vectors * kLanes / 2;
-    memset(scratch.query_pairs + filled * query_row, 0, static_cast<size_t>((wanted - filled) * query_row) * 4);
-    memset(scratch.grad_pairs + filled * grad_row, 0, static_cast<size_t>((wanted - filled) * grad_row) * 4);
-  } else {
-    query_rows = panel.query.rows;
-    grad_rows = panel.grad.rows;
-    query_row = panel.query.row;
-    grad_row = panel.grad.row;
-  }
-  memset(scratch.grad_query, 0, static_cast<size_t>(padded_rows(problem.head_dim) * kPanel) * sizeof(float));
-  for (int64_t i = 0; i < kPanel; i += kLanes) store(scratch.ones + i, splat(1.f));
+  const int64_t key_row = padded_columns(problem.head_dim), value_row = padded_columns(problem.value_dim);
+  const Stretches queries = panel.query.in_vectors(panel.count, scratch.query_columns);
+  const Stretches grads = panel.grad.in_vectors(panel.count, scratch.grad_columns);
+  // Keys that dS K goes through at a time: stretches of longer rows, read in place, meet in half the sets of the
+  // first-level cache or fewer.
+  const int64_t key_step = !G::kPaired && problem.head_dim > kPanel ? kKeyBlock / 2 : kKeyBlock;
+  memset(scratch.grad_query, 0, static_cast<size_t>(kPanel * key_row) * sizeof(float));
 
   if (p.delta != nullptr)
     memcpy(p.delta + panel.batch * problem.lse_batch + panel.head * problem.lse_head + panel.first, panel.saved.delta,
@@ -377,23 +316,27 @@ __attribute__((noinline)) void backward_panel(const AttentionBackward& p, int64_
     const int64_t next_key = first_key + kKeyBlock;
     if (next_key < panel.range.end) want_keys(p, prefetch, panel.batch, kv_head, next_key, panel.range.end);
     const Operand key_rows = head_rows(p.key, problem.dtype, panel.batch, kv_head, first_key);
-    const Operand keys = rows_operand<G>(problem.dtype, key_rows, seen.keys, problem.head_dim, true, scratch.keys);
+    const Operand keys = rows_operand<G>(problem.dtype, key_rows, seen.keys, problem.head_dim, scratch.keys);
     const Operand values =
         rows_operand<G>(problem.dtype, head_rows(p.value, problem.dtype, panel.batch, kv_head, first_key), seen.keys,
-                        problem.value_dim, false, scratch.values);
+                        problem.value_dim, scratch.values);
     gradient_block<G>(keys, values, panel.query, panel.grad, seen, unit, panel.saved, panel.dropout, panel.tiles,
                       prefetch);
-    const Operand key_columns =
-        G::kPaired ? columns_operand<G>(problem.dtype, key_rows, seen.keys, problem.head_dim, scratch.key_pairs) : keys;
-    add_seen_columns<G>(key_columns, padded_rows(problem.head_dim), panel.tiles.score_columns(), seen, panel.vectors,
-                        scratch.grad_query, scratch.ones, prefetch);
+    const Stretches key_columns =
+        columns_operand<G>(problem.dtype, key_rows, seen.keys, problem.head_dim, false, scratch.key_columns);
+    for (int64_t key = 0; key < seen.keys; key += key_step)
+      add_product<G, Along::columns, false>(panel.tiles.score_columns(), key_columns,
+                                            seen.keys_of_queries(panel.count, key, key + key_step), nullptr,
+                                            scratch.grad_query, key_row, prefetch);
+    const Band seers = seen.queries_of_keys(panel.count);
     const int64_t at = first_key - panel.sequence.key_begin;
-    add_key_gradient<G>(panel.tiles.probabilities, panel.tiles, grad_rows, grad_row, problem.value_dim, seen,
-                        sums.values + at * padded_columns(problem.value_dim), prefetch);
-    add_key_gradient<G>(panel.tiles.scores, panel.tiles, query_rows, query_row, problem.head_dim, seen,
-                        sums.keys + at * padded_columns(problem.head_dim), prefetch);
+    add_product<G, Along::rows, false>(panel.tiles.probabilities, grads, seers, nullptr, sums.values + at * value_row,
+                                       value_row, prefetch);
+    add_product<G, Along::rows, false>(panel.tiles.scores, queries, seers, nullptr, sums.keys + at * key_row, key_row,
+                                       prefetch);
   }
-  finish_grad_query<G>(p, scratch);
+  narrow_rows(problem.dtype, scratch.grad_query, key_row, panel.count, problem.head_dim,
+              head_rows(p.grad_query, problem.dtype, panel.batch, panel.head, panel.first), problem.scale);
 }
 
 int64_t backward_pair_tasks(const AttentionBackward& p) { return p.problem.batches * p.problem.kv_heads * p.parts; }

@@ -1,7 +1,6 @@
 // softmax(scale * Q K^T + mask) V, one task for a few panels of queries of one head.
 #pragma once
 #include "../cpu/prefetch.inl.h"
-#include "band.inl.h"
 #include "softmax.inl.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -9,12 +8,11 @@ namespace {
 
 constexpr int kMostPanels = 4;
 
-// Panels of a task share each copy of a block of keys and values, where one has to be made.
+// Panels of a task share each block of keys and values: its way into the second-level cache and its copies.
 FASTATTN_INLINE int64_t forward_panels(const AttentionForward& p) {
   const AttentionProblem& problem = p.problem;
-  if (problem.dtype == DType::f32 && problem.value_dim % kRowPad == 0 && p.value.row * 4 <= kFarRows) return 1;
   const int64_t panels = ceil_div(problem.queries, kPanel);
-  int64_t together = kLanes >= 16 ? 2 : kMostPanels;
+  int64_t together = kMostPanels;
   while (together > 1 && problem.batches * problem.heads * ceil_div(panels, together) < 16) together /= 2;
   return together;
 }
@@ -28,12 +26,13 @@ struct ForwardScratch {
   struct Panel {
     PackedRows<G> query;
     Statistics statistics;
-    float* output;  // transposed: (padded value_dim, kPanel)
+    float* output;  // (kPanel, padded value_dim)
   };
   Panel panels[kMostPanels];
-  float *tile, *bias, *dropout, *rows;
+  float *tile, *bias, *dropout;
   typename G::Step* pairs;
-  void *keys, *values;
+  typename G::Step* values;
+  void* keys;
 
   // Returns the bytes used.
   int64_t carve(const AttentionForward& p, char* memory) {
@@ -51,8 +50,7 @@ struct ForwardScratch {
     bias = wants_bias(problem) ? arena.take<float>(kKeyBlock * kPanel) : nullptr;
     dropout = problem.dropout.enabled ? arena.take<float>(kKeyBlock * kPanel) : nullptr;
     keys = arena.take<float>(kKeyBlock * key_columns);
-    values = arena.take<float>(kKeyBlock * value_columns);
-    rows = arena.take<float>(kPanel * value_columns);
+    values = arena.take<typename G::Step>(kKeyBlock / G::kPack * stretched<G>(problem.value_dim));
     return static_cast<int64_t>(arena.next - start);
   }
 };
@@ -60,18 +58,16 @@ struct ForwardScratch {
 // out = O / sum and lse = max + log(sum).
 template <class G>
 __attribute__((noinline)) void finish_panel(const AttentionForward& p, const typename ForwardScratch<G>::Panel& panel,
-                                            int64_t batch, int64_t head, int64_t first, int64_t count, float* rows) {
+                                            int64_t batch, int64_t head, int64_t first, int64_t count) {
   const AttentionProblem& problem = p.problem;
   float* lse = p.lse + batch * problem.lse_batch + head * problem.lse_head + first;
-  const int64_t columns = padded_rows(problem.value_dim);
+  const int64_t row = padded_columns(problem.value_dim);
+  float* factors = panel.statistics.alpha;
   for (int64_t at = 0; at < count; at += kLanes) {
     const F32 sum = load(panel.statistics.sum + at), largest = load(panel.statistics.max + at);
     const Mask live = load(panel.statistics.live + at) > zero();
     const F32 factor = splat(1.f) / sum;
-    for (int64_t d = 0; d < columns; d++) {
-      float* o = panel.output + d * kPanel + at;
-      store(o, select(live, load(o) * factor, zero()));
-    }
+    store(factors + at, factor);
     F32 value = largest + log(sum);
     // Visible keys, but no score above -inf: 0 / 0, as the output.
     value = select(sum == zero(), zero() * factor, value);
@@ -81,16 +77,13 @@ __attribute__((noinline)) void finish_panel(const AttentionForward& p, const typ
     else
       store_first(lse + at, value, count - at);
   }
-  const Operand target = head_rows(p.output, problem.dtype, batch, head, first);
-  const int64_t whole = round_up(count, kLanes);
-  if (problem.dtype == DType::f32 && count == whole && problem.value_dim % kLanes == 0) {
-    transpose_from_panel(panel.output, whole, problem.value_dim,
-                         reinterpret_cast<float*>(const_cast<char*>(target.data)), p.output.row);
-    return;
-  }
-  const int64_t row = padded_columns(problem.value_dim);
-  transpose_from_panel(panel.output, whole, round_up(problem.value_dim, kLanes), rows, row);
-  narrow_rows(problem.dtype, rows, row, count, problem.value_dim, target, 1.f);
+  for (int64_t i = 0; i < count; i++)
+    if (panel.statistics.live[i] == 0.f) {
+      factors[i] = 0.f;
+      memset(panel.output + i * row, 0, static_cast<size_t>(row) * sizeof(float));
+    }
+  narrow_rows(problem.dtype, panel.output, row, count, problem.value_dim,
+              head_rows(p.output, problem.dtype, batch, head, first), 1.f, factors);
 }
 
 // The queries [first, end) of one head.
@@ -159,7 +152,7 @@ __attribute__((noinline)) int64_t forward_task(const AttentionForward& p, int64_
     panel.query.pack(problem.dtype, head_rows(p.query, problem.dtype, task.batch, task.head, first),
                      min_of(kPanel, task.end - first), scale.sign);
     panel.statistics.reset(sink_of(problem, task.head));
-    memset(panel.output, 0, static_cast<size_t>(padded_rows(problem.value_dim) * kPanel) * sizeof(float));
+    memset(panel.output, 0, static_cast<size_t>(kPanel * padded_columns(problem.value_dim)) * sizeof(float));
   }
 
   for (int64_t first_key = task.range.begin; first_key < task.range.end; first_key += kKeyBlock) {
@@ -176,7 +169,8 @@ __attribute__((noinline)) int64_t forward_task(const AttentionForward& p, int64_
       }
     }
     bool ready = false;
-    Operand keys = {}, values = {};
+    Operand keys = {};
+    Stretches values = {};
     for (int i = 0; i < panels; i++) {
       auto& panel = scratch.panels[i];
       const int64_t first = task.first + i * kPanel, queries = min_of(kPanel, task.end - first);
@@ -186,28 +180,29 @@ __attribute__((noinline)) int64_t forward_task(const AttentionForward& p, int64_
         continue;
       if (!ready) {
         keys = rows_operand<G>(problem.dtype, head_rows(p.key, problem.dtype, task.batch, task.kv_head, first_key),
-                               count, problem.head_dim, false, scratch.keys);
+                               count, problem.head_dim, scratch.keys);
         values =
             columns_operand<G>(problem.dtype, head_rows(p.value, problem.dtype, task.batch, task.kv_head, first_key),
-                               count, problem.value_dim, scratch.values);
+                               count, problem.value_dim, true, scratch.values);
         ready = true;
       }
       if (scratch.dropout != nullptr)
         fill_dropout(problem, task.sequence, task.batch, task.head, first, first_key, seen, vectors, scratch.dropout);
       advance_softmax<G>(keys, panel.query, seen, scale.unit, vectors, scratch.dropout, scratch.tile, scratch.pairs,
                          panel.statistics, prefetch);
-      typename G::Step* probabilities;
+      const typename G::Step* probabilities;
       if constexpr (G::kPaired)
         probabilities = scratch.pairs;
       else
         probabilities = scratch.tile;
-      add_seen_columns<G>(values, padded_rows(problem.value_dim), probabilities, seen, vectors, panel.output,
-                          panel.statistics.alpha, prefetch);
+      add_product<G, Along::columns, true>(probabilities, values, seen.keys_of_queries(queries, 0, kKeyBlock),
+                                           panel.statistics.alpha, panel.output, padded_columns(problem.value_dim),
+                                           prefetch);
     }
   }
   for (int i = 0; i < panels; i++) {
     const int64_t first = task.first + i * kPanel;
-    finish_panel<G>(p, scratch.panels[i], task.batch, task.head, first, min_of(kPanel, task.end - first), scratch.rows);
+    finish_panel<G>(p, scratch.panels[i], task.batch, task.head, first, min_of(kPanel, task.end - first));
   }
   return next_number < 0 ? take_task(queue) : next_number;
 }

@@ -59,12 +59,37 @@ struct Visibility {
   float* slopes;                   // backward: room for softcap's derivative (keys, kPanel), or nullptr
   const float* bias;               // (keys, kPanel), added to the scores, -inf where excluded; nullptr: none
   int64_t bias_row;                // kPanel, or 0 when all keys share one row
-  Range ranges[2 * kVectors + 3];
+  Range ranges[Band::kMostBoxes];
   int range_count;
 
   // Score tiles hold finished scores, and not products that `unit` makes scores of.
   bool finished() const { return bias != nullptr || cap != 0.f; }
   int64_t first_row() const { return round_down(begins[0], kRowPad); }
+
+  // Where the tile is not zero, as the products that sum over keys or over queries go through it (keys [from, to)).
+  // Without a bias, position says it all.
+  Band keys_of_queries(int64_t queries, int64_t from, int64_t to) const {
+    Band band = {{}, 0, low, high, prefix, 0};
+    to = min_of(to, keys);
+    if (bias == nullptr) {
+      band.boxes[band.count++] = {0, queries, from, to};
+      return band;
+    }
+    for (int n = 0; n * kLanes < queries; n++)
+      band.boxes[band.count++] = {n * kLanes, min_of(queries, (n + 1) * kLanes), max_of(begins[n], from),
+                                  min_of(ends[n], to)};
+    return band;
+  }
+  Band queries_of_keys(int64_t queries) const {
+    Band band = {{}, 1, -high, -low, 0, prefix};
+    band.boxes[0] = {ranges[0].begin, ranges[range_count - 1].end, 0, queries};
+    if (bias == nullptr) return band;
+    for (band.count = 0; band.count < range_count; band.count++) {
+      const Range& range = ranges[band.count];
+      band.boxes[band.count] = {range.begin, range.end, range.first * kLanes, min_of(queries, range.last * kLanes)};
+    }
+    return band;
+  }
 };
 
 // What position lets the panel see, before any tensor is looked at.

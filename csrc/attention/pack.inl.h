@@ -5,6 +5,7 @@
 #include "../cpu/microkernel.inl.h"
 #include "../cpu/simd/simd.h"
 #include "params.h"
+#include "products.inl.h"
 
 namespace fastattn::FASTATTN_ISA {
 namespace {
@@ -53,26 +54,26 @@ FASTATTN_INLINE void widen_rows(DType dtype, Operand source, int64_t rows, int64
 
 template <class T>
 __attribute__((noinline)) void narrow_rows_of(const float* source, int64_t source_row, int64_t rows, int64_t columns,
-                                              Operand target, float factor) {
-  const F32 scale = splat(factor);
+                                              Operand target, float factor, const float* factors) {
   const int64_t whole = columns - columns % kLanes;
   for (int64_t i = 0; i < rows; i++) {
     const float* from = source + i * source_row;
     T* to = reinterpret_cast<T*>(const_cast<char*>(target.data) + i * target.row);
+    const F32 scale = splat(factors == nullptr ? factor : factors[i]);
     for (int64_t c = 0; c < whole; c += kLanes) store(to + c, load(from + c) * scale);
     if (whole < columns) store_first(to + whole, load(from + whole) * scale, columns - whole);
   }
 }
 
-// Padded fp32 rows, times `factor`, to rows of any dtype.
+// Padded fp32 rows, times `factor` or each times its own, to rows of any dtype.
 FASTATTN_INLINE void narrow_rows(DType dtype, const float* source, int64_t source_row, int64_t rows, int64_t columns,
-                                 Operand target, float factor) {
+                                 Operand target, float factor, const float* factors = nullptr) {
   if (dtype == DType::f32)
-    narrow_rows_of<float>(source, source_row, rows, columns, target, factor);
+    narrow_rows_of<float>(source, source_row, rows, columns, target, factor, factors);
   else if (dtype == DType::bf16)
-    narrow_rows_of<bf16>(source, source_row, rows, columns, target, factor);
+    narrow_rows_of<bf16>(source, source_row, rows, columns, target, factor, factors);
   else
-    narrow_rows_of<f16>(source, source_row, rows, columns, target, factor);
+    narrow_rows_of<f16>(source, source_row, rows, columns, target, factor, factors);
 }
 
 FASTATTN_INLINE void copy_halves(Operand source, int64_t rows, int64_t columns, bf16* target, int64_t target_row,
@@ -97,22 +98,20 @@ __attribute__((noinline)) void transpose_from_panel(const float* s, int64_t rows
     for (int64_t c = 0; c < columns; c += kLanes) transpose_tile(s + c * kPanel + r, kPanel, d + r * d_row + c, d_row);
 }
 
-// Reading down the columns of rows further apart than this touches more pages than the first-level TLB has entries.
+// Going down rows further apart than this again and again takes more pages than the first-level TLB has entries.
 constexpr int64_t kFarRows = 1536;
 
-// Rows for a product along the columns: in place if the tiles can read them there, else copied to `copy`.
-// `by_column`: the same rows are also read as columns (Single only), whole tiles at a time.
+// Rows that a product broadcasts, an element or pair of neighbours at a time: in place if the tiles can read them
+// there, else copied to `copy`.
 template <class G>
-FASTATTN_INLINE Operand rows_operand(DType dtype, Operand rows, int64_t count, int64_t columns, bool by_column,
-                                     void* copy) {
+FASTATTN_INLINE Operand rows_operand(DType dtype, Operand rows, int64_t count, int64_t columns, void* copy) {
   const int64_t copy_row = padded_columns(columns);
   if constexpr (G::kPaired) {
     if (count % kRowPad == 0 && columns % 2 == 0) return rows;
     copy_halves(rows, count, columns, static_cast<bf16*>(copy), copy_row, padded_rows(count));
     return {static_cast<const char*>(copy), copy_row * static_cast<int64_t>(sizeof(bf16))};
   } else {
-    if (dtype == DType::f32 && count % kRowPad == 0 && !(by_column && (columns % kRowPad != 0 || rows.row > kFarRows)))
-      return rows;
+    if (dtype == DType::f32 && count % kRowPad == 0) return rows;
     widen_rows(dtype, rows, count, columns, static_cast<float*>(copy), copy_row, padded_rows(count));
     return {static_cast<const char*>(copy), copy_row * static_cast<int64_t>(sizeof(float))};
   }
@@ -120,8 +119,7 @@ FASTATTN_INLINE Operand rows_operand(DType dtype, Operand rows, int64_t count, i
 
 // Pairs of neighbouring bf16 rows; an odd last one has a partner of zeros.
 template <class G>
-FASTATTN_INLINE void interleave(Operand rows, int64_t count, int64_t columns, typename G::Step* to) {
-  const int64_t to_row = padded_columns(columns);
+FASTATTN_INLINE void interleave(Operand rows, int64_t count, int64_t columns, typename G::Step* to, int64_t to_row) {
   for (int64_t r = 0; r < count; r += 2, to += to_row) {
     const auto* low = reinterpret_cast<const bf16*>(rows.data + r * rows.row);
     const auto* high = r + 1 < count ? reinterpret_cast<const bf16*>(rows.data + (r + 1) * rows.row) : nullptr;
@@ -130,17 +128,32 @@ FASTATTN_INLINE void interleave(Operand rows, int64_t count, int64_t columns, ty
   }
 }
 
-// Rows for a product along the rows: pairs of neighbouring rows (Paired), else as above, where a ragged count is fine.
+// Steps of a copy of `columns` columns for each row (Single) or pair of rows (Paired).
 template <class G>
-FASTATTN_INLINE Operand columns_operand(DType dtype, Operand rows, int64_t count, int64_t columns, void* copy) {
-  const int64_t copy_row = padded_columns(columns);
-  if constexpr (G::kPaired) {
-    interleave<G>(rows, count, columns, static_cast<typename G::Step*>(copy));
-  } else {
-    if (dtype == DType::f32 && columns % kRowPad == 0 && rows.row <= kFarRows) return rows;
-    widen_rows(dtype, rows, count, columns, static_cast<float*>(copy), copy_row, count);
+FASTATTN_INLINE int64_t stretched(int64_t columns) {
+  return round_up(columns, stretch_width<G>(columns));
+}
+
+// Rows that a product reads in vectors: in place, or copied to `copy`, one stretch behind the other. Stretches of
+// longer rows meet in few sets of the first-level cache: when several panels read them, a copy is worth it (`shared`).
+template <class G>
+__attribute__((noinline)) Stretches columns_operand(DType dtype, Operand rows, int64_t count, int64_t columns,
+                                                    bool shared, typename G::Step* copy) {
+  constexpr int64_t kWord = sizeof(typename G::Step);
+  const int64_t width = stretch_width<G>(columns);
+  if (!G::kPaired && dtype == DType::f32 && columns % kLanes == 0 && rows.row <= kFarRows &&
+      !(shared && columns > width))
+    return {rows.data, columns, width, rows.row, width * kWord};
+  const int64_t steps = ceil_div(count, G::kPack);
+  for (int64_t first = 0; first < columns; first += width) {
+    const Operand stretch = {rows.data + first * size_of(dtype), rows.row};
+    const int64_t wide = min_of(width, columns - first);
+    if constexpr (G::kPaired)
+      interleave<G>(stretch, count, wide, copy + first * steps, width);
+    else
+      widen_rows(dtype, stretch, count, wide, copy + first * steps, width, count);
   }
-  return {static_cast<const char*>(copy), copy_row * static_cast<int64_t>(sizeof(typename G::Step))};
+  return {reinterpret_cast<const char*>(copy), columns, width, width * kWord, steps * width * kWord};
 }
 
 // A panel of rows of queries (or of anything shaped like them), as they are and transposed.
@@ -163,6 +176,15 @@ struct PackedRows {
   }
 
   int64_t steps() const { return ceil_div(columns, G::kPack); }
+
+  // As they are, for a product that reads them in vectors; `copy_to` is room for a copy.
+  Stretches in_vectors(int64_t count, typename G::Step* copy_to) const {
+    if constexpr (G::kPaired)
+      return columns_operand<G>(DType::bf16, source, count, columns, false, copy_to);
+    else
+      return columns_operand<G>(DType::f32, {reinterpret_cast<const char*>(rows), row * 4}, count, columns, false,
+                                copy_to);
+  }
 
   // Multiplies by `sign`, which is 1, -1 or 0.
   void pack(DType dtype, Operand from, int64_t count, float sign = 1.f) {

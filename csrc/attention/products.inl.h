@@ -1,4 +1,6 @@
-// The products that add a block's share to an accumulator.
+// The products that add a block's share to an accumulator: P V and dS K to rows of queries, P^T dO and dS^T Q to rows
+// of keys. Columns lie in the lanes, so results have the layout of memory; the tile of probabilities (or of dS) is
+// broadcast, down its columns or along its rows.
 #pragma once
 #include "../cpu/microkernel.inl.h"
 #include "../cpu/prefetch.inl.h"
@@ -6,50 +8,91 @@
 namespace fastattn::FASTATTN_ISA {
 namespace {
 
-// C^T[row][lane] = alpha[lane] * C^T[row][lane] + sum over k of A[k][row] * B[k][lane], where vector n of the lanes has
-// ends[n] steps. The block is summed by itself before it joins C: two short sums round less than one long one.
-template <class G, int kWide>
-__attribute__((noinline)) void add_columns(Operand a, int64_t rows, const typename G::Step* b, const int64_t* ends,
-                                           float* c, const float* alpha, Prefetch& prefetch) {
-  constexpr int kRows = tile_rows(kWide);
-  for (int64_t row = 0; row < rows; row += kRows) {
+// Where a matrix is not zero: rows [row, row + n) have nothing outside the elements [row + first, row + n + last), but
+// all of them have the first `always`, and rows before `full` have everything; and all that only within boxes. A
+// product that keeps to it leaves out half of a diagonal block, a few rows at a time.
+struct Band {
+  // Rows [begin, end), elements [from, to).
+  struct Box {
+    int64_t begin, end, from, to;
+  };
+  static constexpr int kMostBoxes = 2 * kVectors + 3;
+  Box boxes[kMostBoxes];
+  int count;
+  int64_t first, last, always, full;
+
+  FASTATTN_INLINE int64_t from(const Box& box, int64_t row) const {
+    return row < full || always > 0 ? box.from : max_of(box.from, row + first);
+  }
+  FASTATTN_INLINE int64_t to(const Box& box, int64_t row, int64_t n) const {
+    return row < full ? box.to : min_of(box.to, max_of(always, row + n + last));
+  }
+};
+
+// The right side: rows (Single) or pairs of neighbouring rows (Paired), cut into stretches of columns as wide as a
+// register tile, `next` bytes from one to the next.
+struct Stretches {
+  const char* data;
+  int64_t columns, width, row, next;
+};
+// As equal as can be: narrow tiles have few sums in flight.
+template <class G>
+FASTATTN_INLINE int64_t stretch_width(int64_t columns) {
+  return round_up(ceil_div(columns, ceil_div(columns, kPanel)), kLanes * G::kPack);
+}
+
+// How a product goes through a tile (key, kPanel): its columns (queries) or its rows (keys) are the rows of the result.
+enum class Along { columns, rows };
+
+// C[row] = alpha[row] * C[row] + sum over k of A[row][k] * B[k] for the rows of the box and kWide vectors of columns;
+// alpha is 1 where it is not kScaled. The block is summed by itself before it joins C: two short sums round less than
+// one long one.
+template <class G, Along kAlong, bool kScaled, int kWide>
+__attribute__((noinline)) void add_product_of(const char* a, const typename G::Step* b, int64_t b_row, const Band& band,
+                                              const Band::Box& box, const float* alpha, float* c, int64_t c_row,
+                                              Prefetch& prefetch) {
+  // Queries of one vector: all that its range of keys has been written for.
+  constexpr int kRows = kAlong == Along::columns && tile_rows(kWide) > kLanes ? kLanes : tile_rows(kWide);
+  constexpr int64_t kWord = sizeof(typename G::Step);
+  constexpr int64_t kRow = kAlong == Along::columns ? kWord : kPanel / G::kPack * kWord;
+  constexpr int64_t kStep = kAlong == Along::columns ? kPanel * kWord : kWord;
+  for (int64_t row = box.begin; row < box.end; row += kRows) {
     prefetch.step();
+    // Gradients of keys are in a far cache, and the product takes about as long as it takes them to come.
+    if constexpr (kAlong == Along::rows) FASTATTN_UNROLL for (int m = 0; m < kRows; m++) {
+        FASTATTN_UNROLL for (int n = 0; n < kWide; n++) __builtin_prefetch(c + (row + m) * c_row + n * kLanes, 1, 3);
+      }
+    const int64_t begin = band.from(box, row) / G::kPack;
+    const int64_t end = ceil_div(band.to(box, row, kRows), G::kPack);
     Tile<kRows, kWide> tile;
     clear(tile);
-    const char* left = a.data + row * static_cast<int64_t>(sizeof(typename G::Step));
-    const typename G::Step* right = b;
-    multiply_stairs<G, 0>(tile, left, sizeof(typename G::Step), a.row, right, kPanel, 0, ends);
-    float* out = c + row * kPanel;
-    FASTATTN_UNROLL for (int n = 0; n < kWide; n++) {
-      const F32 scale = load(alpha + n * kLanes);
-      FASTATTN_UNROLL for (int m = 0; m < kRows; m++) {
-        float* p = out + m * kPanel + n * kLanes;
-        store(p, fma(scale, load(p), tile.c[m][n]));
+    const char* left = a + row * kRow + begin * kStep;
+    const typename G::Step* right = b + begin * b_row;
+    multiply<G, 0>(tile, left, kRow, kStep, right, b_row, end - begin);
+    FASTATTN_UNROLL for (int m = 0; m < kRows; m++) {
+      float* p = c + (row + m) * c_row;
+      FASTATTN_UNROLL for (int n = 0; n < kWide; n++) {
+        if constexpr (kScaled)
+          store(p + n * kLanes, fma(splat(alpha[row + m]), load(p + n * kLanes), tile.c[m][n]));
+        else
+          store(p + n * kLanes, load(p + n * kLanes) + tile.c[m][n]);
       }
     }
   }
 }
 
-// C[row][lane] += sum over k < steps of A[row][k] * B[k][lane] for rows [begin, end).
-template <class G, int kWide>
-__attribute__((noinline)) void add_rows(Operand a, const typename G::Step* b, int64_t b_row, int64_t steps, float* c,
-                                        int64_t c_row, int64_t begin, int64_t end, Prefetch& prefetch) {
-  constexpr int kRows = tile_rows(kWide);
-  for (int64_t row = begin; row < end; row += kRows) {
-    prefetch.step();
-    // C is in a far cache, and the product takes about as long as it takes to come.
-    FASTATTN_UNROLL for (int m = 0; m < kRows; m++) {
-      FASTATTN_UNROLL for (int n = 0; n < kWide; n++) __builtin_prefetch(c + (row + m) * c_row + n * kLanes, 1, 3);
-    }
-    Tile<kRows, kWide> tile;
-    clear(tile);
-    const char* left = a.data + row * a.row;
-    const typename G::Step* right = b;
-    multiply<G, 0>(tile, left, a.row, sizeof(typename G::Step), right, b_row, steps);
-    FASTATTN_UNROLL for (int m = 0; m < kRows; m++) {
-      float* p = c + (row + m) * c_row;
-      FASTATTN_UNROLL for (int n = 0; n < kWide; n++) store(p + n * kLanes, load(p + n * kLanes) + tile.c[m][n]);
-    }
+// The same for a whole band and any number of columns.
+template <class G, Along kAlong, bool kScaled>
+FASTATTN_INLINE void add_product(const void* a, const Stretches& b, const Band& band, const float* alpha, float* c,
+                                 int64_t c_row, Prefetch& prefetch) {
+  for (int64_t first = 0; first < b.columns; first += b.width) {
+    const auto* right = reinterpret_cast<const typename G::Step*>(b.data + first / b.width * b.next);
+    const int64_t right_row = b.row / static_cast<int64_t>(sizeof(typename G::Step));
+    with_width(static_cast<int>(ceil_div(min_of(b.width, b.columns - first), kLanes)), [&](auto width) {
+      for (int i = 0; i < band.count; i++)
+        add_product_of<G, kAlong, kScaled, width.value>(static_cast<const char*>(a), right, right_row, band,
+                                                        band.boxes[i], alpha, c + first, c_row, prefetch);
+    });
   }
 }
 

@@ -89,15 +89,6 @@ FASTATTN_INLINE void multiply(Tile<kRows, kWide>& tile, const char*& a, int64_t 
   }
 }
 
-// The same with an end of its own for every vector (not decreasing): a staircase of steps.
-template <class G, int kFirst, int kRows, int kWide>
-FASTATTN_INLINE void multiply_stairs(Tile<kRows, kWide>& tile, const char*& a, int64_t a_row, int64_t a_step,
-                                     const typename G::Step*& b, int64_t b_row, int64_t done, const int64_t* ends) {
-  multiply<G, kFirst>(tile, a, a_row, a_step, b, b_row, ends[kFirst] - done);
-  if constexpr (kFirst + 1 < kWide)
-    multiply_stairs<G, kFirst + 1>(tile, a, a_row, a_step, b, b_row, ends[kFirst], ends);
-}
-
 // Calls f with the compile-time constant that equals `count` (1 .. kVectors).
 template <int kValue>
 struct Constant {
