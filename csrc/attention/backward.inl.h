@@ -292,6 +292,20 @@ FASTATTN_INLINE void want_panel(const AttentionBackward& p, Prefetch& prefetch, 
   prefetch.add(head_rows(p.output, problem.dtype, batch, head, first), count, problem.value_dim * size);
 }
 
+// Where the panel's results go; `last`: and the first of those of the keys.
+template <class G>
+FASTATTN_INLINE void want_results(const AttentionBackward& p, Prefetch& prefetch, const BackwardPanel<G>& panel,
+                                  int64_t kv_head, bool last) {
+  const DType dtype = p.problem.dtype;
+  const int64_t size = size_of(dtype), key_row = p.problem.head_dim * size, value_row = p.problem.value_dim * size;
+  prefetch.add(head_rows(p.grad_query, dtype, panel.batch, panel.head, panel.first), panel.count, key_row);
+  if (!last) return;
+  const Sequence& sequence = panel.sequence;
+  const int64_t count = min_of(kKeyBlock, sequence.key_end - sequence.key_begin);
+  prefetch.add(head_rows(p.grad_key, dtype, panel.batch, kv_head, sequence.key_begin), count, key_row);
+  prefetch.add(head_rows(p.grad_value, dtype, panel.batch, kv_head, sequence.key_begin), count, value_row);
+}
+
 template <class G>
 __attribute__((noinline)) void backward_panel(const AttentionBackward& p, int64_t kv_head, const Partial& sums,
                                               BackwardScratch<G>& scratch, Prefetch& prefetch) {
@@ -369,6 +383,7 @@ __attribute__((noinline)) int64_t backward_task(const AttentionBackward& p, int6
   memset(memory, 0, static_cast<size_t>(sums.size) * sizeof(float));
   for (int64_t i = task.part; i < group * panels; i += p.parts) {
     scratch.panel.load_panel(p, batch, kv_head * group + i / panels, i % panels, scratch.keys);
+    want_results(p, prefetch, scratch.panel, kv_head, p.parts == 1 && i + 1 == group * panels);
     const int64_t next = i + p.parts;
     if (next < group * panels) {
       want_panel(p, prefetch, batch, kv_head * group + next / panels, next % panels);

@@ -160,6 +160,8 @@ __attribute__((noinline)) int64_t forward_task(const AttentionForward& p, int64_
     if (first_key + kKeyBlock < task.range.end) {
       want_keys(p, prefetch, task, first_key + kKeyBlock);
     } else {
+      prefetch.add(head_rows(p.output, problem.dtype, task.batch, task.head, task.first), task.end - task.first,
+                   problem.value_dim * size_of(problem.dtype));
       next_number = take_task(queue);
       if (next_number < queue.total) {
         const ForwardTask next(p, next_number);

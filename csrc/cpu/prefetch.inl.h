@@ -1,4 +1,4 @@
-// Rows that will be wanted soon, asked for a few at a time between register tiles. Short heads (a few KB that start
+// Rows that will be read or written soon, asked for a few at a time between register tiles. Short heads (a few KB that start
 // anew for every head) and rows far apart are beyond what the hardware foresees: waiting for them takes up to a third
 // of the time otherwise.
 #pragma once
@@ -23,7 +23,7 @@ class Prefetch {
     const char* next;
     int64_t row, count, bytes;
   };
-  static constexpr int kMost = 8;
+  static constexpr int kMost = 12;
   static constexpr int64_t kRowsAtOnce = 8;
 
   void ask() {
