@@ -242,6 +242,7 @@ template <class G>
 struct BackwardScratch {
   BackwardPanel<G> panel;
   typename G::Step *query_columns, *grad_columns, *key_columns;  // copies, where they are needed
+  bool* touched;                                                 // key blocks of the partial sums that hold anything
   float *grad_query, *partial;                                   // grad_query: (kPanel, padded head_dim)
   void *keys, *values;
 
@@ -257,6 +258,7 @@ struct BackwardScratch {
     grad_query = arena.take<float>(kPanel * padded_columns(problem.head_dim));
     keys = arena.take<float>(kKeyBlock * padded_columns(problem.head_dim));
     values = arena.take<float>(kKeyBlock * padded_columns(problem.value_dim));
+    touched = arena.take<bool>(ceil_div(problem.keys, kKeyBlock));
     partial = arena.take<float>(p.parts == 1 ? p.partial_size : 0);
     return static_cast<int64_t>(arena.next - start);
   }
@@ -265,11 +267,26 @@ struct BackwardScratch {
 // What one task adds up: gradients of all keys, then of all values, of one kv head.
 struct Partial {
   float *keys, *values;
-  int64_t count, size;  // keys; floats
+  int64_t count, size;         // keys; floats
+  int64_t key_row, value_row;  // floats
   Partial(const AttentionProblem& problem, const Sequence& sequence, float* memory)
-      : keys(memory), count(sequence.key_end - sequence.key_begin) {
-    values = memory + padded_rows(count) * padded_columns(problem.head_dim);
-    size = values - memory + padded_rows(count) * padded_columns(problem.value_dim);
+      : keys(memory),
+        count(sequence.key_end - sequence.key_begin),
+        key_row(padded_columns(problem.head_dim)),
+        value_row(padded_columns(problem.value_dim)) {
+    values = memory + padded_rows(count) * key_row;
+    size = padded_rows(count) * (key_row + value_row);
+  }
+  // The rows of the block from key `at` on but [begin, end) of them.
+  void clear(int64_t at, int64_t begin, int64_t end) const {
+    const int64_t rows = min_of(kKeyBlock, padded_rows(count) - at);
+    const auto clear_rows = [](float* sums, int64_t row, int64_t first, int64_t last) {
+      memset(sums + first * row, 0, static_cast<size_t>((last - first) * row) * sizeof(float));
+    };
+    clear_rows(keys + at * key_row, key_row, 0, begin);
+    clear_rows(keys + at * key_row, key_row, end, rows);
+    clear_rows(values + at * value_row, value_row, 0, begin);
+    clear_rows(values + at * value_row, value_row, end, rows);
   }
 };
 
@@ -318,7 +335,7 @@ __attribute__((noinline)) void backward_panel(const AttentionBackward& p, int64_
   // Keys that dS K goes through at a time: stretches of longer rows, read in place, meet in half the sets of the
   // first-level cache or fewer.
   const int64_t key_step = !G::kPaired && problem.head_dim > kPanel ? kKeyBlock / 2 : kKeyBlock;
-  memset(scratch.grad_query, 0, static_cast<size_t>(kPanel * key_row) * sizeof(float));
+  bool fresh = true;  // grad_query holds nothing yet
 
   if (p.delta != nullptr)
     memcpy(p.delta + panel.batch * problem.lse_batch + panel.head * problem.lse_head + panel.first, panel.saved.delta,
@@ -338,17 +355,22 @@ __attribute__((noinline)) void backward_panel(const AttentionBackward& p, int64_
                       prefetch);
     const Stretches key_columns =
         columns_operand<G>(problem.dtype, key_rows, seen.keys, problem.head_dim, false, scratch.key_columns);
-    for (int64_t key = 0; key < seen.keys; key += key_step)
-      add_product<G, Along::columns, false>(panel.tiles.score_columns(), key_columns,
-                                            seen.keys_of_queries(panel.count, key, key + key_step), nullptr,
-                                            scratch.grad_query, key_row, prefetch);
+    for (int64_t key = 0; key < seen.keys; key += key_step, fresh = false)
+      (fresh ? add_product<G, Along::columns, Into::fresh>
+             : add_product<G, Along::columns, Into::added>)(panel.tiles.score_columns(), key_columns,
+                                                            seen.keys_of_queries(panel.count, key, key + key_step),
+                                                            nullptr, scratch.grad_query, key_row, prefetch);
     const Band seers = seen.queries_of_keys(panel.count);
     const int64_t at = first_key - panel.sequence.key_begin;
-    add_product<G, Along::rows, false>(panel.tiles.probabilities, grads, seers, nullptr, sums.values + at * value_row,
-                                       value_row, prefetch);
-    add_product<G, Along::rows, false>(panel.tiles.scores, queries, seers, nullptr, sums.keys + at * key_row, key_row,
-                                       prefetch);
+    bool& touched = scratch.touched[at / kKeyBlock];
+    const bool fill = !touched && seers.count == 1;  // boxes leave gaps between them
+    if (!touched) sums.clear(at, fill ? seers.boxes[0].begin : 0, fill ? seers.boxes[0].end : 0);
+    const auto add = fill ? add_product<G, Along::rows, Into::fresh> : add_product<G, Along::rows, Into::added>;
+    add(panel.tiles.probabilities, grads, seers, nullptr, sums.values + at * value_row, value_row, prefetch);
+    add(panel.tiles.scores, queries, seers, nullptr, sums.keys + at * key_row, key_row, prefetch);
+    touched = true;
   }
+  if (fresh) memset(scratch.grad_query, 0, static_cast<size_t>(panel.count * key_row) * sizeof(float));
   narrow_rows(problem.dtype, scratch.grad_query, key_row, panel.count, problem.head_dim,
               head_rows(p.grad_query, problem.dtype, panel.batch, panel.head, panel.first), problem.scale);
 }
@@ -380,7 +402,7 @@ __attribute__((noinline)) int64_t backward_task(const AttentionBackward& p, int6
   const int64_t group = problem.heads / problem.kv_heads, panels = task.panels;
   float* memory = p.parts == 1 ? scratch.partial : p.partial + (pair * p.parts + task.part) * p.partial_size;
   const Partial sums(problem, task.sequence, memory);
-  memset(memory, 0, static_cast<size_t>(sums.size) * sizeof(float));
+  memset(scratch.touched, 0, static_cast<size_t>(ceil_div(sums.count, kKeyBlock)));
   for (int64_t i = task.part; i < group * panels; i += p.parts) {
     scratch.panel.load_panel(p, batch, kv_head * group + i / panels, i % panels, scratch.keys);
     want_results(p, prefetch, scratch.panel, kv_head, p.parts == 1 && i + 1 == group * panels);
@@ -404,6 +426,8 @@ __attribute__((noinline)) int64_t backward_task(const AttentionBackward& p, int6
     }
     backward_panel<G>(p, kv_head, sums, scratch, prefetch);
   }
+  for (int64_t at = 0; at < sums.count; at += kKeyBlock)
+    if (!scratch.touched[at / kKeyBlock]) sums.clear(at, 0, 0);
   if (next_number < 0) next_number = take_task(queue);
   if (p.parts > 1) {
     if (__atomic_add_fetch(p.arrivals + pair, 1, __ATOMIC_ACQ_REL) != p.parts) return next_number;

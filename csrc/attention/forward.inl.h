@@ -26,7 +26,8 @@ struct ForwardScratch {
   struct Panel {
     PackedRows<G> query;
     Statistics statistics;
-    float* output;  // (kPanel, padded value_dim)
+    float* output;  // (kPanel, padded value_dim), once some block has been seen
+    bool seen;
   };
   Panel panels[kMostPanels];
   float *tile, *bias, *dropout;
@@ -78,7 +79,7 @@ __attribute__((noinline)) void finish_panel(const AttentionForward& p, const typ
       store_first(lse + at, value, count - at);
   }
   for (int64_t i = 0; i < count; i++)
-    if (panel.statistics.live[i] == 0.f) {
+    if (panel.statistics.live[i] == 0.f || !panel.seen) {
       factors[i] = 0.f;
       memset(panel.output + i * row, 0, static_cast<size_t>(row) * sizeof(float));
     }
@@ -152,7 +153,7 @@ __attribute__((noinline)) int64_t forward_task(const AttentionForward& p, int64_
     panel.query.pack(problem.dtype, head_rows(p.query, problem.dtype, task.batch, task.head, first),
                      min_of(kPanel, task.end - first), scale.sign);
     panel.statistics.reset(sink_of(problem, task.head));
-    memset(panel.output, 0, static_cast<size_t>(kPanel * padded_columns(problem.value_dim)) * sizeof(float));
+    panel.seen = false;
   }
 
   for (int64_t first_key = task.range.begin; first_key < task.range.end; first_key += kKeyBlock) {
@@ -197,9 +198,11 @@ __attribute__((noinline)) int64_t forward_task(const AttentionForward& p, int64_
         probabilities = scratch.pairs;
       else
         probabilities = scratch.tile;
-      add_product<G, Along::columns, true>(probabilities, values, seen.keys_of_queries(queries, 0, kKeyBlock),
-                                           panel.statistics.alpha, panel.output, padded_columns(problem.value_dim),
-                                           prefetch);
+      const auto add =
+          panel.seen ? add_product<G, Along::columns, Into::scaled> : add_product<G, Along::columns, Into::fresh>;
+      add(probabilities, values, seen.keys_of_queries(queries, 0, kKeyBlock), panel.statistics.alpha, panel.output,
+          padded_columns(problem.value_dim), prefetch);
+      panel.seen = true;
     }
   }
   for (int i = 0; i < panels; i++) {

@@ -43,11 +43,13 @@ FASTATTN_INLINE int64_t stretch_width(int64_t columns) {
 
 // How a product goes through a tile (key, kPanel): its columns (queries) or its rows (keys) are the rows of the result.
 enum class Along { columns, rows };
+// What becomes of the accumulator: replaced, added to, or added to after alpha[row] has scaled it.
+enum class Into { fresh, added, scaled };
 
-// C[row] = alpha[row] * C[row] + sum over k of A[row][k] * B[k] for the rows of the box and kWide vectors of columns;
-// alpha is 1 where it is not kScaled. The block is summed by itself before it joins C: two short sums round less than
+// C[row] (+)= sum over k of A[row][k] * B[k] for the rows of the box and kWide vectors of columns, as kInto says.
+// The block is summed by itself before it joins C: two short sums round less than
 // one long one.
-template <class G, Along kAlong, bool kScaled, int kWide>
+template <class G, Along kAlong, Into kInto, int kWide>
 __attribute__((noinline)) void add_product_of(const char* a, const typename G::Step* b, int64_t b_row, const Band& band,
                                               const Band::Box& box, const float* alpha, float* c, int64_t c_row,
                                               Prefetch& prefetch) {
@@ -72,17 +74,19 @@ __attribute__((noinline)) void add_product_of(const char* a, const typename G::S
     FASTATTN_UNROLL for (int m = 0; m < kRows; m++) {
       float* p = c + (row + m) * c_row;
       FASTATTN_UNROLL for (int n = 0; n < kWide; n++) {
-        if constexpr (kScaled)
-          store(p + n * kLanes, fma(splat(alpha[row + m]), load(p + n * kLanes), tile.c[m][n]));
-        else
+        if constexpr (kInto == Into::fresh)
+          store(p + n * kLanes, tile.c[m][n]);
+        else if constexpr (kInto == Into::added)
           store(p + n * kLanes, load(p + n * kLanes) + tile.c[m][n]);
+        else
+          store(p + n * kLanes, fma(splat(alpha[row + m]), load(p + n * kLanes), tile.c[m][n]));
       }
     }
   }
 }
 
 // The same for a whole band and any number of columns.
-template <class G, Along kAlong, bool kScaled>
+template <class G, Along kAlong, Into kInto>
 FASTATTN_INLINE void add_product(const void* a, const Stretches& b, const Band& band, const float* alpha, float* c,
                                  int64_t c_row, Prefetch& prefetch) {
   for (int64_t first = 0; first < b.columns; first += b.width) {
@@ -90,8 +94,8 @@ FASTATTN_INLINE void add_product(const void* a, const Stretches& b, const Band& 
     const int64_t right_row = b.row / static_cast<int64_t>(sizeof(typename G::Step));
     with_width(static_cast<int>(ceil_div(min_of(b.width, b.columns - first), kLanes)), [&](auto width) {
       for (int i = 0; i < band.count; i++)
-        add_product_of<G, kAlong, kScaled, width.value>(static_cast<const char*>(a), right, right_row, band,
-                                                        band.boxes[i], alpha, c + first, c_row, prefetch);
+        add_product_of<G, kAlong, kInto, width.value>(static_cast<const char*>(a), right, right_row, band,
+                                                      band.boxes[i], alpha, c + first, c_row, prefetch);
     });
   }
 }
