@@ -78,7 +78,8 @@ def peer(*args: Any, **call: Any) -> Any:
         if call.get("return_aux") is not None or "keep" in rest:
             return samples.definition(query, key, value, **rest)
         rest.pop("return_lse")
-        output = samples.peer(query, key, value, **rest)
+        # Torch's fused kernels take 4 dims only.
+        output = samples.peer(query[None], key[None], value[None], **rest)[0]
         return output, query.new_zeros(output.shape[:-1])
 
     return _one_by_one(attend, *args, **call)
@@ -142,12 +143,16 @@ def _cases() -> Iterator[Case]:
     for name, queries, keys in (
         ("mixed", MIXED, None), ("of other lengths", MIXED, OTHER), ("one", (150,), None), ("none", (), None),
         ("empty", (0, 0), None), ("no keys", (5, 3), (0, 0)), ("no queries", (0, 0), (5, 3)),
-        ("ones", (1,) * 9, (20,) * 9), ("long", (600, 30), None),
+        ("long", (600, 30), None), ("longer", (300, 513, 100), None),
     ):  # fmt: skip
-        yield Case(name, _packed(queries, keys, lse=True), core=name in ("of other lengths", "none"))
+        yield Case(name, _packed(queries, keys), core=name in ("of other lengths", "none"))
         for window in ((-1, 0), (40, 0), (7, 30)):
             build = _packed(queries, keys, window_size=window, dim=24)
             yield Case(f"{name} window {window[0]} {window[1]}", build, core=name == "of other lengths")
+    yield Case("ones", _packed((1,) * 9, (20,) * 9), core=True)
+    for dim in (80, 128, 256):
+        yield Case(f"head dim {dim} causal", _packed((128, 200, 65), dim=dim, window_size=(-1, 0)))
+    yield Case("lse", _packed(MIXED, OTHER, lse=True), core=True)
     yield Case("gqa", _packed(MIXED, OTHER, heads=6, kv_heads=2, window_size=(-1, 0)), core=True)
     yield Case("many heads", _packed(MIXED, heads=12, dim=8, window_size=(-1, 0)))
     yield Case("head dims", _packed(MIXED, OTHER, dim=40, value_dim=24))
