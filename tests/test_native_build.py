@@ -34,6 +34,12 @@ def test_torch_is_reached_through_its_stable_c_abi_only():
     assert all(re.match(r"(aoti_torch|torch)_", name) for name in from_torch), sorted(from_torch)
 
 
+def test_shapes_are_compared_by_name():
+    """torch 2.10's headers, the oldest that must do, have no == for sizes (csrc/bindings/launch.h: same_shape)."""
+    for path in sorted((ROOT / "csrc" / "bindings").glob("*.cpp")):
+        assert not re.search(r"(sizes|strides)\(\) [!=]=", path.read_text()), path.name
+
+
 @pytest.mark.usefixtures("skip_without_native")
 def test_one_exported_symbol_for_each_op_and_instruction_set():
     objects = sorted((ROOT / "build").glob("**/fastattn_*.dir/csrc/*/cpu.cpp.o"))

@@ -45,7 +45,7 @@ Tensor gelu_forward(Tensor input, std::optional<Tensor> bias, bool tanh) {
 std::tuple<Tensor, Tensor> gelu_backward(Tensor grad_output, Tensor input, std::optional<Tensor> bias, bool tanh,
                                          bool bias_grad) {
   const auto [rows, columns] = shape_of(input, bias);
-  FASTATTN_CHECK(grad_output.scalar_type() == input.scalar_type() && grad_output.sizes() == input.sizes(),
+  FASTATTN_CHECK(grad_output.scalar_type() == input.scalar_type() && same_shape(grad_output, input),
                  "gelu: grad_output must have the shape and dtype of input");
   bias_grad = bias_grad && bias;
   const int64_t column_dims = std::min<int64_t>(input.dim(), 1);

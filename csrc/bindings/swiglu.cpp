@@ -7,7 +7,7 @@ namespace fastattn {
 namespace {
 
 void check_like(const char* what, const Tensor& tensor, const Tensor& gate) {
-  FASTATTN_CHECK(tensor.scalar_type() == gate.scalar_type() && tensor.sizes() == gate.sizes(), "swiglu: ", what,
+  FASTATTN_CHECK(tensor.scalar_type() == gate.scalar_type() && same_shape(tensor, gate), "swiglu: ", what,
                  " must have the shape and dtype of gate");
 }
 

@@ -151,20 +151,25 @@ __attribute__((noinline)) void pack_panels(const GemmMatrix& b, int64_t k0, int6
   }
 }
 
-// Columns first .. end of A, which is not lengthwise: tiles of kGemmRows columns, step by step. A whole register is
+// Columns first .. end of A, which is not lengthwise: tiles of kGemmRows columns, step by step. Whole registers are
 // stored each time; what is too much is overwritten by the next step, or lies between the tiles.
-constexpr int64_t column_tile(int64_t steps) { return steps * kGemmRows + kLanes; }
+constexpr int64_t kTileLanes = (kGemmRows + kLanes - 1) / kLanes * kLanes;
+constexpr int64_t column_tile(int64_t steps) { return steps * kGemmRows + kTileLanes; }
 
 template <class T>
 FASTATTN_INLINE void copy_columns(const GemmMatrix& a, int64_t k0, int64_t steps, int64_t first, int64_t end,
                                   float* to) {
-  const int64_t whole = max_of(end - kLanes + 1, first);  // from here on a register reaches beyond the columns
+  const int64_t whole = max_of(end - kTileLanes + 1, first);  // from here on registers reach beyond the columns
   for (int64_t s = 0; s < steps; s++) {
     const T* const row = reinterpret_cast<const T*>(a.at(k0 + s, 0));
     float* tile = to + s * kGemmRows;
     int64_t m = first;
-    for (; m < whole; m += kGemmRows, tile += column_tile(steps)) store(tile, load(row + m));
-    for (; m < end; m += kGemmRows, tile += column_tile(steps)) store(tile, load_first(row + m, end - m));
+    for (; m < whole; m += kGemmRows, tile += column_tile(steps))
+      FASTATTN_UNROLL for (int64_t lane = 0; lane < kTileLanes; lane += kLanes)
+          store(tile + lane, load(row + m + lane));
+    for (; m < end; m += kGemmRows, tile += column_tile(steps))
+      FASTATTN_UNROLL for (int64_t lane = 0; lane < kTileLanes; lane += kLanes)
+          store(tile + lane, load_first(row + m + lane, max_of(min_of(end - m - lane, kLanes), 0)));
   }
 }
 
@@ -174,13 +179,13 @@ __attribute__((noinline)) void pack_columns(const GemmMatrix& a, int64_t k0, int
   using Step = typename G::Step;
   const int64_t steps = ceil_div(elements, G::kPack);
   if constexpr (G::kPaired) {
-    alignas(64) Step line[kColumnTiles * kGemmRows + 2 * kLanes];
+    alignas(64) Step line[kColumnTiles * kGemmRows + 2 * kTileLanes];
     const int64_t count = end - first, lanes = round_up(count, kLanes);
     for (int64_t s = 0; s < steps; s++) {
       columns_to_lanes<G>(a, k0, elements, s, first, count, line, lanes);
       Step* tile = to + s * kGemmRows;
       for (int64_t m = 0; m < count; m += kGemmRows, tile += column_tile(steps))
-        memcpy(tile, line + m, sizeof(Step) * kLanes);
+        memcpy(tile, line + m, sizeof(Step) * kTileLanes);
     }
   } else if (a.dtype == DType::f32) {
     copy_columns<float>(a, k0, steps, first, end, to);

@@ -62,7 +62,8 @@ def of_torch(suite, arguments, names):
 @pytest.mark.parametrize(("suite", "case"), CASES)
 def test_of_fused_kernels(suite, case, dtype, skip_without_native):
     ours, truth, torchs = [], [], []
-    for draw in range(max(case.draws, 4)):
+    # Now and then an element of packed sequences is far off, on either side: many draws, to meet both.
+    for draw in range(24 if suite.name == "attention_varlen" else max(case.draws, 4)):
         arguments = suite.arguments(case, "cpu", dtype, draw)
         names = suite.differentiated(case, arguments)
         ours.append(second_derivatives(lambda **call: suite.function(**call, backend="cpu"), arguments, names))

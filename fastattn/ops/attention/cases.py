@@ -336,6 +336,9 @@ WORKLOADS = (
     _decode_bench(8, 32, 8, 4096, 128),
 )
 
+#: How --shape reads for the packed op's bench.
+attention_varlen_workload = varlen_cases.attention_varlen_workload
+
 SUITES = (
     Suite(
         name="attention",

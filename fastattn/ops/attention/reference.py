@@ -128,7 +128,13 @@ def _sink_column(sinks: Tensor, scores: Tensor) -> Tensor:
     return sinks.to(scores.dtype).reshape(1, *scores.shape[1:3], 1, 1).expand(*scores.shape[:4], 1)
 
 
-def forward(
+def forward(*args: Any) -> tuple[Tensor, Tensor]:
+    """(output, lse): softmax(scale * Q K^T + mask) V and the natural log of its denominator."""
+    return forward_at(0, *args)
+
+
+def forward_at(
+    first_batch: int,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -139,9 +145,8 @@ def forward(
     bottom_right: bool,
     dropout_p: float,
     *given: Any,
-    first_batch: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """(output, lse): softmax(scale * Q K^T + mask) V and the natural log of its denominator."""
+    """`forward` of batch elements first_batch, first_batch + 1, ... of a larger problem: their dropout is theirs."""
     features = features_of(given)
     _, scores = _scores(query, key, mask, scale, is_causal, bottom_right, features)
     weights, _ = _probabilities(scores, features.sinks)
@@ -161,7 +166,16 @@ def _sum_to(tensor: Tensor, shape: torch.Size) -> Tensor:
     return tensor.sum(dims, keepdim=True) if dims else tensor
 
 
-def backward(
+def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, of the additive mask ((0,) unless mask_grad) and of sinks ((0,) without).
+
+    dS = P * (dropout * dO V^T - rowsum(dO * O) + dlse), the chain rule through softmax (Dao et al. 2022, appendix B).
+    """
+    return backward_at(0, *args)
+
+
+def backward_at(
+    first_batch: int,
     grad_output: Tensor,
     grad_lse: Tensor | None,
     query: Tensor,
@@ -177,12 +191,8 @@ def backward(
     dropout_p: float,
     mask_grad: bool,
     *given: Any,
-    first_batch: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value, of the additive mask ((0,) unless mask_grad) and of sinks ((0,) without).
-
-    dS = P * (dropout * dO V^T - rowsum(dO * O) + dlse), the chain rule through softmax (Dao et al. 2022, appendix B).
-    """
+    """`backward` of batch elements first_batch, first_batch + 1, ... of a larger problem."""
     features = features_of(given)
     plain, scores = _scores(query, key, mask, scale, is_causal, bottom_right, features)
     batch, kv_heads, groups, queries, _ = scores.shape

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastattn import philox
-from fastattn.cases import Arguments, Case, Sampler, Suite
+from fastattn.cases import Arguments, Case, Sampler, Suite, Workload
 from fastattn.numerics import accumulation_dtype
 from fastattn.ops.attention import samples
 from fastattn.ops.attention.varlen import attention_varlen, sequences_of
@@ -188,6 +188,23 @@ def _lenient(case: Case) -> Case:
     return replace(samples.unfused_peer(case), draws=4)
 
 
+def attention_varlen_workload(rows: int, heads: int, dim: int, *, quick: bool = False) -> Workload:
+    """Causal sequences of a half, a quarter, an eighth and so on of the packed rows, down to two of a sixteenth."""
+    lengths = [rows // 2, rows // 4, rows // 8, rows // 16]
+    lengths.append(rows - sum(lengths))
+    live = sum(n * (n + 1) // 2 for n in lengths)
+    size = rows * heads * dim
+    return Workload(
+        f"{len(lengths)} sequences of {rows}x{heads}x{dim} causal",
+        _packed(tuple(lengths), heads=heads, dim=dim, window_size=(-1, 0)),
+        forward_flops=2 * heads * live * 2 * dim,
+        backward_flops=2 * heads * live * 5 * dim,
+        forward_elements=4 * size,
+        backward_elements=8 * size,
+        quick=quick,
+    )
+
+
 SUITE = Suite(
     name="attention_varlen",
     function=attention_varlen,
@@ -196,4 +213,5 @@ SUITE = Suite(
     differentiable=("query", "key", "value", "sinks"),
     results=("output", "lse"),
     cases=tuple(map(_lenient, _cases())),
+    workloads=(attention_varlen_workload(2048, 8, 64, quick=True), attention_varlen_workload(4096, 8, 128)),
 )

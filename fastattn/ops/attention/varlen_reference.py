@@ -68,9 +68,7 @@ def forward(
         query, key, cu_seq_q, cu_seq_k, seqused_k, max_q, max_k, (left, right), softcap, sinks, slopes
     ):
         rows = (_headed(query[q]), _headed(key[k]), _headed(value[k]))
-        one, one_lse = reference.forward(
-            *rows, None, philox, scale, False, True, dropout_p, *features, first_batch=i
-        )  # fmt: skip
+        one, one_lse = reference.forward_at(i, *rows, None, philox, scale, False, True, dropout_p, *features)
         output[q], lse[:, q] = _packed(one), one_lse.squeeze(0)
     return output, lse
 
@@ -103,10 +101,10 @@ def backward(
     for i, q, k, features in _sequences(
         query, key, cu_seq_q, cu_seq_k, seqused_k, max_q, max_k, (left, right), softcap, sinks, slopes
     ):
-        grad_query, grad_key, grad_value, _, grad_sinks = reference.backward(
-            _headed(grad_output[q]), None if grad_lse is None else grad_lse[:, q].unsqueeze(0),
+        grad_query, grad_key, grad_value, _, grad_sinks = reference.backward_at(
+            i, _headed(grad_output[q]), None if grad_lse is None else grad_lse[:, q].unsqueeze(0),
             _headed(query[q]), _headed(key[k]), _headed(value[k]), None, philox,
-            _headed(output[q]), lse[:, q].unsqueeze(0), scale, False, True, dropout_p, False, *features, first_batch=i,
+            _headed(output[q]), lse[:, q].unsqueeze(0), scale, False, True, dropout_p, False, *features,
         )  # fmt: skip
         for found, start, grad in zip(
             grads, (q.start, k.start, k.start), (grad_query, grad_key, grad_value), strict=True

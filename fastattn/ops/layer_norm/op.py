@@ -261,7 +261,7 @@ def _check_residual(op: str, input: Tensor, residual: Tensor) -> None:
 
 
 def _check_values(op: str, weight_offset: float, dropout_p: float = 0.0, seed: int | None = None) -> None:
-    if not math.isfinite(weight_offset):
+    if not -math.inf < weight_offset < math.inf:  # also refuses NaN
         raise ValueError(f"{op}: weight_offset must be finite, got {weight_offset}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{op}: dropout_p must be in [0, 1], got {dropout_p}")

@@ -126,7 +126,7 @@ def _canonical(name: str, input: Tensor, dim: int | None, dtype: torch.dtype | N
 def _check_features(
     name: str, input: Tensor, dim: int, scale: float, mask: Tensor | None, is_causal: bool, alignment: str
 ) -> None:
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # also refuses NaN
         raise ValueError(f"{name}: scale must be finite, got {scale}")
     if alignment not in ALIGNMENTS:
         raise ValueError(f"{name}: causal_alignment must be one of {ALIGNMENTS}, got {alignment!r}")
