@@ -102,7 +102,7 @@ def _cases() -> Iterator[Case]:
     def vector_weight(s: Sampler) -> Arguments:
         return {"input": s.normal(6, 9, 50), "weight": s.normal(50), "bias": s.normal(1).reshape(())}
 
-    yield Case("vector weight", vector_weight, core=True)
+    yield Case("vector weight", vector_weight, draws=16, core=True)
     yield Case("gradient of the input only", _build((17, 30), 20, activation="gelu"), differentiable=("input",))
     yield Case("gradient of the weight only", _build((17, 30), 20), differentiable=("weight",), core=True)
     yield Case("gradient of the bias only", _build((17, 30), 20, activation="relu"), differentiable=("bias",))
