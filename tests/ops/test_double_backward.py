@@ -72,6 +72,9 @@ def test_of_fused_kernels(suite, case, dtype, skip_without_native):
     # The first derivative, through which the second one flows back, recomputes probabilities from lse; its last bit
     # is an error of the whole row, and large where scores are.
     factor = {"norm_factor": 5.0} if case.name == "scores of hundreds" else {}
+    # No fused peer of packed sequences can be differentiated twice: as in cases.py where torch is unfused.
+    if suite.name == "attention_varlen":
+        factor = {"element_factor": 5.0}
     for name in truth[0]:
         result, true, torchs_result = (
             torch.cat([found[name].reshape(-1) for found in side]) for side in (ours, truth, torchs)
