@@ -169,7 +169,8 @@ def _sum_to(tensor: Tensor, shape: torch.Size) -> Tensor:
 def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, of the additive mask ((0,) unless mask_grad) and of sinks ((0,) without).
 
-    dS = P * (dropout * dO V^T - rowsum(dO * O) + dlse), the chain rule through softmax (Dao et al. 2022, appendix B).
+    dP = dropout * dO V^T, dS = P * (dP - rowsum(P * dP) + dlse), the chain rule through softmax. rowsum(P * dP) is
+    rowsum(dO * O) (Dao et al. 2022, appendix B), but neither output nor lse has a part in the derivatives of this one.
     """
     return backward_at(0, *args)
 
@@ -205,11 +206,12 @@ def backward_at(
     grad, q = grouped(grad_output), grouped(query)
     k, v = key.to(dtype).unsqueeze(2), value.to(dtype).unsqueeze(2)
     grad_weights = grad @ v.transpose(-1, -2)
-    delta = (grad * grouped(output)).sum(-1, keepdim=True)
     dropout = _dropout(philox, dropout_p, scores, first_batch)
     dropped = weights if dropout is None else weights * dropout
     if dropout is not None:
         grad_weights = grad_weights * dropout
+    # rowsum(dO * O) of the same weights, not of the output that was rounded and saved.
+    delta = (weights * grad_weights).sum(-1, keepdim=True)
     if grad_lse is not None:
         delta = delta - grouped(grad_lse.unsqueeze(3))
     grad_scores = grad_capped = weights * (grad_weights - delta)
