@@ -123,7 +123,7 @@ FASTATTN_INLINE void interleave(Operand rows, int64_t count, int64_t columns, ty
   for (int64_t r = 0; r < count; r += 2, to += to_row) {
     const auto* low = reinterpret_cast<const bf16*>(rows.data + r * rows.row);
     const auto* high = r + 1 < count ? reinterpret_cast<const bf16*>(rows.data + (r + 1) * rows.row) : nullptr;
-    for (int64_t c = 0; c < columns; c += 32)
+    for (int64_t c = 0; c < columns; c += 2 * kLanes)
       G::interleave(low + c, high == nullptr ? nullptr : high + c, columns - c, to + c);
   }
 }

@@ -83,7 +83,7 @@ template <class G>
 FASTATTN_INLINE void halves_to_lanes(const bf16* low, const bf16* high, int64_t count, typename G::Step* to,
                                      int64_t lanes) {
   if constexpr (G::kPaired) {
-    constexpr int64_t kTogether = 32;  // what interleave does
+    constexpr int64_t kTogether = 2 * kLanes;  // what interleave does
     int64_t c = 0;
     for (; c + kTogether <= lanes; c += kTogether)
       G::interleave(low + c, high == nullptr ? nullptr : high + c, max_of(count - c, 0), to + c);

@@ -212,25 +212,13 @@ FASTATTN_INLINE Pairs pack_pairs(F32 lo, F32 hi) {
   const uint16x4_t low = narrow(lo, kind), high = narrow(hi, kind);
   return {vreinterpretq_u32_u16(vcombine_u16(vzip1_u16(low, high), vzip2_u16(low, high)))};
 }
-// Lane i of the 32 lanes written to `out` holds (low[i], high[i]); zero from n on, and where high is null.
 FASTATTN_INLINE void interleave_rows(const bf16* low, const bf16* high, int64_t n, uint32_t* out) {
-  constexpr int64_t kAtOnce = 8;
-  FASTATTN_UNROLL for (int64_t c = 0; c < 32; c += kAtOnce) {
-    alignas(16) uint16_t some[2][kAtOnce] = {};
-    const int64_t live = n - c < 0 ? 0 : n - c > kAtOnce ? kAtOnce : n - c;
-    uint16x8_t a, b = vdupq_n_u16(0);
-    if (live == kAtOnce) {
-      a = vld1q_u16(&low[c].bits);
-      if (high != nullptr) b = vld1q_u16(&high[c].bits);
-    } else {
-      memcpy(some[0], low + c, static_cast<size_t>(live) * sizeof(bf16));
-      if (high != nullptr) memcpy(some[1], high + c, static_cast<size_t>(live) * sizeof(bf16));
-      a = vld1q_u16(some[0]);
-      b = vld1q_u16(some[1]);
-    }
-    vst1q_u32(out + c, vreinterpretq_u32_u16(vzip1q_u16(a, b)));
-    vst1q_u32(out + c + 4, vreinterpretq_u32_u16(vzip2q_u16(a, b)));
-  }
+  const Pairs a = n >= 2 * kLanes ? load_pairs(low) : load_pairs_first(low, n);
+  const Pairs b = high == nullptr ? zero_pairs() : n >= 2 * kLanes ? load_pairs(high) : load_pairs_first(high, n);
+  Pairs first, second;
+  zip_rows(a, b, first, second);
+  store_pairs(out, first);
+  store_pairs(out + kLanes, second);
 }
 #endif
 
