@@ -5,6 +5,7 @@ import torch
 
 from fastattn.bench import cases, contenders, trial
 from fastattn.bench.contenders import COMPILE, EAGER, FLEX, OURS, TORCH
+from fastattn.bench.gate import judge
 from fastattn.bench.trial import BOTH, FORWARD, Trial
 from fastattn.cases import Workload
 from fastattn.ops.attention.cases import definition
@@ -66,11 +67,11 @@ def test_attention_contenders_mean_attention(problem, contender):
     t = attention_trial(PROBLEMS[problem])
     truth, part = t.truth()
     assert part is None
+    torchs = t.call(contenders.choices(t.suite)[TORCH](), BOTH)()
     for direction in (FORWARD, BOTH):
         results = t.call(contender, direction)()
         assert set(results) == ({"output"} if direction == FORWARD else set(truth))
-        for name, result in results.items():
-            torch.testing.assert_close(result.double(), truth[name], rtol=1e-4, atol=1e-5, msg=name)
+        assert judge(results, torchs, {name: truth[name] for name in results}, t.dtype) == []
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
@@ -98,11 +99,9 @@ def test_rowwise_contenders(op, dtype):
     assert part is None
     made = contenders.choices(suite)
     assert set(made) == {OURS, TORCH, COMPILE}
-    for name in (OURS, TORCH):
-        results = t.call(made[name](), BOTH)()
-        assert set(results) == set(truth)
-        for result, expected in truth.items():
-            torch.testing.assert_close(results[result].double(), expected, rtol=0.02, atol=0.02)
+    ours, torchs = (t.call(made[name](), BOTH)() for name in (OURS, TORCH))
+    assert set(ours) == set(torchs) == set(truth)
+    assert judge(ours, torchs, truth, dtype) == []
 
 
 def test_eager_leaves_masks_and_inputs_alone():
