@@ -1,7 +1,7 @@
 // Large matrix products, C = A B, block by block. A block of B is packed into panels of kPanel lanes that stay in the
-// second-level cache; rows of A, a few at a time, are broadcast against all of them from where they lie, or from a copy
-// where they need a conversion or are columns in memory. Sums are float32: every kGemmDepth steps are summed in
-// registers, those sums are added in order. What a number of C is does not depend on how C is cut into blocks.
+// second-level cache; rows of A, a few at a time, are broadcast against one panel after the other from where they lie,
+// or from a copy where they need a conversion or are columns in memory. Sums are float32: kGemmSegment steps are summed
+// in registers, those sums are added in order. What a number of C is does not depend on how C is cut into blocks.
 #pragma once
 #include "arena.inl.h"
 #include "microkernel.inl.h"
@@ -11,8 +11,10 @@ namespace fastattn::FASTATTN_ISA {
 namespace {
 
 constexpr int kGemmRows = kRegisters >= 32 ? 6 : 4;  // of a register tile that is kVectors wide
-constexpr int64_t kGemmDepth = 256;                  // steps that are summed in registers, at most
-constexpr int64_t kColumnTiles = 16;                 // tiles whose columns of A are copied together
+constexpr int64_t kGemmSegment = 384;                // steps that are summed in registers, at most
+constexpr int64_t kGemmDepth = 1024;                 // steps that are packed together, at most
+constexpr int64_t kGemmBlock = 800 << 10;            // bytes of B that are packed together, at most
+constexpr int64_t kColumnTiles = 32;                 // tiles whose columns of A are copied together
 
 FASTATTN_INLINE int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
@@ -110,9 +112,16 @@ FASTATTN_INLINE void columns_to_lanes(const GemmMatrix& x, int64_t k0, int64_t e
   }
 }
 
+// Rows that are read a piece at a time are asked for this many steps before: each is a new page to the machine.
+constexpr int64_t kAskAhead = 8;
+FASTATTN_INLINE void ask_for(const char* first, const char* end) {
+  for (; first < end; first += 64) __builtin_prefetch(first, 0, 3);
+}
+
 // A block of B as panels: a row of kPanel lanes for every step, zero beyond the real columns. One row more lies between
 // panels: whole pages would have them compete for the same lines of the cache.
 FASTATTN_INLINE int64_t gemm_panel(int64_t steps) { return (round_up(steps, kLanes) + 1) * kPanel; }
+constexpr int64_t kTransposedAhead = 4;
 template <class G>
 __attribute__((noinline)) void pack_panels(const GemmMatrix& b, int64_t k0, int64_t elements, int64_t first,
                                            int64_t end, typename G::Step* to) {
@@ -121,6 +130,12 @@ __attribute__((noinline)) void pack_panels(const GemmMatrix& b, int64_t k0, int6
   if (!b.lengthwise) {
     for (int64_t s = 0; s < steps; s++) {
       Step* row = to + s * kPanel;
+      if (s + kAskAhead < steps) {
+        const int64_t ahead = k0 + (s + kAskAhead) * G::kPack;
+        ask_for(b.at(ahead, first), b.at(ahead, end));
+        if (G::kPaired && (s + kAskAhead) * G::kPack + 1 < elements)
+          ask_for(b.at(ahead + 1, first), b.at(ahead + 1, end));
+      }
       for (int64_t n = first; n < end; n += kPanel, row += gemm_panel(steps))
         columns_to_lanes<G>(b, k0, elements, s, n, min_of(kPanel, end - n), row, kPanel);
     }
@@ -134,6 +149,8 @@ __attribute__((noinline)) void pack_panels(const GemmMatrix& b, int64_t k0, int6
         const char* from = b.at(n + lane, k0 + s * G::kPack);
         float* const target = reinterpret_cast<float*>(to) + s * kPanel + lane;
         const int64_t left = elements - s * G::kPack;
+        if (left > kTransposedAhead * kLanes * G::kPack)
+          for (int64_t r = 0; r < rows; r++) __builtin_prefetch(from + r * b.row + kTransposedAhead * 64, 0, 3);
         if (direct && rows == kLanes && left >= kLanes * G::kPack) {
           transpose_tile(reinterpret_cast<const float*>(from), b.row / 4, target, kPanel);
           continue;
@@ -151,25 +168,36 @@ __attribute__((noinline)) void pack_panels(const GemmMatrix& b, int64_t k0, int6
   }
 }
 
-// Columns first .. end of A, which is not lengthwise: tiles of kGemmRows columns, step by step. Whole registers are
-// stored each time; what is too much is overwritten by the next step, or lies between the tiles.
-constexpr int64_t kTileLanes = (kGemmRows + kLanes - 1) / kLanes * kLanes;
-constexpr int64_t column_tile(int64_t steps) { return steps * kGemmRows + kTileLanes; }
+// Columns first .. end of A, which is not lengthwise: tiles of kGemmRows columns, step by step, kTileRow apart.
+constexpr int64_t kTileRow = kGemmRows <= 4 ? 4 : 8;
+constexpr int64_t column_tile(int64_t steps) { return steps * kTileRow + 16; }
 
 template <class T>
 FASTATTN_INLINE void copy_columns(const GemmMatrix& a, int64_t k0, int64_t steps, int64_t first, int64_t end,
                                   float* to) {
-  const int64_t whole = max_of(end - kTileLanes + 1, first);  // from here on registers reach beyond the columns
+  const int64_t count = end - first, lanes = round_up(count, kLanes);
+  alignas(64) float line[kColumnTiles * kGemmRows + kTileRow + kLanes];
   for (int64_t s = 0; s < steps; s++) {
-    const T* const row = reinterpret_cast<const T*>(a.at(k0 + s, 0));
-    float* tile = to + s * kGemmRows;
-    int64_t m = first;
-    for (; m < whole; m += kGemmRows, tile += column_tile(steps))
-      FASTATTN_UNROLL for (int64_t lane = 0; lane < kTileLanes; lane += kLanes)
-          store(tile + lane, load(row + m + lane));
-    for (; m < end; m += kGemmRows, tile += column_tile(steps))
-      FASTATTN_UNROLL for (int64_t lane = 0; lane < kTileLanes; lane += kLanes)
-          store(tile + lane, load_first(row + m + lane, max_of(min_of(end - m - lane, kLanes), 0)));
+    const T* const row = reinterpret_cast<const T*>(a.at(k0 + s, first));
+    if (s + kAskAhead < steps) ask_for(a.at(k0 + s + kAskAhead, first), a.at(k0 + s + kAskAhead, end));
+    float* tile = to + s * kTileRow;
+    int64_t m = 0;
+    if constexpr (sizeof(T) == sizeof(float)) {
+      for (; m + kTileRow <= count; m += kGemmRows, tile += column_tile(steps))
+        memcpy(tile, row + m, sizeof(float) * kTileRow);
+      if (m < count) {
+        memset(tile, 0, sizeof(float) * kTileRow);
+        memcpy(tile, row + m, sizeof(float) * static_cast<size_t>(count - m));
+        m += kGemmRows, tile += column_tile(steps);
+      }
+      if (m < count) {
+        memset(tile, 0, sizeof(float) * kTileRow);
+        memcpy(tile, row + m, sizeof(float) * static_cast<size_t>(count - m));
+      }
+    } else {
+      for (int64_t c = 0; c < lanes; c += kLanes) store(line + c, load_first(row + c, min_of(count - c, kLanes)));
+      for (; m < count; m += kGemmRows, tile += column_tile(steps)) memcpy(tile, line + m, sizeof(float) * kTileRow);
+    }
   }
 }
 
@@ -179,13 +207,15 @@ __attribute__((noinline)) void pack_columns(const GemmMatrix& a, int64_t k0, int
   using Step = typename G::Step;
   const int64_t steps = ceil_div(elements, G::kPack);
   if constexpr (G::kPaired) {
-    alignas(64) Step line[kColumnTiles * kGemmRows + 2 * kTileLanes];
+    alignas(64) Step line[kColumnTiles * kGemmRows + kTileRow + kLanes];
     const int64_t count = end - first, lanes = round_up(count, kLanes);
     for (int64_t s = 0; s < steps; s++) {
+      for (int64_t r = (s + kAskAhead) * G::kPack; r < min_of((s + kAskAhead + 1) * G::kPack, elements); r++)
+        ask_for(a.at(k0 + r, first), a.at(k0 + r, end));
       columns_to_lanes<G>(a, k0, elements, s, first, count, line, lanes);
-      Step* tile = to + s * kGemmRows;
+      Step* tile = to + s * kTileRow;
       for (int64_t m = 0; m < count; m += kGemmRows, tile += column_tile(steps))
-        memcpy(tile, line + m, sizeof(Step) * kTileLanes);
+        memcpy(tile, line + m, sizeof(Step) * kTileRow);
     }
   } else if (a.dtype == DType::f32) {
     copy_columns<float>(a, k0, steps, first, end, to);
@@ -196,46 +226,44 @@ __attribute__((noinline)) void pack_columns(const GemmMatrix& a, int64_t k0, int
   }
 }
 
-// Asks for rows r0 .. r1 of columns first .. end.
-FASTATTN_INLINE void prefetch_rows(const GemmMatrix& x, int64_t r0, int64_t r1, int64_t first, int64_t end) {
-  if (first >= end) return;
-  for (int64_t r = r0; r < r1; r++) {
-    const char* const last = x.at(r, end) - 1;
-    for (const char* p = x.at(r, first); p <= last; p += 64) __builtin_prefetch(p, 0, 2);
-    __builtin_prefetch(last, 0, 2);
-  }
-}
-
-// c[i][n] (+)= sum over steps of a[i * a_row + s * a_step] * b[s][n] for one panel.
+// c[i][n] (+)= sum over steps of a[i * a_row + s * a_step] * b[s][n] for one panel, in segments. Meanwhile asks for
+// what lies at two other places, a step further at every step: rows of A that come next. (Not as a struct: copied
+// through the stack in one piece it would wait for every store before it.)
 template <class G, int kRows, int kWide>
 __attribute__((noinline)) void gemm_tile(const char* a, int64_t a_row, int64_t a_step, const typename G::Step* b,
-                                         int64_t steps, float* c, int64_t c_row, bool add) {
-  Tile<kRows, kWide> tile;
-  clear(tile);
-  multiply<G, 0>(tile, a, a_row, a_step, b, kPanel, steps);
-  if (add) {
-    FASTATTN_UNROLL for (int m = 0; m < kRows; m++) {
-      FASTATTN_UNROLL for (int n = 0; n < kWide; n++)
-          store(c + m * c_row + n * kLanes, load(c + m * c_row + n * kLanes) + tile.c[m][n]);
+                                         int64_t steps, int64_t segment, float* c, bool add, const char* ahead,
+                                         const char* ahead_too) {
+  do {
+    Tile<kRows, kWide> tile;
+    clear(tile);
+    const int64_t now = min_of(segment, steps);
+    for (int64_t k = 0; k < now; k++) {
+      typename G::Vector right[kWide];
+      FASTATTN_UNROLL for (int n = 0; n < kWide; n++) right[n] = G::load(b + n * kLanes);
+      __builtin_prefetch(ahead, 0, 2);
+      __builtin_prefetch(ahead_too, 0, 2);
+      FASTATTN_UNROLL for (int m = 0; m < kRows; m++) {
+        const typename G::Vector left = G::broadcast(a + m * a_row);
+        FASTATTN_UNROLL for (int n = 0; n < kWide; n++) tile.c[m][n] = G::multiply_add(left, right[n], tile.c[m][n]);
+      }
+      a += a_step;
+      b += kPanel;
+      ahead += a_step;
+      ahead_too += a_step;
     }
-  } else {
-    FASTATTN_UNROLL for (int m = 0; m < kRows; m++) {
-      FASTATTN_UNROLL for (int n = 0; n < kWide; n++) store(c + m * c_row + n * kLanes, tile.c[m][n]);
+    if (add) {
+      FASTATTN_UNROLL for (int m = 0; m < kRows; m++) {
+        FASTATTN_UNROLL for (int n = 0; n < kWide; n++)
+            store(c + m * kPanel + n * kLanes, load(c + m * kPanel + n * kLanes) + tile.c[m][n]);
+      }
+    } else {
+      FASTATTN_UNROLL for (int m = 0; m < kRows; m++) {
+        FASTATTN_UNROLL for (int n = 0; n < kWide; n++) store(c + m * kPanel + n * kLanes, tile.c[m][n]);
+      }
     }
-  }
-}
-
-// The same for all panels of a block of B, of which the last may be narrow.
-template <class G, int kRows>
-void gemm_rows(const char* a, int64_t a_row, int64_t a_step, const typename G::Step* b, int64_t columns, int64_t panel,
-               int64_t steps, float* c, int64_t c_row, bool add) {
-  for (; columns > kPanel - kLanes; columns -= kPanel, b += panel, c += kPanel)
-    gemm_tile<G, kRows, kVectors>(a, a_row, a_step, b, steps, c, c_row, add);
-  if (columns > 0) {
-    with_width(static_cast<int>(ceil_div(columns, kLanes)), [&](auto width) {
-      gemm_tile<G, kRows, decltype(width)::value>(a, a_row, a_step, b, steps, c, c_row, add);
-    });
-  }
+    add = true;
+    steps -= now;
+  } while (steps > 0);
 }
 
 // Calls f with the compile-time constant that equals `count` (1 .. kMost).
@@ -247,16 +275,15 @@ FASTATTN_INLINE void with_rows(int count, F f) {
   f(Constant<kMost>{});
 }
 
-template <class G>
-struct GemmScratch {
-  typename G::Step* panels;
-  typename G::Step* rows;
-  float* sums;
-  int64_t sums_row;
-};
-
-FASTATTN_INLINE int64_t gemm_depth(int64_t steps) {  // equal parts
-  return max_of(round_up(ceil_div(steps, max_of(ceil_div(steps, kGemmDepth), 1)), kLanes), kLanes);
+// `whole` in equal parts of at most `most`, each but the last a multiple of `unit`.
+FASTATTN_INLINE int64_t equal_parts(int64_t whole, int64_t most, int64_t unit) {
+  return max_of(round_up(ceil_div(whole, max_of(ceil_div(whole, most), 1)), unit), unit);
+}
+FASTATTN_INLINE int64_t gemm_depth(int64_t steps) { return equal_parts(steps, kGemmDepth, kLanes); }
+// Columns of B that are packed together.
+FASTATTN_INLINE int64_t gemm_width(int64_t depth, int64_t columns) {
+  const int64_t panels = max_of(kGemmBlock / (gemm_panel(depth) * static_cast<int64_t>(sizeof(float))), 1);
+  return equal_parts(columns, panels * kPanel, kPanel);
 }
 
 // How C is cut into blocks, which are tasks: large ones, because a block packs its part of B for itself, but several
@@ -268,12 +295,11 @@ struct GemmPlan {
   int64_t tasks() const { return row_blocks * column_blocks; }
 };
 
-FASTATTN_INLINE GemmPlan gemm_plan(int64_t m, int64_t n, bool columns_of_a, int64_t workers) {
-  constexpr int64_t kRowsAtLeast = 192, kPanelsAtLeast = 2, kTasksEach = 4;
+FASTATTN_INLINE GemmPlan gemm_plan(int64_t m, int64_t n, int64_t workers) {
+  constexpr int64_t kRowsAtMost = 1024, kRowsAtLeast = 192, kPanelsAtMost = 16, kPanelsAtLeast = 2, kTasksEach = 4;
   GemmPlan plan{};
-  // Columns of A are copied for every block of B's columns: wider ones then.
-  int64_t row_blocks = max_of(ceil_div(m, 1024), 1);
-  int64_t column_blocks = max_of(ceil_div(n, (columns_of_a ? 12 : 6) * kPanel), 1);
+  int64_t row_blocks = max_of(ceil_div(m, kRowsAtMost), 1);
+  int64_t column_blocks = max_of(ceil_div(n, kPanelsAtMost * kPanel), 1);
   while (workers > 1 && row_blocks * column_blocks < kTasksEach * workers) {
     const bool rows = m >= 2 * kRowsAtLeast * row_blocks, columns = n >= 2 * kPanelsAtLeast * kPanel * column_blocks;
     if (!rows && !columns) break;
@@ -286,15 +312,33 @@ FASTATTN_INLINE GemmPlan gemm_plan(int64_t m, int64_t n, bool columns_of_a, int6
   return plan;
 }
 
-// Memory for blocks of up to m rows and n columns.
 template <class G>
-GemmScratch<G> gemm_scratch(Arena& arena, int64_t m, int64_t n, int64_t k) {
-  const int64_t depth = gemm_depth(ceil_div(k, G::kPack));
+struct GemmScratch {
+  typename G::Step* panels;
+  typename G::Step* rows;  // of A, where they are copied
+  float* sums;             // tiles of kGemmRows x kPanel: one, or all of a block where its depth is cut
+};
+
+// Whether the tiles read A where it lies.
+template <class G>
+FASTATTN_INLINE bool gemm_in_place(const Gemm& p) {
+  return p.a.lengthwise && readable<G>(p.a.dtype) && p.k % G::kPack == 0;
+}
+// Steps of a copy of kGemmRows rows of A.
+FASTATTN_INLINE int64_t gemm_copied(const Gemm& p, int64_t depth) {
+  return p.a.lengthwise ? kGemmRows * (round_up(depth, kLanes) + kLanes) : column_tile(depth);
+}
+
+// Memory for the blocks of a plan.
+template <class G>
+GemmScratch<G> gemm_scratch(Arena& arena, const Gemm& p, const GemmPlan& plan) {
+  const int64_t all = ceil_div(p.k, G::kPack), depth = gemm_depth(all);
+  const int64_t groups = ceil_div(plan.rows, kGemmRows);
   GemmScratch<G> scratch{};
-  scratch.sums_row = round_up(n, kPanel);
-  scratch.panels = arena.take<typename G::Step>(gemm_panel(depth) * (scratch.sums_row / kPanel));
-  scratch.rows = arena.take<typename G::Step>(kColumnTiles * column_tile(depth));
-  scratch.sums = arena.take<float>(round_up(k > depth * G::kPack ? m : kGemmRows, kGemmRows) * scratch.sums_row);
+  scratch.panels = arena.take<typename G::Step>(gemm_panel(depth) * (gemm_width(depth, plan.columns) / kPanel));
+  scratch.rows = arena.take<typename G::Step>(gemm_in_place<G>(p) ? 0 : groups * gemm_copied(p, depth));
+  const int64_t tiles = all > depth ? groups * (round_up(plan.columns, kPanel) / kPanel) : 1;
+  scratch.sums = arena.take<float>(tiles * kGemmRows * kPanel);
   return scratch;
 }
 
@@ -306,51 +350,81 @@ struct GemmSums {
   int64_t row;
 };
 
-// The block of C at rows m0 .. m1 and columns n0 .. n1; calls finish(GemmSums) for every few
-// rows.
+// Where the results of a block will be written, so that their lines can be asked for: nothing else is done with it.
+struct GemmTarget {
+  const char* data[2];  // the second is another matrix of the same layout, or null
+  int64_t row, size;    // bytes: from one row to the next, of an element
+
+  void ask(int64_t m, int64_t rows, int64_t first, int64_t end) const {
+    for (int i = 0; i < 2 && data[i] != nullptr; i++)
+      for (int64_t r = m; r < m + rows; r++) ask_for(data[i] + r * row + first * size, data[i] + r * row + end * size);
+  }
+};
+
+// Copies rows m0 .. m1 of A, kGemmRows after kGemmRows.
+template <class G>
+void copy_rows(const Gemm& p, int64_t k0, int64_t elements, int64_t m0, int64_t m1, typename G::Step* to) {
+  const int64_t steps = ceil_div(elements, G::kPack), depth = round_up(steps, kLanes), tile = gemm_copied(p, steps);
+  if (p.a.lengthwise) {
+    for (int64_t m = m0; m < m1; m++, to += depth + kLanes)
+      row_to_steps<G>(p.a.dtype, p.a.at(m, k0), elements, to, depth);
+    return;
+  }
+  for (int64_t m = m0; m < m1; m += kColumnTiles * kGemmRows, to += kColumnTiles * tile)
+    pack_columns<G>(p.a, k0, elements, m, min_of(m + kColumnTiles * kGemmRows, m1), to);
+}
+
+// The block of C at rows m0 .. m1 and columns n0 .. n1; calls finish(GemmSums) for every tile.
 template <class G, class Finish>
 void gemm_block(const Gemm& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, const GemmScratch<G>& scratch,
-                Finish finish) {
+                GemmTarget target, Finish finish) {
   using Step = typename G::Step;
-  const int64_t all = ceil_div(p.k, G::kPack), part = gemm_depth(all);
-  const bool once = all <= part;
+  constexpr int64_t kStep = sizeof(Step);
+  const int64_t all = ceil_div(p.k, G::kPack), part = gemm_depth(all), width = gemm_width(part, n1 - n0);
+  const bool in_place = gemm_in_place<G>(p), once = all <= part;
+  const int64_t panels = ceil_div(n1 - n0, kPanel);
   for (int64_t s0 = 0; s0 < max_of(all, 1); s0 += part) {
-    const int64_t steps = min_of(part, all - s0), k0 = s0 * G::kPack;
-    const int64_t elements = min_of(p.k - k0, steps * G::kPack);
-    const int64_t panel = gemm_panel(steps);
-    pack_panels<G>(p.b, k0, elements, n0, n1, scratch.panels);
-    const bool in_place = p.a.lengthwise && readable<G>(p.a.dtype) && elements == steps * G::kPack;
-    for (int64_t m = m0; m < m1; m += kGemmRows) {
-      const int64_t rows = min_of(kGemmRows, m1 - m);
-      const char* a;
-      int64_t a_row, a_step = sizeof(Step);
-      if (in_place) {
-        a = p.a.at(m, k0);
-        a_row = p.a.row;
-      } else if (p.a.lengthwise) {
-        const int64_t depth = round_up(steps, kLanes);
-        for (int64_t r = 0; r < rows; r++)
-          row_to_steps<G>(p.a.dtype, p.a.at(m + r, k0), elements, scratch.rows + r * depth, depth);
-        a = reinterpret_cast<const char*>(scratch.rows);
-        a_row = depth * static_cast<int64_t>(sizeof(Step));
-      } else {
-        const int64_t tile = (m - m0) / kGemmRows % kColumnTiles;
-        const int64_t next = m + (kColumnTiles - tile) * kGemmRows;
-        if (tile == 0) pack_columns<G>(p.a, k0, elements, m, min_of(next, m1), scratch.rows);
-        const int64_t share = ceil_div(elements, kColumnTiles), from = k0 + tile * share;
-        prefetch_rows(p.a, from, min_of(from + share, k0 + elements), next,
-                      min_of(next + kColumnTiles * kGemmRows, m1));
-        a = reinterpret_cast<const char*>(scratch.rows + tile * column_tile(steps));
-        a_row = sizeof(Step);
-        a_step = kGemmRows * sizeof(Step);
+    const int64_t steps = min_of(part, all - s0), segment = equal_parts(steps, kGemmSegment, kLanes);
+    const int64_t k0 = s0 * G::kPack, elements = min_of(p.k - k0, steps * G::kPack);
+    const int64_t panel = gemm_panel(steps), copied = gemm_copied(p, steps);
+    if (!in_place) copy_rows<G>(p, k0, elements, m0, m1, scratch.rows);
+    for (int64_t first = n0; first < n1; first += width) {
+      const int64_t end = min_of(first + width, n1);
+      pack_panels<G>(p.b, k0, elements, first, end, scratch.panels);
+      for (int64_t m = m0; m < m1; m += kGemmRows) {
+        const int64_t rows = min_of(kGemmRows, m1 - m), group = (m - m0) / kGemmRows;
+        const int64_t next = m + kGemmRows < m1 ? m + kGemmRows : m0;
+        const char *a, *ahead;
+        int64_t a_row, a_step = kStep;
+        if (in_place) {
+          a = p.a.at(m, k0), ahead = p.a.at(next, k0);
+          a_row = p.a.row;
+        } else {
+          a = reinterpret_cast<const char*>(scratch.rows + group * copied);
+          ahead = reinterpret_cast<const char*>(scratch.rows + (next - m0) / kGemmRows * copied);
+          a_row = p.a.lengthwise ? (round_up(steps, kLanes) + kLanes) * kStep : kStep;
+          if (!p.a.lengthwise) a_step = kTileRow * kStep;
+        }
+        for (int64_t n = first; n < end; n += kPanel) {
+          const int64_t number = (n - first) / kPanel;
+          const Step* const b = scratch.panels + number * panel;
+          float* const sums = scratch.sums + (once ? 0 : (group * panels + (n - n0) / kPanel) * kGemmRows * kPanel);
+          const int64_t row = min_of(2 * number, m1 - next - 1);
+          const char *const low = ahead + row * a_row, *const high = ahead + min_of(row + 1, m1 - next - 1) * a_row;
+          if (s0 > 0)
+            ask_for(reinterpret_cast<const char*>(sums), reinterpret_cast<const char*>(sums + kGemmRows * kPanel));
+          if (s0 + part >= all) target.ask(m, rows, n, min_of(n + kPanel, end));
+          with_rows<kGemmRows>(static_cast<int>(rows), [&](auto count) {
+            constexpr int kRows = decltype(count)::value;
+            if (end - n > kPanel - kLanes)
+              return gemm_tile<G, kRows, kVectors>(a, a_row, a_step, b, steps, segment, sums, s0 > 0, low, high);
+            with_width(static_cast<int>(ceil_div(end - n, kLanes)), [&](auto wide) {
+              gemm_tile<G, kRows, decltype(wide)::value>(a, a_row, a_step, b, steps, segment, sums, s0 > 0, low, high);
+            });
+          });
+          if (s0 + part >= all) finish(GemmSums{m, rows, n, min_of(n + kPanel, end), sums, kPanel});
+        }
       }
-      float* const sums = scratch.sums + (once ? 0 : (m - m0) * scratch.sums_row);
-      const auto work = [&](auto count) {
-        gemm_rows<G, decltype(count)::value>(a, a_row, a_step, scratch.panels, n1 - n0, panel, steps, sums,
-                                             scratch.sums_row, s0 > 0);
-      };
-      with_rows<kGemmRows>(static_cast<int>(rows), work);
-      if (s0 + part >= all) finish(GemmSums{m, rows, n0, n1, sums, scratch.sums_row});
     }
   }
 }

@@ -118,29 +118,31 @@ void add_sums(const GemmSums& s, float* out, int64_t row) {
   }
 }
 
-// Sums with bias and activation to rows of T; `bias` holds floats for all of the block's columns.
+// Sums with bias and activation to rows of T; `bias` holds floats for the columns from n0 on.
 template <class T, Activation kind>
-void store_activated(const GemmSums& s, const float* bias, T* out, T* before, int64_t row) {
+void store_activated(const GemmSums& s, const float* bias, int64_t n0, T* out, T* before, int64_t row) {
   for (int64_t r = 0; r < s.rows; r++) {
     const int64_t at = (s.m + r) * row + s.first;
     const float* const from = s.sums + r * s.row;
     for_registers(s.end - s.first, [&](int64_t c, auto where) FASTATTN_LAMBDA {
-      const F32 x = load(from + c) + load(bias + c);
+      const F32 x = load(from + c) + load(bias + s.first - n0 + c);
       if (before != nullptr) put_register(before + at + c, x, where);
       put_register(out + at + c, activate<kind, kFine<T>>(x), where);
     });
   }
 }
 
-FASTATTN_INLINE GemmPlan linear_forward_plan(const LinearForward& p) {
-  return gemm_plan(p.rows, p.out, false, p.workers);
+FASTATTN_INLINE GemmPlan linear_forward_plan(const LinearForward& p) { return gemm_plan(p.rows, p.out, p.workers); }
+
+FASTATTN_INLINE Gemm linear_product(const LinearForward& p) {
+  return {gemm_matrix(p.input, true), gemm_matrix(p.weight, true), p.rows, p.out, p.in};
 }
 
 struct LinearForwardScratch {
   float* bias;
   template <class G>
   static LinearForwardScratch deal(Arena& arena, const LinearForward& p, const GemmPlan& plan, GemmScratch<G>& gemm) {
-    gemm = gemm_scratch<G>(arena, plan.rows, plan.columns, p.in);
+    gemm = gemm_scratch<G>(arena, linear_product(p), plan);
     return {arena.take<float>(plan.columns)};
   }
 };
@@ -158,7 +160,7 @@ int64_t linear_forward_scratch(const LinearForward& p) {
 
 template <class G, class T, Activation kind>
 void linear_forward(const LinearForward& p, TaskQueue& queue, char* memory) {
-  const Gemm product{gemm_matrix(p.input, true), gemm_matrix(p.weight, true), p.rows, p.out, p.in};
+  const Gemm product = linear_product(p);
   const GemmPlan plan = linear_forward_plan(p);
   Arena arena{reinterpret_cast<uintptr_t>(memory)};
   GemmScratch<G> gemm;
@@ -173,11 +175,14 @@ void linear_forward(const LinearForward& p, TaskQueue& queue, char* memory) {
                            own.bias, plan.columns);
     else
       memset(own.bias, 0, static_cast<size_t>(plan.columns) * sizeof(float));
-    gemm_block<G>(product, m0, m1, n0, n1, gemm, [&](const GemmSums& sums) FASTATTN_LAMBDA {
+    const GemmTarget target{{reinterpret_cast<const char*>(out), reinterpret_cast<const char*>(before)},
+                            p.out * int64_t{sizeof(T)},
+                            sizeof(T)};
+    gemm_block<G>(product, m0, m1, n0, n1, gemm, target, [&](const GemmSums& sums) FASTATTN_LAMBDA {
       if (kind == Activation::none && p.bias == nullptr)
         store_sums(sums, out, p.out);
       else
-        store_activated<T, kind>(sums, own.bias, out, before, p.out);
+        store_activated<T, kind>(sums, own.bias, n0, out, before, p.out);
     });
   }
 }
@@ -234,14 +239,17 @@ constexpr int64_t kBiasColumns = 256, kBiasRows = 64;
 
 // The tasks of a backward: those of grad_weight, then those of grad_input, then those of grad_bias.
 struct LinearBackwardPlan {
+  Gemm weight_product, input_product;
   GemmPlan weight, input;
   int64_t weight_tasks, input_tasks, bias_tasks;
 };
 
 FASTATTN_INLINE LinearBackwardPlan linear_backward_plan(const LinearBackward& p) {
   LinearBackwardPlan plan{};
-  plan.weight = gemm_plan(p.out, p.in, true, p.workers);
-  plan.input = gemm_plan(p.rows, p.in, false, p.workers);
+  plan.weight_product = {gemm_matrix(p.grad, false), gemm_matrix(p.input, false), p.out, p.in, p.rows};
+  plan.input_product = {gemm_matrix(p.grad, true), gemm_matrix(p.weight, false), p.rows, p.in, p.out};
+  plan.weight = gemm_plan(p.out, p.in, p.workers);
+  plan.input = gemm_plan(p.rows, p.in, p.workers);
   plan.weight_tasks = p.grad_weight != nullptr ? plan.weight.tasks() : 0;
   plan.input_tasks = p.grad_input != nullptr ? plan.input.tasks() : 0;
   plan.bias_tasks = p.grad_bias != nullptr ? ceil_div(p.out, kBiasColumns) : 0;
@@ -259,8 +267,8 @@ int64_t linear_backward_scratch(const LinearBackward& p) {
   with_type(p.input.dtype, [&](auto element) {
     using G = Arithmetic<decltype(element)>;
     Arena weight{0}, input{0};
-    if (plan.weight_tasks > 0) gemm_scratch<G>(weight, plan.weight.rows, plan.weight.columns, p.rows);
-    if (plan.input_tasks > 0) gemm_scratch<G>(input, plan.input.rows, plan.input.columns, p.out);
+    if (plan.weight_tasks > 0) gemm_scratch<G>(weight, plan.weight_product, plan.weight);
+    if (plan.input_tasks > 0) gemm_scratch<G>(input, plan.input_product, plan.input);
     most = max_of(most, max_of(static_cast<int64_t>(weight.next), static_cast<int64_t>(input.next)));
   });
   return most;
@@ -278,6 +286,9 @@ void sum_columns(const LinearBackward& p, int64_t first, float* memory) {
     memset(partial, 0, kBiasColumns * sizeof(float));
     for (int64_t r = r0; r < min_of(r0 + kBiasRows, p.rows); r++) {
       const T* const row = static_cast<const T*>(p.grad.data) + r * p.grad.row + first;
+      if (r + kAskAhead < p.rows)
+        ask_for(reinterpret_cast<const char*>(row + kAskAhead * p.grad.row),
+                reinterpret_cast<const char*>(row + kAskAhead * p.grad.row + columns));
       for_registers(columns, [&](int64_t c, auto where) FASTATTN_LAMBDA {
         store(partial + c, load(partial + c) + get_register(row + c, where));
       });
@@ -295,18 +306,20 @@ template <class G>
 void linear_product_task(const Gemm& product, const GemmPlan& plan, int64_t task, DType dtype, bool add, void* out,
                          char* memory) {
   Arena arena{reinterpret_cast<uintptr_t>(memory)};
-  const GemmScratch<G> scratch = gemm_scratch<G>(arena, plan.rows, plan.columns, product.k);
+  const GemmScratch<G> scratch = gemm_scratch<G>(arena, product, plan);
   const int64_t m0 = task % plan.row_blocks * plan.rows, m1 = min_of(m0 + plan.rows, product.m);
   const int64_t n0 = task / plan.row_blocks * plan.columns, n1 = min_of(n0 + plan.columns, product.n);
+  const int64_t size = element_size(dtype);
+  const GemmTarget target{{static_cast<const char*>(out), nullptr}, product.n * size, size};
   if (add) {
     float* const to = static_cast<float*>(out);
-    gemm_block<G>(product, m0, m1, n0, n1, scratch,
+    gemm_block<G>(product, m0, m1, n0, n1, scratch, target,
                   [&](const GemmSums& sums) FASTATTN_LAMBDA { add_sums(sums, to, product.n); });
     return;
   }
   with_type(dtype, [&](auto element) {
     auto* const to = static_cast<decltype(element)*>(out);
-    gemm_block<G>(product, m0, m1, n0, n1, scratch,
+    gemm_block<G>(product, m0, m1, n0, n1, scratch, target,
                   [&](const GemmSums& sums) FASTATTN_LAMBDA { store_sums(sums, to, product.n); });
   });
 }
@@ -314,14 +327,13 @@ void linear_product_task(const Gemm& product, const GemmPlan& plan, int64_t task
 template <class G>
 void linear_backward(const LinearBackward& p, TaskQueue& queue, char* memory) {
   const LinearBackwardPlan plan = linear_backward_plan(p);
-  const Gemm weight{gemm_matrix(p.grad, false), gemm_matrix(p.input, false), p.out, p.in, p.rows};
-  const Gemm input{gemm_matrix(p.grad, true), gemm_matrix(p.weight, false), p.rows, p.in, p.out};
   for (int64_t task; (task = take_task(queue)) < queue.total;) {
     if (task < plan.weight_tasks) {
-      linear_product_task<G>(weight, plan.weight, task, p.weight_grad_dtype, p.accumulate, p.grad_weight, memory);
-    } else if (task < plan.weight_tasks + plan.input_tasks) {
-      linear_product_task<G>(input, plan.input, task - plan.weight_tasks, p.input_grad_dtype, false, p.grad_input,
+      linear_product_task<G>(plan.weight_product, plan.weight, task, p.weight_grad_dtype, p.accumulate, p.grad_weight,
                              memory);
+    } else if (task < plan.weight_tasks + plan.input_tasks) {
+      linear_product_task<G>(plan.input_product, plan.input, task - plan.weight_tasks, p.input_grad_dtype, false,
+                             p.grad_input, memory);
     } else {
       const int64_t chunk = task - plan.weight_tasks - plan.input_tasks;
       with_type(p.grad.dtype, [&](auto element) {
