@@ -22,6 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+#: What ops take.
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 NORM_FACTOR = 2.0
 ELEMENT_FACTOR = 3.0
 ROUNDINGS = 1.0

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from fastattn import philox as philox_mask
 from fastattn.dispatch import Op, Problem, autocast_enabled, check_size
-from fastattn.numerics import accumulation_dtype
+from fastattn.numerics import FLOATING, accumulation_dtype
 
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ALIGNMENTS = ("top_left", "bottom_right")
 #: Row, column and head indices are 32-bit words of the dropout counter, and products of them must fit 63 bits.
 MAX_LENGTH = 2**31 - 1

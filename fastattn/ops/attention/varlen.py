@@ -15,9 +15,8 @@ from torch import Tensor
 
 from fastattn import philox as philox_mask
 from fastattn.dispatch import Op, Problem, autocast_enabled, check_size
-from fastattn.numerics import accumulation_dtype
+from fastattn.numerics import FLOATING, accumulation_dtype
 from fastattn.ops.attention.op import (
-    FLOATING,
     MAX_LENGTH,
     MAX_SCALE,
     NO_WINDOW,

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.cases import Arguments, Case, Sampler, Suite, Workload
+from fastattn.layouts import strided_rows
 from fastattn.ops.cross_entropy.op import cross_entropy
 
 Draw = Callable[..., Tensor]
@@ -54,10 +55,6 @@ def peer(
 
 def _contiguous(s: Sampler, *shape: int) -> Tensor:
     return s.normal(*shape, std=2.0)
-
-
-def _strided_rows(s: Sampler, *shape: int) -> Tensor:
-    return s.normal(*shape[:-1], shape[-1] + 7)[..., 3:-4]
 
 
 def _transposed(s: Sampler, rows: int, classes: int) -> Tensor:
@@ -180,11 +177,11 @@ def _cases() -> Iterator[Case]:
         )
         yield Case(f"{name} large vocabulary", _build((6, 50304), **features))
         yield Case(f"{name} 3 dims", _build((4, 7, 9), **features))
-        yield Case(f"{name} strided rows", _build((12, 70), draw=_strided_rows, **features))
+        yield Case(f"{name} strided rows", _build((12, 70), draw=strided_rows, **features))
         yield Case(f"{name} large logits", _build((24, 90), draw=lambda s, *n: s.normal(*n, std=50.0), **features))
     yield Case("z_loss returned", _build((24, 19), ignored=3, z_loss=0.05, return_z_loss=True))
     yield Case("z_loss returned none", _build((24, 19), ignored=3, z_loss=0.05, return_z_loss=True, reduction="none"))
-    yield Case("strided rows", _build((12, 70), draw=_strided_rows), core=True)
+    yield Case("strided rows", _build((12, 70), draw=strided_rows), core=True)
     yield Case("transposed", _build((12, 70), draw=_transposed))
     yield Case("expanded", _build((12, 70), draw=_expanded))
     yield Case("large logits", _build((24, 90), draw=lambda s, *n: s.normal(*n, std=50.0)), core=True)

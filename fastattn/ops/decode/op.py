@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from fastattn.dispatch import Op, Problem, check_size
-from fastattn.numerics import accumulation_dtype
+from fastattn.numerics import FLOATING, accumulation_dtype
 
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_LENGTH = 2**31 - 1
 MAX_SCALE = torch.finfo(torch.float32).max
 

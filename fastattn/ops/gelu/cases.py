@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.cases import Arguments, Case, Sampler, Suite, Workload
+from fastattn.layouts import same_columns, strided_rows, transposed
 from fastattn.ops.gelu.op import gelu
 
 Draw = Callable[..., Tensor]
@@ -31,18 +32,6 @@ def peer(input: Tensor, approximate: str = "none", *, bias: Tensor | None = None
 
 def _contiguous(s: Sampler, *shape: int) -> Tensor:
     return s.normal(*shape, std=2.0)
-
-
-def _strided_rows(s: Sampler, *shape: int) -> Tensor:
-    return s.normal(*shape[:-1], shape[-1] + 7)[..., 3:-4]
-
-
-def _transposed(s: Sampler, *shape: int) -> Tensor:
-    return s.normal(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
-
-
-def _expanded(s: Sampler, *shape: int) -> Tensor:
-    return s.normal(*shape[:-1], 1).expand(shape)
 
 
 def _build(
@@ -80,10 +69,10 @@ def _cases() -> Iterator[Case]:
         yield from case("1 row", 1, 200)
         yield from case("one dim", 50)
         yield from case("4 dims", 2, 3, 4, 50)
-        yield from case("strided rows", 12, 70, draw=_strided_rows, core=True)
-        yield from case("strided rows of 3 dims", 3, 12, 70, draw=_strided_rows)
-        yield from case("transposed", 12, 70, draw=_transposed)
-        yield from case("expanded", 12, 70, draw=_expanded)
+        yield from case("strided rows", 12, 70, draw=strided_rows, core=True)
+        yield from case("strided rows of 3 dims", 3, 12, 70, draw=strided_rows)
+        yield from case("transposed", 12, 70, draw=transposed)
+        yield from case("expanded", 12, 70, draw=same_columns)
         yield from case("no rows", 0, 5)
         yield from case("no columns", 5, 0)
         yield Case(f"{approximate} no dims", _build((), approximate), draws=64)

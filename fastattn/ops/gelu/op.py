@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from fastattn.dispatch import Op, Problem, check_size
-from fastattn.numerics import accumulation_dtype
+from fastattn.numerics import FLOATING, accumulation_dtype
 
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 APPROXIMATIONS = ("none", "tanh")
 
 

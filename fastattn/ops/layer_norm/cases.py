@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastattn import philox
 from fastattn.cases import Arguments, Case, Sampler, Suite, Workload
+from fastattn.layouts import contiguous, permuted_rows, same_rows, strided_rows, transposed
 from fastattn.ops.layer_norm.op import add_layer_norm, layer_norm
 
 Draw = Callable[..., Tensor]
@@ -115,29 +116,6 @@ def add_peer(
     )
 
 
-def _contiguous(s: Sampler, *shape: int) -> Tensor:
-    return s.normal(*shape)
-
-
-def _strided_rows(s: Sampler, *shape: int) -> Tensor:
-    """Rows with a gap after each, starting at an address that is aligned to nothing."""
-    return s.normal(*shape[:-1], shape[-1] + 7)[..., 3:-4]
-
-
-def _transposed(s: Sampler, *shape: int) -> Tensor:
-    """The normalised dimension is not the innermost in memory."""
-    return s.normal(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
-
-
-def _permuted_rows(s: Sampler, *shape: int) -> Tensor:
-    """Rows of a (B, H, S, D) tensor seen as (B, S, H, D): no single stride walks along them."""
-    return s.normal(shape[0], shape[2], shape[1], *shape[3:]).transpose(1, 2)
-
-
-def _expanded(s: Sampler, *shape: int) -> Tensor:
-    return s.normal(1, *shape[1:]).expand(shape)
-
-
 def _build(
     shape: tuple[int, ...],
     dims: int = 1,
@@ -148,7 +126,7 @@ def _build(
     bias_dtype: torch.dtype | None = None,
     residual: bool = False,
     residual_dtype: torch.dtype | None = None,
-    draw: Draw = _contiguous,
+    draw: Draw = contiguous,
     **call: Any,
 ) -> Callable[[Sampler], Arguments]:
     normalized_shape = shape[len(shape) - dims :]
@@ -216,11 +194,11 @@ def _cases() -> Iterator[Case]:
     yield Case("huge offset", _build((30, 200), draw=lambda s, *n: s.normal(*n, mean=1000.0)), core=True)
     yield Case("huge offset in long rows", _build((4, 5000), draw=lambda s, *n: s.normal(*n, mean=-3000.0, std=2.0)))
     layouts: dict[str, tuple[Draw, tuple[int, ...]]] = {
-        "strided rows": (_strided_rows, (12, 70)),
-        "strided rows of 3 dims": (_strided_rows, (3, 12, 70)),
-        "transposed": (_transposed, (12, 70)),
-        "permuted rows": (_permuted_rows, (3, 6, 4, 50)),
-        "expanded": (_expanded, (8, 70)),
+        "strided rows": (strided_rows, (12, 70)),
+        "strided rows of 3 dims": (strided_rows, (3, 12, 70)),
+        "transposed": (transposed, (12, 70)),
+        "permuted rows": (permuted_rows, (3, 6, 4, 50)),
+        "expanded": (same_rows, (8, 70)),
     }
     for name, (draw, shape) in layouts.items():
         yield Case(name, _build(shape, draw=draw), core=name == "strided rows")
@@ -267,10 +245,10 @@ def _add_cases() -> Iterator[Case]:
         core=True,
     )
     for name, draw, shape in (
-        ("strided rows", _strided_rows, (12, 70)),
-        ("transposed", _transposed, (12, 70)),
-        ("permuted rows", _permuted_rows, (3, 6, 4, 50)),
-        ("expanded", _expanded, (8, 70)),
+        ("strided rows", strided_rows, (12, 70)),
+        ("transposed", transposed, (12, 70)),
+        ("permuted rows", permuted_rows, (3, 6, 4, 50)),
+        ("expanded", same_rows, (8, 70)),
     ):
         yield Case(name, add(shape, draw=draw), core=name == "strided rows")
         yield Case(f"{name} with dropout", add(shape, draw=draw, dropout_p=0.3, seed=3))

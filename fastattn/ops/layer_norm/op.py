@@ -6,7 +6,6 @@ add_layer_norm    s = residual + dropout(input), y = layer_norm(s): a pre-LN blo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import philox as philox_mask
-from fastattn.dispatch import Op, Problem, check_size
+from fastattn.dispatch import Op, Problem
+from fastattn.norms import (
+    PLAIN,
+    check,
+    check_residual,
+    check_values,
+    dims_of,
+    dropout_state,
+    key_of,
+    parameter_fake,
+    parameters_for,
+    rows_of,
+    sides,
+)
 from fastattn.numerics import accumulation_dtype
-
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-HALVES = (torch.bfloat16, torch.float16)
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @dataclass(frozen=True)
@@ -41,16 +48,6 @@ class AddLayerNormProblem(LayerNormProblem):
     dropout: bool
 
 
-def _rows(tensor: Tensor, normalized_ndim: int) -> int:
-    return math.prod(tensor.shape[: tensor.ndim - normalized_ndim])
-
-
-def _parameter_fake(like: Tensor, tensor: Tensor | None, wanted: bool) -> Tensor:
-    if tensor is None:
-        return like.new_empty((0,), dtype=torch.float32)
-    return tensor.new_empty(tensor.shape if wanted else (0,))
-
-
 # ---- layer_norm ----
 
 
@@ -62,7 +59,7 @@ def _forward_fake(
     eps: float,
     weight_offset: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    statistics = input.new_empty((_rows(input, normalized_ndim),), dtype=accumulation_dtype(input.dtype))
+    statistics = input.new_empty((rows_of(input, normalized_ndim),), dtype=accumulation_dtype(input.dtype))
     return input.new_empty(input.shape), statistics, torch.empty_like(statistics)
 
 
@@ -78,7 +75,7 @@ def _backward_fake(
     weight_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    parameters = _parameter_fake(input, weight, weight_grad), _parameter_fake(input, bias, bias_grad)
+    parameters = parameter_fake(input, weight, weight_grad), parameter_fake(input, bias, bias_grad)
     return input.new_empty(input.shape), *parameters
 
 
@@ -156,7 +153,7 @@ def _add_backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     apart = dropout_p > 0.0 or input_dtype != sum.dtype
     grad_input = sum.new_empty(sum.shape if apart else (0,), dtype=input_dtype)
-    parameters = _parameter_fake(sum, weight, weight_grad), _parameter_fake(sum, bias, bias_grad)
+    parameters = parameter_fake(sum, weight, weight_grad), parameter_fake(sum, bias, bias_grad)
     return grad_input, sum.new_empty(sum.shape), *parameters
 
 
@@ -224,78 +221,6 @@ ADD_OP = Op(
 )
 
 
-# ---- validation ----
-
-
-def _check(
-    op: str, input: Tensor, normalized_shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None
-) -> None:
-    if input.dtype not in FLOATING:
-        raise ValueError(f"{op}: input must be float32, bfloat16, float16 or float64, got {input.dtype}")
-    check_size(op, "an input", input.shape)
-    n = len(normalized_shape)
-    if n == 0 or n > input.ndim or tuple(input.shape[input.ndim - n :]) != normalized_shape:
-        raise ValueError(
-            f"{op}: the input's last dimensions must be normalized_shape {normalized_shape}, got an input of"
-            f" shape {tuple(input.shape)}"
-        )
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != normalized_shape:
-            raise ValueError(f"{op}: {name} must have shape {normalized_shape}, got {tuple(tensor.shape)}")
-        if tensor.dtype not in FLOATING or tensor.device != input.device:
-            raise ValueError(
-                f"{op}: {name} must be floating and on {input.device}, got {tensor.dtype} on {tensor.device}"
-            )
-
-
-def _check_residual(op: str, input: Tensor, residual: Tensor) -> None:
-    if residual.shape != input.shape or residual.device != input.device:
-        raise ValueError(
-            f"{op}: residual must have the input's shape {tuple(input.shape)} and device {input.device}, got"
-            f" {tuple(residual.shape)} on {residual.device}"
-        )
-    if residual.dtype not in FLOATING:
-        raise ValueError(f"{op}: residual must be floating, got {residual.dtype}")
-
-
-def _check_values(op: str, weight_offset: float, dropout_p: float = 0.0, seed: int | None = None) -> None:
-    if not -math.inf < weight_offset < math.inf:  # also refuses NaN
-        raise ValueError(f"{op}: weight_offset must be finite, got {weight_offset}")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"{op}: dropout_p must be in [0, 1], got {dropout_p}")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise ValueError(f"{op}: seed must be in [0, 2**63), got {seed}")
-
-
-def _parameters(dtype: torch.dtype, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """weight and bias as kernels take them: contiguous and of one dtype, `dtype` or float32 (float64 for float64)."""
-    if (weight is not None and weight.dtype != dtype) or (bias is not None and bias.dtype != dtype):
-        dtype = accumulation_dtype(dtype)
-    return (
-        None if weight is None else weight.to(dtype).contiguous(),
-        None if bias is None else bias.to(dtype).contiguous(),
-    )
-
-
-def _sides(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """input and residual as kernels take them: residual of their common dtype, input of that or of
-    fewer bits than float32."""
-    common = torch.promote_types(input.dtype, residual.dtype)
-    if input.dtype != common and not (common == torch.float32 and input.dtype in HALVES):
-        input = input.to(common)
-    return input, residual.to(common)
-
-
-def _tuple(normalized_shape: Sequence[int] | int) -> tuple[int, ...]:
-    return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-
-
-def _key(tensor: Tensor | None) -> Any:
-    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
-
-
 # ---- the public functions ----
 
 
@@ -307,7 +232,7 @@ def _plain(
     if type(input) is not Tensor or not input.is_cpu or n == 0 or input.shape[-n:] != shape:
         return None
     for parameter in (weight, bias):
-        if parameter is not None and not (type(parameter) in _PLAIN and parameter.is_cpu and parameter.shape == shape):
+        if parameter is not None and not (type(parameter) in PLAIN and parameter.is_cpu and parameter.shape == shape):
             return None
     results = OP.attempt(input, weight, bias, n, eps, 0.0)
     return None if results is None else results[0]
@@ -345,7 +270,7 @@ def layer_norm(
     Raises:
         ValueError: shapes, dtypes, devices or numbers that do not fit.
     """
-    shape = _tuple(normalized_shape)
+    shape = dims_of(normalized_shape)
     if residual is not None:
         results = _added("layer_norm", input, residual, shape, weight, bias, eps, 0.0, weight_offset, None, backend)
         return results if prenorm else results[0]
@@ -355,7 +280,7 @@ def layer_norm(
         if plain is not None:
             return (plain, input) if prenorm else plain
     if weight_offset != 0.0:
-        _check_values("layer_norm", weight_offset)
+        check_values("layer_norm", weight_offset)
 
     def problem() -> LayerNormProblem:
         return _problem(input, shape, weight, bias)
@@ -363,9 +288,9 @@ def layer_norm(
     if torch.compiler.is_compiling():
         bound = OP.resolve(problem(), backend)
     else:
-        signature = (input.shape, shape, input.dtype, input.device, _key(weight), _key(bias))
+        signature = (input.shape, shape, input.dtype, input.device, key_of(weight), key_of(bias))
         bound = OP.resolve_cached(signature, problem, backend)
-    weight, bias = _parameters(input.dtype, weight, bias)
+    weight, bias = parameters_for(input.dtype, weight, bias)
     output, _mean, _rstd = bound(input, weight, bias, len(shape), float(eps), float(weight_offset))
     return (output, input) if prenorm else output
 
@@ -404,7 +329,7 @@ def add_layer_norm(
     Raises:
         ValueError: shapes, dtypes, devices or numbers that do not fit.
     """
-    shape = _tuple(normalized_shape)
+    shape = dims_of(normalized_shape)
     return _added("add_layer_norm", input, residual, shape, weight, bias, eps, dropout_p, weight_offset, seed, backend)
 
 
@@ -421,7 +346,7 @@ def _added(
     seed: int | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    _check_values(op, weight_offset, dropout_p, seed)
+    check_values(op, weight_offset, dropout_p, seed)
 
     def problem() -> AddLayerNormProblem:
         return _add_problem(op, input, residual, shape, weight, bias, dropout_p > 0.0)
@@ -430,15 +355,13 @@ def _added(
         bound = ADD_OP.resolve(problem(), backend)
     else:
         signature = (
-            op, input.shape, shape, input.dtype, input.device, _key(residual), _key(weight), _key(bias),
+            op, input.shape, shape, input.dtype, input.device, key_of(residual), key_of(weight), key_of(bias),
             dropout_p > 0.0,
         )  # fmt: skip
         bound = ADD_OP.resolve_cached(signature, problem, backend)
-    x, r = _sides(input, residual)
-    weight, bias = _parameters(r.dtype, weight, bias)
-    philox = None
-    if dropout_p > 0.0:
-        philox = philox_mask.draw(x.device) if seed is None else philox_mask.fixed(seed, x.device)
+    x, r = sides(input, residual)
+    weight, bias = parameters_for(r.dtype, weight, bias)
+    philox = dropout_state(x.device, dropout_p, seed)
     output, total, _mean, _rstd = bound(
         x, r, weight, bias, philox, len(shape), float(eps), float(weight_offset), float(dropout_p)
     )
@@ -449,8 +372,8 @@ def _added(
 
 
 def _problem(input: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None) -> LayerNormProblem:
-    _check("layer_norm", input, shape, weight, bias)
-    weight, bias = _parameters(input.dtype, weight, bias)
+    check("layer_norm", input, shape, weight=weight, bias=bias)
+    weight, bias = parameters_for(input.dtype, weight, bias)
     return LayerNormProblem(
         device=input.device.type,
         dtype=input.dtype,
@@ -470,10 +393,10 @@ def _add_problem(
     bias: Tensor | None,
     dropout: bool,
 ) -> AddLayerNormProblem:
-    _check(op, input, shape, weight, bias)
-    _check_residual(op, input, residual)
-    x, r = _sides(input, residual)
-    weight, bias = _parameters(r.dtype, weight, bias)
+    check(op, input, shape, weight=weight, bias=bias)
+    check_residual(op, input, residual)
+    x, r = sides(input, residual)
+    weight, bias = parameters_for(r.dtype, weight, bias)
     return AddLayerNormProblem(
         device=input.device.type,
         dtype=r.dtype,
@@ -497,8 +420,8 @@ def _prepare(
     weight_offset: float = 0.0,
     **_: Any,
 ) -> tuple[Op, Problem]:
-    shape = _tuple(normalized_shape)
-    _check_values("layer_norm", weight_offset)
+    shape = dims_of(normalized_shape)
+    check_values("layer_norm", weight_offset)
     if residual is None:
         return OP, _problem(input, shape, weight, bias)
     return ADD_OP, _add_problem("layer_norm", input, residual, shape, weight, bias, False)
@@ -517,9 +440,9 @@ def _add_prepare(
     seed: int | None = None,
     **_: Any,
 ) -> tuple[Op, Problem]:
-    _check_values("add_layer_norm", weight_offset, dropout_p, seed)
+    check_values("add_layer_norm", weight_offset, dropout_p, seed)
     return ADD_OP, _add_problem(
-        "add_layer_norm", input, residual, _tuple(normalized_shape), weight, bias, dropout_p > 0.0
+        "add_layer_norm", input, residual, dims_of(normalized_shape), weight, bias, dropout_p > 0.0
     )
 
 

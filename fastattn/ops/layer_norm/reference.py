@@ -7,28 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import philox as philox_mask
 from fastattn.dispatch import Implementation
+from fastattn.norms import dropped, matrix_of, scale_of
 from fastattn.numerics import accumulation_dtype
-
-
-def _two_dims(tensor: Tensor, normalized_ndim: int, dtype: torch.dtype) -> Tensor:
-    """(rows, columns) in the accumulation dtype."""
-    rows = tensor.shape[: tensor.ndim - normalized_ndim].numel()
-    return tensor.reshape(rows, tensor.shape[tensor.ndim - normalized_ndim :].numel()).to(dtype)
-
-
-def _scale(weight: Tensor | None, weight_offset: float, dtype: torch.dtype) -> Tensor | float:
-    return 1.0 if weight is None else weight.reshape(-1).to(dtype) + weight_offset
-
-
-def _dropped(x: Tensor, philox: Tensor | None, p: float) -> Tensor:
-    """x, (rows, columns), with its elements dropped or scaled."""
-    if p == 0.0:
-        return x
-    assert philox is not None
-    keep = philox_mask.row_mask(philox, p, *x.shape)
-    return x * keep * (1.0 / (1.0 - p) if p < 1.0 else 0.0)
 
 
 def forward(
@@ -41,11 +22,11 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(output, mean, rstd); mean and rstd are (rows,)."""
     acc = accumulation_dtype(input.dtype)
-    x = _two_dims(input, normalized_ndim, acc)
+    x = matrix_of(input, normalized_ndim, acc)
     mean = x.mean(1, keepdim=True)
     centred = x - mean
     rstd = (centred.square().mean(1, keepdim=True) + eps).rsqrt()
-    y = centred * rstd * _scale(weight, weight_offset, acc)
+    y = centred * rstd * scale_of(weight, weight_offset, acc)
     if bias is not None:
         y = y + bias.reshape(-1).to(acc)
     return y.reshape(input.shape).to(input.dtype).contiguous(), mean.reshape(-1), rstd.reshape(-1)
@@ -66,14 +47,14 @@ def _gradients(
     """dx = rstd * (wg - mean(wg) - xhat * mean(wg * xhat)), with wg = weight * grad_output: (rows, columns), not
     rounded; and the parameters' gradients."""
     acc = accumulation_dtype(input.dtype)
-    g = _two_dims(grad_output, normalized_ndim, acc)
-    x = _two_dims(input, normalized_ndim, acc)
+    g = matrix_of(grad_output, normalized_ndim, acc)
+    x = matrix_of(input, normalized_ndim, acc)
     if torch.is_grad_enabled():  # a second derivative: the statistics depend on the input, eps does not
         mean = x.mean(1)
         variance = (x - mean[:, None]).square().mean(1)
         rstd = (variance + (rstd.pow(-2) - variance).detach()).rsqrt()
     xhat = (x - mean[:, None]) * rstd[:, None]
-    wg = g * _scale(weight, weight_offset, acc)
+    wg = g * scale_of(weight, weight_offset, acc)
     grad = wg - wg.mean(1, keepdim=True) - xhat * (wg * xhat).mean(1, keepdim=True)
 
     def parameter(tensor: Tensor | None, wanted: bool, gradient: Tensor) -> Tensor:
@@ -103,7 +84,7 @@ def add_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(output, sum, mean, rstd); the sum is rounded to the residual's dtype before it is normalised."""
     acc = accumulation_dtype(residual.dtype)
-    branch = _dropped(_two_dims(input, normalized_ndim, acc), philox, dropout_p)
+    branch = dropped(matrix_of(input, normalized_ndim, acc), philox, dropout_p)
     total = (residual.to(acc) + branch.reshape(residual.shape)).to(residual.dtype).contiguous()
     output, mean, rstd = forward(total, weight, bias, normalized_ndim, eps, weight_offset)
     return output, total, mean, rstd
@@ -131,9 +112,9 @@ def add_backward(
         grad_output, sum, weight, bias, mean, rstd, normalized_ndim, weight_offset, weight_grad, bias_grad
     )
     if grad_sum is not None:
-        grad = grad + _two_dims(grad_sum, normalized_ndim, grad.dtype)
+        grad = grad + matrix_of(grad_sum, normalized_ndim, grad.dtype)
     if dropout_p > 0.0 or input_dtype != sum.dtype:
-        grad_input = _dropped(grad, philox, dropout_p).reshape(sum.shape).to(input_dtype).contiguous()
+        grad_input = dropped(grad, philox, dropout_p).reshape(sum.shape).to(input_dtype).contiguous()
     else:
         grad_input = sum.new_empty((0,), dtype=input_dtype)
     return grad_input, grad.reshape(sum.shape).to(sum.dtype).contiguous(), grad_weight, grad_bias

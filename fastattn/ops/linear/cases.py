@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.cases import Arguments, Case, Sampler, Suite, Workload
+from fastattn.layouts import contiguous, strided_rows, transposed
 from fastattn.ops.linear.op import ACTIVATIONS, linear
 
 Draw = Callable[..., Tensor]
@@ -26,18 +27,6 @@ def peer(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: 
     return F.gelu(output, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-def _contiguous(s: Sampler, *shape: int, std: float = 1.0) -> Tensor:
-    return s.normal(*shape, std=std)
-
-
-def _sliced(s: Sampler, *shape: int, std: float = 1.0) -> Tensor:
-    return s.normal(*shape[:-1], shape[-1] + 7, std=std)[..., 3:-4]
-
-
-def _transposed(s: Sampler, *shape: int, std: float = 1.0) -> Tensor:
-    return s.normal(*shape[:-2], shape[-1], shape[-2], std=std).transpose(-1, -2)
-
-
 def _expanded(s: Sampler, *shape: int, std: float = 1.0) -> Tensor:
     return s.normal(*shape[1:], std=std).expand(shape)
 
@@ -51,8 +40,8 @@ def _build(
     out: int,
     *,
     bias: bool = True,
-    input: Draw = _contiguous,
-    weight: Draw = _contiguous,
+    input: Draw = contiguous,
+    weight: Draw = contiguous,
     std: float = 1.0,
     **call: Any,
 ) -> Callable[[Sampler], Arguments]:
@@ -91,11 +80,15 @@ def _cases() -> Iterator[Case]:
     yield Case("1 dim", _build((50,), 20), draws=8)
     yield Case("3 dims", _build((2, 7, 50), 20, activation="gelu"), core=True)
     yield Case("4 dims", _build((2, 3, 5, 20), 12))
-    yield Case("rows of a larger tensor", _build((4, 6, 30), 20, input=_sliced, weight=_sliced), core=True)
-    yield Case("odd rows of a larger tensor", _build((6, 31), 21, input=_sliced, weight=_sliced))
+    yield Case(
+        "rows of a larger tensor",
+        _build((4, 6, 30), 20, input=strided_rows, weight=strided_rows),
+        core=True,
+    )
+    yield Case("odd rows of a larger tensor", _build((6, 31), 21, input=strided_rows, weight=strided_rows))
     yield Case("every other element", _build((6, 30), 20, input=_every_other, weight=_every_other))
-    yield Case("transposed weight", _build((26, 70), 90, weight=_transposed), core=True)
-    yield Case("transposed input", _build((26, 70), 90, input=_transposed))
+    yield Case("transposed weight", _build((26, 70), 90, weight=transposed), core=True)
+    yield Case("transposed input", _build((26, 70), 90, input=transposed))
     yield Case("expanded input", _build((5, 6, 70), 40, input=_expanded))
     yield Case("large and small", _build((20, 100), 40, std=1e4))
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fastattn.dispatch import Op, Problem, autocast_enabled, check_size
+from fastattn.numerics import FLOATING
 
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 #: By number, as the torch ops take them.
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu")
 RELU = ACTIVATIONS.index("relu")

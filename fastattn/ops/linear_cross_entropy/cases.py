@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.cases import Arguments, Case, Sampler, Suite, Workload
+from fastattn.layouts import contiguous, strided_rows, transposed
 from fastattn.ops.linear_cross_entropy.op import linear_cross_entropy
 
 Draw = Callable[..., Tensor]
@@ -37,18 +38,6 @@ def peer(
     return F.cross_entropy(logits, target, weight, ignore_index=-100 if ignore_index is None else ignore_index, **call)
 
 
-def _contiguous(s: Sampler, *shape: int, std: float = 1.0) -> Tensor:
-    return s.normal(*shape, std=std)
-
-
-def _sliced(s: Sampler, *shape: int, std: float = 1.0) -> Tensor:
-    return s.normal(*shape[:-1], shape[-1] + 7, std=std)[..., 3:-4]
-
-
-def _transposed(s: Sampler, *shape: int, std: float = 1.0) -> Tensor:
-    return s.normal(*shape[:-2], shape[-1], shape[-2], std=std).transpose(-1, -2)
-
-
 def _build(
     shape: tuple[int, ...],
     classes: int,
@@ -59,7 +48,7 @@ def _build(
     probabilities: bool = False,
     ignored: int | None = None,
     target_dtype: torch.dtype = torch.int64,
-    draw: Draw = _contiguous,
+    draw: Draw = contiguous,
     std: float = 2.0,
     **call: Any,
 ) -> Callable[[Sampler], Arguments]:
@@ -126,8 +115,8 @@ def _cases() -> Iterator[Case]:
         )
     yield Case("positions of probabilities", _build((12, 30), 9, positions=(2,), probabilities=True), PROBABILITIES)
     yield Case("int32 targets", _build((24, 30), 19, target_dtype=torch.int32))
-    yield Case("rows of a larger tensor", _build((24, 30), 40, draw=_sliced), core=True)
-    yield Case("transposed", _build((24, 30), 40, draw=_transposed))
+    yield Case("rows of a larger tensor", _build((24, 30), 40, draw=strided_rows), core=True)
+    yield Case("transposed", _build((24, 30), 40, draw=transposed))
     yield Case("large logits", _build((24, 30), 90, std=30.0))
     yield Case("gradient of the input only", _build((24, 30), 40), differentiable=("input",))
     yield Case("gradient of the weight only", _build((24, 30), 40, reduction="none"), differentiable=("linear_weight",))

@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.dispatch import Op, Problem, autocast_enabled, check_size
-from fastattn.numerics import accumulation_dtype
+from fastattn.numerics import FLOATING, accumulation_dtype
 
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("none", "mean", "sum")
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 

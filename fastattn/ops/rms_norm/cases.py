@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastattn import philox
 from fastattn.cases import Arguments, Case, Sampler, Suite, Workload
+from fastattn.layouts import contiguous, permuted_rows, same_rows, strided_rows, transposed
 from fastattn.ops.rms_norm.op import add_rms_norm, rms_norm
 
 Draw = Callable[..., Tensor]
@@ -102,29 +103,6 @@ def add_peer(
     return peer(branch, normalized_shape, weight, eps, residual=residual, prenorm=True, weight_offset=weight_offset)
 
 
-def _contiguous(s: Sampler, *shape: int) -> Tensor:
-    return s.normal(*shape)
-
-
-def _strided_rows(s: Sampler, *shape: int) -> Tensor:
-    """Rows with a gap after each, starting at an address that is aligned to nothing."""
-    return s.normal(*shape[:-1], shape[-1] + 7)[..., 3:-4]
-
-
-def _transposed(s: Sampler, *shape: int) -> Tensor:
-    """The normalised dimension is not the innermost in memory."""
-    return s.normal(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
-
-
-def _permuted_rows(s: Sampler, *shape: int) -> Tensor:
-    """Rows of a (B, H, S, D) tensor seen as (B, S, H, D): no single stride walks along them."""
-    return s.normal(shape[0], shape[2], shape[1], *shape[3:]).transpose(1, 2)
-
-
-def _expanded(s: Sampler, *shape: int) -> Tensor:
-    return s.normal(1, *shape[1:]).expand(shape)
-
-
 def _build(
     shape: tuple[int, ...],
     dims: int = 1,
@@ -133,7 +111,7 @@ def _build(
     parameters: torch.dtype | None = None,
     residual: bool = False,
     residual_dtype: torch.dtype | None = None,
-    draw: Draw = _contiguous,
+    draw: Draw = contiguous,
     eps: float = 1e-6,
     **call: Any,
 ) -> Callable[[Sampler], Arguments]:
@@ -181,11 +159,11 @@ def _cases() -> Iterator[Case]:
     yield Case("large values", _build((30, 100), draw=lambda s, *n: s.normal(*n, std=300.0)))
     yield Case("offset", _build((30, 200), draw=lambda s, *n: s.normal(*n, mean=100.0)), core=True)
     layouts: dict[str, tuple[Draw, tuple[int, ...]]] = {
-        "strided rows": (_strided_rows, (12, 70)),
-        "strided rows of 3 dims": (_strided_rows, (3, 12, 70)),
-        "transposed": (_transposed, (12, 70)),
-        "permuted rows": (_permuted_rows, (3, 6, 4, 50)),
-        "expanded": (_expanded, (8, 70)),
+        "strided rows": (strided_rows, (12, 70)),
+        "strided rows of 3 dims": (strided_rows, (3, 12, 70)),
+        "transposed": (transposed, (12, 70)),
+        "permuted rows": (permuted_rows, (3, 6, 4, 50)),
+        "expanded": (same_rows, (8, 70)),
     }
     for name, (draw, shape) in layouts.items():
         yield Case(name, _build(shape, draw=draw), core=name == "strided rows")
@@ -221,8 +199,8 @@ def _add_cases() -> Iterator[Case]:
         add((21, 100), residual_dtype=torch.float32, parameters=torch.float32, dropout_p=0.25, seed=5),
         core=True,
     )
-    yield Case("strided rows", add((12, 70), draw=_strided_rows), core=True)
-    yield Case("permuted rows with dropout", add((3, 6, 4, 50), draw=_permuted_rows, dropout_p=0.3, seed=3))
+    yield Case("strided rows", add((12, 70), draw=strided_rows), core=True)
+    yield Case("permuted rows with dropout", add((3, 6, 4, 50), draw=permuted_rows, dropout_p=0.3, seed=3))
     yield Case("no rows", add((0, 16), dropout_p=0.5, seed=1))
 
 

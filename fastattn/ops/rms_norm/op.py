@@ -6,7 +6,6 @@ add_rms_norm    s = residual + dropout(input), y = rms_norm(s): a pre-norm block
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import philox as philox_mask
-from fastattn.dispatch import Op, Problem, check_size
+from fastattn.dispatch import Op, Problem
+from fastattn.norms import (
+    PLAIN,
+    check,
+    check_residual,
+    check_values,
+    dims_of,
+    dropout_state,
+    key_of,
+    parameter_fake,
+    parameters_for,
+    rows_of,
+    sides,
+)
 from fastattn.numerics import accumulation_dtype
 
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-HALVES = (torch.bfloat16, torch.float16)
-_PLAIN = (Tensor, torch.nn.Parameter)
 _FLOAT_EPS = torch.finfo(torch.float32).eps
 
 
@@ -41,16 +49,6 @@ class AddRMSNormProblem(RMSNormProblem):
     dropout: bool
 
 
-def _rows(tensor: Tensor, normalized_ndim: int) -> int:
-    return math.prod(tensor.shape[: tensor.ndim - normalized_ndim])
-
-
-def _parameter_fake(like: Tensor, tensor: Tensor | None, wanted: bool) -> Tensor:
-    if tensor is None:
-        return like.new_empty((0,), dtype=torch.float32)
-    return tensor.new_empty(tensor.shape if wanted else (0,))
-
-
 # ---- rms_norm ----
 
 
@@ -61,7 +59,7 @@ def _forward_fake(
     eps: float,
     weight_offset: float,
 ) -> tuple[Tensor, Tensor]:
-    statistics = input.new_empty((_rows(input, normalized_ndim),), dtype=accumulation_dtype(input.dtype))
+    statistics = input.new_empty((rows_of(input, normalized_ndim),), dtype=accumulation_dtype(input.dtype))
     return input.new_empty(input.shape), statistics
 
 
@@ -74,7 +72,7 @@ def _backward_fake(
     weight_offset: float,
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    return input.new_empty(input.shape), _parameter_fake(input, weight, weight_grad)
+    return input.new_empty(input.shape), parameter_fake(input, weight, weight_grad)
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -146,7 +144,7 @@ def _add_backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     apart = dropout_p > 0.0 or input_dtype != sum.dtype
     grad_input = sum.new_empty(sum.shape if apart else (0,), dtype=input_dtype)
-    return grad_input, sum.new_empty(sum.shape), _parameter_fake(sum, weight, weight_grad)
+    return grad_input, sum.new_empty(sum.shape), parameter_fake(sum, weight, weight_grad)
 
 
 def _add_setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -208,73 +206,9 @@ ADD_OP = Op(
 )
 
 
-# ---- validation ----
-
-
-def _check(op: str, input: Tensor, normalized_shape: tuple[int, ...], weight: Tensor | None) -> None:
-    if input.dtype not in FLOATING:
-        raise ValueError(f"{op}: input must be float32, bfloat16, float16 or float64, got {input.dtype}")
-    check_size(op, "an input", input.shape)
-    n = len(normalized_shape)
-    if n == 0 or n > input.ndim or tuple(input.shape[input.ndim - n :]) != normalized_shape:
-        raise ValueError(
-            f"{op}: the input's last dimensions must be normalized_shape {normalized_shape}, got an input of"
-            f" shape {tuple(input.shape)}"
-        )
-    if weight is None:
-        return
-    if tuple(weight.shape) != normalized_shape:
-        raise ValueError(f"{op}: weight must have shape {normalized_shape}, got {tuple(weight.shape)}")
-    if weight.dtype not in FLOATING or weight.device != input.device:
-        raise ValueError(f"{op}: weight must be floating and on {input.device}, got {weight.dtype} on {weight.device}")
-
-
-def _check_residual(op: str, input: Tensor, residual: Tensor) -> None:
-    if residual.shape != input.shape or residual.device != input.device:
-        raise ValueError(
-            f"{op}: residual must have the input's shape {tuple(input.shape)} and device {input.device}, got"
-            f" {tuple(residual.shape)} on {residual.device}"
-        )
-    if residual.dtype not in FLOATING:
-        raise ValueError(f"{op}: residual must be floating, got {residual.dtype}")
-
-
-def _check_values(op: str, weight_offset: float, dropout_p: float = 0.0, seed: int | None = None) -> None:
-    if not -math.inf < weight_offset < math.inf:  # also refuses NaN
-        raise ValueError(f"{op}: weight_offset must be finite, got {weight_offset}")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"{op}: dropout_p must be in [0, 1], got {dropout_p}")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise ValueError(f"{op}: seed must be in [0, 2**63), got {seed}")
-
-
-def _parameter(dtype: torch.dtype, weight: Tensor | None) -> Tensor | None:
-    """weight as kernels take it: contiguous and of `dtype` or float32 (float64 for float64)."""
-    if weight is None:
-        return None
-    return weight.to(dtype if weight.dtype == dtype else accumulation_dtype(dtype)).contiguous()
-
-
 def _default_eps(dtype: torch.dtype) -> float:
     """torch's: the machine epsilon of the dtype that it accumulates in."""
     return torch.finfo(accumulation_dtype(dtype)).eps
-
-
-def _sides(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """input and residual as kernels take them: residual of their common dtype, input of that or of
-    fewer bits than float32."""
-    common = torch.promote_types(input.dtype, residual.dtype)
-    if input.dtype != common and not (common == torch.float32 and input.dtype in HALVES):
-        input = input.to(common)
-    return input, residual.to(common)
-
-
-def _tuple(normalized_shape: Sequence[int] | int) -> tuple[int, ...]:
-    return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-
-
-def _key(tensor: Tensor | None) -> Any:
-    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
 
 
 # ---- the public functions ----
@@ -285,7 +219,7 @@ def _plain(input: Tensor, shape: tuple[int, ...], weight: Tensor | None, eps: fl
     n = len(shape)
     if type(input) is not Tensor or not input.is_cpu or n == 0 or input.shape[-n:] != shape:
         return None
-    if weight is not None and not (type(weight) in _PLAIN and weight.is_cpu and weight.shape == shape):
+    if weight is not None and not (type(weight) in PLAIN and weight.is_cpu and weight.shape == shape):
         return None
     results = OP.attempt(input, weight, n, _FLOAT_EPS if eps is None else eps, 0.0)
     return None if results is None else results[0]
@@ -322,7 +256,7 @@ def rms_norm(
     Raises:
         ValueError: shapes, dtypes, devices or numbers that do not fit.
     """
-    shape = _tuple(normalized_shape)
+    shape = dims_of(normalized_shape)
     if residual is not None:
         results = _added("rms_norm", input, residual, shape, weight, eps, 0.0, weight_offset, None, backend)
         return results if prenorm else results[0]
@@ -332,7 +266,7 @@ def rms_norm(
         if plain is not None:
             return (plain, input) if prenorm else plain
     if weight_offset != 0.0:
-        _check_values("rms_norm", weight_offset)
+        check_values("rms_norm", weight_offset)
 
     def problem() -> RMSNormProblem:
         return _problem(input, shape, weight)
@@ -340,10 +274,11 @@ def rms_norm(
     if torch.compiler.is_compiling():
         bound = OP.resolve(problem(), backend)
     else:
-        signature = (input.shape, shape, input.dtype, input.device, _key(weight))
+        signature = (input.shape, shape, input.dtype, input.device, key_of(weight))
         bound = OP.resolve_cached(signature, problem, backend)
     eps = _default_eps(input.dtype) if eps is None else float(eps)
-    output, _rstd = bound(input, _parameter(input.dtype, weight), len(shape), eps, float(weight_offset))
+    (weight,) = parameters_for(input.dtype, weight)
+    output, _rstd = bound(input, weight, len(shape), eps, float(weight_offset))
     return (output, input) if prenorm else output
 
 
@@ -380,7 +315,7 @@ def add_rms_norm(
     Raises:
         ValueError: shapes, dtypes, devices or numbers that do not fit.
     """
-    shape = _tuple(normalized_shape)
+    shape = dims_of(normalized_shape)
     return _added("add_rms_norm", input, residual, shape, weight, eps, dropout_p, weight_offset, seed, backend)
 
 
@@ -396,7 +331,7 @@ def _added(
     seed: int | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    _check_values(op, weight_offset, dropout_p, seed)
+    check_values(op, weight_offset, dropout_p, seed)
 
     def problem() -> AddRMSNormProblem:
         return _add_problem(op, input, residual, shape, weight, dropout_p > 0.0)
@@ -405,15 +340,13 @@ def _added(
         bound = ADD_OP.resolve(problem(), backend)
     else:
         signature = (
-            op, input.shape, shape, input.dtype, input.device, _key(residual), _key(weight),
+            op, input.shape, shape, input.dtype, input.device, key_of(residual), key_of(weight),
             dropout_p > 0.0,
         )  # fmt: skip
         bound = ADD_OP.resolve_cached(signature, problem, backend)
-    x, r = _sides(input, residual)
-    weight = _parameter(r.dtype, weight)
-    philox = None
-    if dropout_p > 0.0:
-        philox = philox_mask.draw(x.device) if seed is None else philox_mask.fixed(seed, x.device)
+    x, r = sides(input, residual)
+    (weight,) = parameters_for(r.dtype, weight)
+    philox = dropout_state(x.device, dropout_p, seed)
     eps = _default_eps(r.dtype) if eps is None else float(eps)
     output, total, _rstd = bound(x, r, weight, philox, len(shape), eps, float(weight_offset), float(dropout_p))
     return output, total
@@ -423,8 +356,8 @@ def _added(
 
 
 def _problem(input: Tensor, shape: tuple[int, ...], weight: Tensor | None) -> RMSNormProblem:
-    _check("rms_norm", input, shape, weight)
-    weight = _parameter(input.dtype, weight)
+    check("rms_norm", input, shape, weight=weight)
+    (weight,) = parameters_for(input.dtype, weight)
     return RMSNormProblem(
         device=input.device.type,
         dtype=input.dtype,
@@ -442,10 +375,10 @@ def _add_problem(
     weight: Tensor | None,
     dropout: bool,
 ) -> AddRMSNormProblem:
-    _check(op, input, shape, weight)
-    _check_residual(op, input, residual)
-    x, r = _sides(input, residual)
-    weight = _parameter(r.dtype, weight)
+    check(op, input, shape, weight=weight)
+    check_residual(op, input, residual)
+    x, r = sides(input, residual)
+    (weight,) = parameters_for(r.dtype, weight)
     return AddRMSNormProblem(
         device=input.device.type,
         dtype=r.dtype,
@@ -467,8 +400,8 @@ def _prepare(
     weight_offset: float = 0.0,
     **_: Any,
 ) -> tuple[Op, Problem]:
-    shape = _tuple(normalized_shape)
-    _check_values("rms_norm", weight_offset)
+    shape = dims_of(normalized_shape)
+    check_values("rms_norm", weight_offset)
     if residual is None:
         return OP, _problem(input, shape, weight)
     return ADD_OP, _add_problem("rms_norm", input, residual, shape, weight, False)
@@ -486,8 +419,8 @@ def _add_prepare(
     seed: int | None = None,
     **_: Any,
 ) -> tuple[Op, Problem]:
-    _check_values("add_rms_norm", weight_offset, dropout_p, seed)
-    return ADD_OP, _add_problem("add_rms_norm", input, residual, _tuple(normalized_shape), weight, dropout_p > 0.0)
+    check_values("add_rms_norm", weight_offset, dropout_p, seed)
+    return ADD_OP, _add_problem("add_rms_norm", input, residual, dims_of(normalized_shape), weight, dropout_p > 0.0)
 
 
 rms_norm.prepare = _prepare  # type: ignore[attr-defined]

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastattn.dispatch import LIBRARY, Op, Problem, check_size
+from fastattn.numerics import FLOATING
 
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ARGUMENTS = "Tensor cos, Tensor sin, Tensor? offsets, Tensor? cu_seqlens, int offset, bool interleaved"
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.cases import Arguments, Case, Sampler, Suite, Workload
+from fastattn.layouts import same_columns, strided_rows, transposed
 from fastattn.ops.softmax.op import log_softmax, softmax
 
 Draw = Callable[..., Tensor]
@@ -98,21 +99,9 @@ def _contiguous(s: Sampler, *shape: int) -> Tensor:
     return s.normal(*shape, std=2.0)
 
 
-def _strided_rows(s: Sampler, *shape: int) -> Tensor:
-    return s.normal(*shape[:-1], shape[-1] + 7)[..., 3:-4]
-
-
-def _transposed(s: Sampler, *shape: int) -> Tensor:
-    return s.normal(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
-
-
 def _permuted(s: Sampler, *shape: int) -> Tensor:
     """The first dimension is the innermost in memory."""
     return s.normal(*shape[1:], shape[0]).movedim(-1, 0)
-
-
-def _expanded(s: Sampler, *shape: int) -> Tensor:
-    return s.normal(*shape[:-1], 1).expand(shape)
 
 
 def _some_minus_inf(s: Sampler, *shape: int) -> Tensor:
@@ -164,11 +153,11 @@ def _cases(log: bool) -> Iterator[Case]:
 
     yield Case("rows of -inf, NaN, inf", nan_rows, differentiable=() if log else None, core=True)
     layouts: dict[str, tuple[Draw, tuple[int, ...]]] = {
-        "strided rows": (_strided_rows, (12, 70)),
-        "strided rows of 3 dims": (_strided_rows, (3, 12, 70)),
-        "transposed": (_transposed, (12, 70)),
+        "strided rows": (strided_rows, (12, 70)),
+        "strided rows of 3 dims": (strided_rows, (3, 12, 70)),
+        "transposed": (transposed, (12, 70)),
         "permuted": (_permuted, (4, 6, 50)),
-        "expanded": (_expanded, (12, 70)),
+        "expanded": (same_columns, (12, 70)),
     }
     for name, (draw, shape) in layouts.items():
         for dim in (-1, 0):

@@ -15,10 +15,7 @@ import torch
 from torch import Tensor
 
 from fastattn.dispatch import Op, Problem, autocast_enabled, check_size
-from fastattn.numerics import accumulation_dtype
-
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
+from fastattn.numerics import FLOATING, accumulation_dtype
 
 ALIGNMENTS = ("top_left", "bottom_right")
 MOST_MASK_DIMS = 16  # csrc/softmax/params.h

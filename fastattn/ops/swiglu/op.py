@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from fastattn.dispatch import Op, Problem, check_size
-
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from fastattn.numerics import FLOATING
 
 
 @dataclass(frozen=True)
