@@ -57,9 +57,9 @@ class Case:
 
     build: the arguments of the public function. differentiable: names of the arguments whose gradients are compared;
     None: those of the suite's that the case has. norm_factor, element_factor, roundings: fastattn.numerics' law,
-    larger only with a reason. draws: how many times the tensors are drawn; errors are those of all draws together, so
-    that a result of few elements is not measured against torch's luck. core: among the few that are run wherever
-    running all takes too long.
+    larger only with a reason. excepted: the results ("gradient of sinks") that they are for; None: all. draws: how many
+    times the tensors are drawn; errors are those of all draws together, so that a result of few elements is not
+    measured against torch's luck. core: among the few that are run wherever running all takes too long.
     """
 
     name: str
@@ -69,6 +69,7 @@ class Case:
     element_factor: float = ELEMENT_FACTOR
     roundings: float = ROUNDINGS
     reason: str = ""
+    excepted: tuple[str, ...] | None = None
     draws: int = 1
     core: bool = False
 
@@ -76,6 +77,14 @@ class Case:
         law = (NORM_FACTOR, ELEMENT_FACTOR, ROUNDINGS)
         if (self.norm_factor, self.element_factor, self.roundings) != law and not self.reason:
             raise ValueError(f"case {self.name!r} bends the accuracy law without a reason")
+
+    def granted(self, result: str) -> dict[str, float]:
+        """What of the law is larger for a result: arguments of fastattn.numerics.violation."""
+        if self.excepted is not None and result not in self.excepted:
+            return {}
+        return {
+            "norm_factor": self.norm_factor, "element_factor": self.element_factor, "roundings": self.roundings
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)

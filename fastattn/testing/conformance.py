@@ -202,14 +202,7 @@ def examine(
             rounded = torch.float32 if result.dtype == torch.float64 != dtype else result.dtype
             measurement = Measurement(name, rounded, error(result, truth), error(torchs, truth))
             measurements.append(measurement)
-            broken = violation(
-                measurement.ours,
-                measurement.torchs,
-                rounded,
-                norm_factor=case.norm_factor,
-                element_factor=case.element_factor,
-                roundings=case.roundings,
-            )
+            broken = violation(measurement.ours, measurement.torchs, rounded, **case.granted(name))
             if broken is not None:
                 violations.append(f"{name}: {broken}")
     return Report(tuple(measurements), tuple(violations))

@@ -14,7 +14,6 @@ from fastattn.ops.attention import feature_cases, varlen_cases
 from fastattn.ops.attention.op import scaled_dot_product_attention
 from fastattn.ops.attention.samples import (
     LARGE_LSE,
-    LONG_SUMS,
     ONE_VISIBLE_KEY,
     ROUNDING_ONLY,
     SMALL,
@@ -60,7 +59,6 @@ def _sizes() -> Iterator[Case]:
             of_shape((2, 2, 35, 50, dim)),
             draws=16 if dim < 4 else 4,
             core=dim in (1, 31, 64, 80, 512),
-            **(LONG_SUMS if dim >= 256 else {}),
         )
     for dim, value_dim in ((16, 24), (64, 128), (128, 64), (40, 1), (1, 17), (33, 5), (24, 512)):
         yield Case(f"value dim {value_dim} of {dim}", of_shape((2, 2, 33, 41, dim), value_dim=value_dim), draws=16)
@@ -161,7 +159,7 @@ def _values() -> Iterator[Case]:
         )
     yield Case("large values", of_shape((1, 2, 50, 70, 32), draw=large))
     build = of_shape((1, 2, 50, 70, 32), draw=lambda s, *n: s.normal(*n, std=4.0), scale=2.0)
-    yield Case("scores of hundreds", build, core=True, **LARGE_LSE)
+    yield Case("scores of hundreds", build, core=True)
     yield Case("tiny values", of_shape((1, 2, 50, 70, 32), draw=lambda s, *n: s.normal(*n, std=1e-3)))
 
     def nan_query(s: Sampler) -> Arguments:
@@ -213,7 +211,7 @@ def _layouts() -> Iterator[Case]:
     yield Case("3 dims", dims((3, 20, 16), (3, 30, 16)), core=True)
     yield Case("3 dims dropout", dims((3, 20, 16), (3, 30, 16), dropout_p=0.3, seed=5))
     yield Case("5 dims", dims((2, 2, 3, 20, 16), (2, 2, 3, 30, 16), return_lse=True))
-    yield Case("6 dims", dims((1, 2, 2, 2, 20, 8), (1, 2, 2, 2, 30, 8)))
+    yield Case("6 dims", dims((1, 2, 2, 2, 20, 8), (1, 2, 2, 2, 30, 8)), **UNFUSED_PEER)
     yield Case("batch dims broadcast", dims((4, 3, 20, 16), (1, 3, 30, 16)), core=True)
     yield Case("batch dims of two ranks", dims((2, 4, 3, 20, 16), (4, 3, 30, 16)))
     yield Case("value's batch broadcasts", dims((4, 3, 20, 16), (4, 3, 30, 16), (1, 3, 30, 24)))
