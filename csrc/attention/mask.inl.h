@@ -498,7 +498,7 @@ FASTATTN_INLINE bool wants_bias(const AttentionProblem& problem) {
 __attribute__((noinline)) void fill_dropout(const AttentionProblem& problem, const Sequence& sequence, int64_t batch,
                                             int64_t head, int64_t first_query, int64_t first_key,
                                             const Visibility& seen, int vectors, float* tile) {
-  const AttentionDropout& dropout = problem.dropout;
+  const Dropout& dropout = problem.dropout;
   const I32 stream = splat_word(static_cast<uint32_t>(batch * problem.heads + head));
   const I32 threshold = splat_word(dropout.threshold);
   for (int64_t row = 0; row < padded_rows(seen.keys); row += 4) {

@@ -1,5 +1,6 @@
 // What the attention kernels are told. Strides count elements; the last (column) stride is 1.
 #pragma once
+#include "../cpu/dropout.h"
 #include "../cpu/types.h"
 
 namespace fastattn {
@@ -29,16 +30,6 @@ struct AttentionMask {
   uint8_t* kinds;
 };
 constexpr int64_t kAttentionLeastPanel = 8;
-
-// Philox4x32-10 under key `seed` at counter (offset, b * heads + h, i, j / 4) decides about (i, j) with its word
-// j % 4: kept iff word >= threshold. Kept probabilities grow by keep_scale = 1 / (1 - p); p = 1 has keep_scale 0.
-struct AttentionDropout {
-  bool enabled;
-  uint32_t threshold;
-  uint32_t seed[2];
-  uint32_t offset;
-  float keep_scale;
-};
 
 // Which keys a query sees by position: j with i + shift - left <= j <= i + shift + right, and all j < prefix; i and j
 // count from the start of their sequence, and shift is 0 or, bottom_right, keys - queries of the sequence.
@@ -73,7 +64,7 @@ struct AttentionProblem {
   AttentionWindow window;
   AttentionMask mask;
   AttentionDocuments documents;
-  AttentionDropout dropout;
+  Dropout dropout;      // the counter is (offset, b * heads + h, i, j / 4), and word j % 4 decides about (i, j)
   const float* slopes;  // (batch, head) at slopes_batch * batch + head, or nullptr
   int64_t slopes_batch;
   const float* sinks;                  // (head): a score that every query has and no value, or nullptr

@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "dropout.h"
 #include "launch.h"
 
 namespace fastattn {
@@ -256,24 +257,6 @@ AttentionProblem problem_of(const Tensor& query, const Tensor& key, const Tensor
   return p;
 }
 
-AttentionDropout dropout_of(const std::optional<Tensor>& philox, double p) {
-  FASTATTN_CHECK(p >= 0.0 && p <= 1.0, "attention: dropout_p must be in [0, 1], got ", p);
-  AttentionDropout dropout{};
-  if (p == 0.0) return dropout;
-  FASTATTN_CHECK(philox && philox->scalar_type() == ScalarType::Long && philox->numel() == 2 && philox->is_contiguous(),
-                 "attention: dropout needs philox, two int64 numbers: seed and offset");
-  const auto* words = static_cast<const int64_t*>(philox->const_data_ptr());
-  const auto seed = static_cast<uint64_t>(words[0]);
-  dropout.enabled = true;
-  // p = 1 keeps nothing: its threshold is one more than a word can hold, its keep_scale 0.
-  dropout.threshold = p == 1.0 ? ~uint32_t{0} : static_cast<uint32_t>(std::floor(p * 4294967296.0));
-  dropout.seed[0] = static_cast<uint32_t>(seed);
-  dropout.seed[1] = static_cast<uint32_t>(seed >> 32);
-  dropout.offset = static_cast<uint32_t>(static_cast<uint64_t>(words[1]));
-  dropout.keep_scale = p == 1.0 ? 0.f : static_cast<float>(1.0 / (1.0 - p));
-  return dropout;
-}
-
 // Of the forward pass on one thread: two products, at 100 GF/s in fp32.
 double nanoseconds_of(const AttentionProblem& p) {
   const int64_t half = p.keys / 2;
@@ -295,7 +278,7 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor va
   FeatureStorage storage;
   add_features({window_left, window_right, softcap, sinks, alibi_slopes, query_ids, key_ids, prefix_len}, p.problem,
                storage);
-  p.problem.dropout = dropout_of(philox, dropout_p);
+  p.problem.dropout = dropout_of("attention", philox, dropout_p);
   const AttentionProblem& problem = p.problem;
   Tensor output = empty_like_order(problem.batches, problem.heads, problem.queries, problem.value_dim, query);
   Tensor lse = empty({problem.batches, problem.heads, problem.queries}, ScalarType::Float);
@@ -366,7 +349,7 @@ Gradients attention_backward(Tensor grad_output, std::optional<Tensor> grad_lse,
   FeatureStorage storage;
   add_features({window_left, window_right, softcap, sinks, alibi_slopes, query_ids, key_ids, prefix_len}, p.problem,
                storage);
-  p.problem.dropout = dropout_of(philox, dropout_p);
+  p.problem.dropout = dropout_of("attention", philox, dropout_p);
   const AttentionProblem& problem = p.problem;
   const ScalarType type = query.scalar_type();
   check_rows("grad_output", grad_output, type, problem.batches, problem.heads, problem.queries, problem.value_dim);
@@ -539,7 +522,7 @@ std::tuple<Tensor, Tensor> attention_varlen_forward(Tensor query, Tensor key, Te
                 {window_left, window_right, softcap, sinks, alibi_slopes, none, none, none});
   AttentionForward p{};
   p.problem = packed.problem;
-  p.problem.dropout = dropout_of(philox, dropout_p);
+  p.problem.dropout = dropout_of("attention", philox, dropout_p);
   std::vector<int64_t> first_tasks(packed.sequences.size() + 1);
   Tensor output = empty({query.size(0), p.problem.heads, p.problem.value_dim}, query.scalar_type());
   Tensor lse = empty({p.problem.heads, query.size(0)}, ScalarType::Float);
@@ -567,7 +550,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_varlen_backward(
                 {window_left, window_right, softcap, sinks, alibi_slopes, none, none, none});
   AttentionBackward p{};
   p.problem = packed.problem;
-  p.problem.dropout = dropout_of(philox, dropout_p);
+  p.problem.dropout = dropout_of("attention", philox, dropout_p);
   const AttentionProblem& problem = p.problem;
   const int64_t rows = query.size(0);
   check_packed("grad_output", grad_output, query.scalar_type(), rows, problem.heads, problem.value_dim);
