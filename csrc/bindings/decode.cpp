@@ -209,6 +209,12 @@ std::tuple<Tensor, Tensor> decode_forward(Tensor query, Tensor key_cache, Tensor
   if (p.key.head < p.key.slot)
     p.heads_per_task = std::clamp<int64_t>(kSideBySideBytes / row_bytes, 1,
                                            std::min(p.kv_heads, std::max<int64_t>(1, kMostRowsTogether / rows)));
+  double keys = 0;
+  for (const DecodeSequence& sequence : places.sequences) keys += static_cast<double>(sequence.end - sequence.begin);
+  const double bytes = keys * static_cast<double>(p.kv_heads * (p.head_dim + p.value_dim) * element);
+  // The hardware follows rows one behind the other by itself, but not far enough ahead for memory.
+  p.foreseen = p.page_size == 0 && p.key.slot == p.head_dim && p.value.slot == p.value_dim &&
+               bytes < static_cast<double>(last_cache() / 2);
   p.split_keys = split_keys_of(rows, places.longest, num_splits);
   p.splits = std::max<int64_t>(1, (places.longest + p.split_keys - 1) / p.split_keys);
   std::optional<Tensor> partial;
@@ -221,9 +227,6 @@ std::tuple<Tensor, Tensor> decode_forward(Tensor query, Tensor key_cache, Tensor
     arrivals.resize(static_cast<size_t>(p.batches * groups * ((rows + kDecodeRows - 1) / kDecodeRows)));
     p.arrivals = arrivals.data();
   }
-  double keys = 0;
-  for (const DecodeSequence& sequence : places.sequences) keys += static_cast<double>(sequence.end - sequence.begin);
-  const double bytes = keys * static_cast<double>(p.kv_heads * (p.head_dim + p.value_dim) * element);
   launch(kernels().decode->forward, p, bytes / 50.0 * static_cast<double>(1 + rows / 8));
   return {output, lse};
 }

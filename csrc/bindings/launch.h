@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <fstream>
 #include <new>
 #include <optional>
 #include <sstream>
@@ -97,6 +98,16 @@ inline Tensor unpoisoned(int64_t elements, ScalarType type) {
       1, &elements, &stride, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
       aoti_torch_device_type_cpu(), 0, &fresh));
   return Tensor(fresh);
+}
+
+// Bytes of the largest cache. Linux says for each cache how much there is (sysconf adds up those of a socket).
+inline int64_t last_cache() {
+  static const int64_t bytes = [] {
+    std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
+    int64_t kib = 0;
+    return file >> kib && kib > 0 ? kib << 10 : int64_t{32} << 20;
+  }();
+  return bytes;
 }
 
 // A worker's scratch memory: kept for the next call while small, so that no call pays for fresh pages.

@@ -1,5 +1,4 @@
 // fastattn::layer_norm, rms_norm, add_layer_norm and add_rms_norm on the CPU.
-#include <fstream>
 #include <tuple>
 
 #include "dropout.h"
@@ -50,15 +49,7 @@ double estimate(int64_t elements, double nanoseconds_each) { return static_cast<
 
 // Whether a call that reads and writes so many bytes should write past the caches: whoever reads the result finds
 // little of it there once they are more than half of the largest one, and lines need not be fetched to be overwritten.
-// Linux says for each cache how much there is (sysconf adds up those of a socket).
-bool worth_streaming(int64_t bytes) {
-  static const int64_t cache = [] {
-    std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
-    int64_t kib = 0;
-    return file >> kib && kib > 0 ? kib << 10 : int64_t{32} << 20;
-  }();
-  return bytes > cache / 2;
-}
+bool worth_streaming(int64_t bytes) { return bytes > last_cache() / 2; }
 
 // Philox makes 64 numbers while memory moves 16.
 double work_of_dropout(const Dropout& dropout) { return dropout.enabled ? 0.5 : 0.0; }

@@ -22,6 +22,12 @@ struct DecodeTask {
   int64_t length;
 };
 
+// Room for where the rows of a chunk are: `even` holds those of slots side by side, the same for every chunk and head.
+struct Places {
+  int64_t* even;
+  int64_t* odd;
+};
+
 // What a worker keeps while it is at a task.
 template <class A>
 struct DecodeRoom {
@@ -30,9 +36,8 @@ struct DecodeRoom {
   float* sums;               // [head][row][column]
   float* max;                // [head][row]
   float* total;
-  const char** keys;
-  const char** values;
-  const char** next;  // the first keys of the chunk to come
+  Places keys, values;
+  int64_t* next;  // room for the first keys of the chunk to come
   int64_t query_row, sums_row;
 
   DecodeRoom(const DecodeForward& p, Arena& arena) {
@@ -45,9 +50,9 @@ struct DecodeRoom {
     sums = arena.take<float>(rows * sums_row);
     max = arena.take<float>(rows);
     total = arena.take<float>(rows);
-    keys = arena.take<const char*>(kScoreRow);
-    values = arena.take<const char*>(kScoreRow);
-    next = arena.take<const char*>(kDecodeBlock + kLanes);
+    keys = {arena.take<int64_t>(kScoreRow), arena.take<int64_t>(kScoreRow)};
+    values = {arena.take<int64_t>(kScoreRow), arena.take<int64_t>(kScoreRow)};
+    next = arena.take<int64_t>(kDecodeBlock + kLanes);
   }
 };
 
@@ -92,28 +97,33 @@ FASTATTN_INLINE bool decode_task(const DecodeForward& p, int64_t number, DecodeT
   return task.split < task.splits;
 }
 
+FASTATTN_INLINE void fill_even(const DecodeCache& cache, int64_t element, int64_t* at) {
+  for (int64_t j = 0; j < kScoreRow; j++) at[j] = j * cache.slot * element;
+}
+
 // Where the slots of keys begin .. begin + count - 1 are, of one head; behind the last one it is repeated up to a
 // multiple of kLanes, so that groups of rows need no end of their own.
-FASTATTN_INLINE void find_rows(const DecodeForward& p, const DecodeCache& cache, int64_t element, int64_t batch,
-                               int64_t head, int64_t begin, int64_t count, const char** rows) {
+FASTATTN_INLINE Rows find_rows(const DecodeForward& p, const DecodeCache& cache, int64_t element, int64_t batch,
+                               int64_t head, int64_t begin, int64_t count, const int64_t* even, int64_t* odd) {
   const DecodeSequence& sequence = p.sequences[batch];
   const char* const data = static_cast<const char*>(cache.data) + head * cache.head * element;
   const int64_t slot_bytes = cache.slot * element, row_bytes = cache.row * element;
   const int64_t slot = sequence.begin + begin;
   if (p.page_size == 0) {
     const char* const base = data + sequence.cache_row * row_bytes + slot * slot_bytes;
-    for (int64_t j = 0; j < count; j++) rows[j] = base + j * slot_bytes;
-    for (int64_t j = count; j % kLanes != 0; j++) rows[j] = rows[count - 1];
-    return;
+    if (count % kLanes == 0) return {even, base};
+    for (int64_t j = 0; j < round_up(count, kLanes); j++) odd[j] = even[min_of(j, count - 1)];
+    return {odd, base};
   }
   int64_t page = slot / p.page_size, within = slot - page * p.page_size;
   for (int64_t j = 0; j < count; page++, within = 0) {
-    const char* const base = data + sequence.pages[page] * row_bytes + within * slot_bytes;
+    const int64_t first = sequence.pages[page] * row_bytes + within * slot_bytes;
     const int64_t here = min_of(p.page_size - within, count - j);
-    for (int64_t i = 0; i < here; i++) rows[j + i] = base + i * slot_bytes;
+    for (int64_t i = 0; i < here; i++) odd[j + i] = first + i * slot_bytes;
     j += here;
   }
-  for (int64_t j = count; j % kLanes != 0; j++) rows[j] = rows[count - 1];
+  for (int64_t j = count; j % kLanes != 0; j++) odd[j] = odd[count - 1];
+  return {odd, data};
 }
 
 // Scores to weights: scale, softcap, bias, window, exponentials relative to the maximum so far.
@@ -124,48 +134,51 @@ void weigh_scores(const DecodeForward& p, int64_t query, int64_t head, int64_t b
   Weight* const weights = reinterpret_cast<Weight*>(scores);  // written behind what is read
   const Span span = visible(p, query, length);
   const int64_t lo = max_of(span.begin - begin, 0), hi = min_of(span.end - begin, count);
-  const bool whole = lo == 0 && hi == count && count % kLanes == 0;
   if (lo >= hi) {
     for (int64_t j = 0; j < count; j += kLanes) store(weights + j, zero());
     return;
   }
   const F32 scale = splat(p.scale);
-  F32 top = splat(-kInf);
-  const bool plain = p.softcap == 0.f && p.slopes == nullptr;
-  const F32 cap = splat(p.softcap), into_cap = splat(p.softcap == 0.f ? 0.f : 1.f / p.softcap);
-  const float slope = p.slopes == nullptr ? 0.f : p.slopes[batch * p.slopes_batch + head];
-  const I32 diagonal = splat_int(static_cast<int32_t>(query + length - p.queries - begin));
-  for (int64_t j = 0; j < count; j += kLanes) {
-    F32 s = load(scores + j) * scale;
-    const I32 at = iota() + splat_int(static_cast<int32_t>(j));
-    if (!plain) {
+  const bool plain = p.softcap == 0.f && p.slopes == nullptr && lo == 0 && hi == count;
+  F32x2 top = splat2(-kInf);
+  if (plain) {
+    for_columns<1>(count, [&](int64_t j, int, auto where) FASTATTN_LAMBDA {
+      const F32x2 s = get(scores + j, Natural{}, where);
+      top = max(top, keep({s.a * scale, s.b * scale}, splat(-kInf), where));
+    });
+  } else {
+    const F32 cap = splat(p.softcap), into_cap = splat(p.softcap == 0.f ? 0.f : 1.f / p.softcap);
+    const float slope = p.slopes == nullptr ? 0.f : p.slopes[batch * p.slopes_batch + head];
+    const I32 diagonal = splat_int(static_cast<int32_t>(query + length - p.queries - begin));
+    for (int64_t j = 0; j < count; j += kLanes) {
+      F32 s = load(scores + j) * scale;
+      const I32 at = iota() + splat_int(static_cast<int32_t>(j));
       if (p.softcap != 0.f) s = cap * tanh(s * into_cap);
       if (p.slopes != nullptr) {
         const F32 distance = to_float(at - diagonal);
         s = s - splat(slope) * max(distance, zero() - distance);
       }
-    }
-    if (!whole) {
       const Mask seen = (at >= splat_int(static_cast<int32_t>(lo))) & (at < splat_int(static_cast<int32_t>(hi)));
       s = select(seen, s, splat(-kInf));
+      store(scores + j, s);
+      top.a = max(top.a, s);
     }
-    store(scores + j, s);
-    top = max(top, s);
   }
   const float chunk_max = reduce_max(top);
   const float now = chunk_max > max_so_far ? chunk_max : max_so_far;
-  const F32 shift = splat(now);
-  F32 sum = zero();
-  for (int64_t j = 0; j < count; j += kLanes) {
-    const F32 e = exp(load(scores + j) - shift);
-    sum = sum + e;
-    store(weights + j, e);
-  }
+  // Those that are stored have been scaled.
+  const F32 factor = plain ? scale : splat(1.f), shift = splat(-now);
+  F32x2 sum = splat2(0.f);
+  for_columns<1>(count, [&](int64_t j, int, auto where) FASTATTN_LAMBDA {
+    const F32x2 s = get(scores + j, Natural{}, where);
+    const F32x2 e = A::power({fma(s.a, factor, shift), fma(s.b, factor, shift)});
+    sum = sum + keep(e, zero(), where);
+    put(weights + j, e, Natural{}, where);
+  });
   if (now != max_so_far && total != 0.f) {
     const float shrink = __builtin_expf(max_so_far - now);
-    const F32 factor = splat(shrink);
     total *= shrink;
-    for (int64_t c = 0; c < columns; c += kLanes) store(sums + c, load(sums + c) * factor);
+    for (int64_t c = 0; c < columns; c += kLanes) store(sums + c, load(sums + c) * splat(shrink));
   }
   total += reduce_add(sum);
   max_so_far = now;
@@ -173,50 +186,67 @@ void weigh_scores(const DecodeForward& p, int64_t query, int64_t head, int64_t b
 
 // The first tile of rows fetches; the others find everything in cache.
 template <class A, int64_t kColumns>
-void score_block(const DecodeRoom<A>& room, int64_t head, int64_t rows, int64_t j, int64_t count, int64_t offset,
+void score_block(const DecodeRoom<A>& room, int64_t head, int64_t rows, int64_t j, int64_t count, const Rows& keys,
                  int64_t columns, Ahead ahead) {
   for_row_tiles(rows, [&](int64_t row, auto tile) FASTATTN_LAMBDA {
     const int64_t at = head * rows + row;
-    score_rows<A, decltype(tile)::value, kColumns>(room.query + at * room.query_row, room.query_row, room.keys + j,
-                                                   offset, count, columns, room.scores + at * kScoreRow + j, kScoreRow,
-                                                   ahead);
+    score_rows<A, decltype(tile)::value, kColumns>(room.query + at * room.query_row, room.query_row, keys, count,
+                                                   columns, room.scores + at * kScoreRow + j, kScoreRow, ahead);
     ahead.count = 0;
   });
 }
 
 template <class A, int64_t kColumns>
-void weigh_block(const DecodeRoom<A>& room, int64_t head, int64_t rows, int64_t j, int64_t count, int64_t offset,
+void weigh_block(const DecodeRoom<A>& room, int64_t head, int64_t rows, int64_t j, int64_t count, const Rows& values,
                  int64_t columns, Ahead ahead) {
   constexpr int64_t kWeightsRow = kScoreRow * static_cast<int64_t>(sizeof(float) / sizeof(typename A::Weight));
   for_row_tiles(rows, [&](int64_t row, auto tile) FASTATTN_LAMBDA {
     const int64_t at = head * rows + row;
     weigh_rows<A, decltype(tile)::value, kColumns>(
-        reinterpret_cast<const typename A::Weight*>(room.scores) + at * kWeightsRow + j, kWeightsRow, room.values + j,
-        offset, count, columns, room.sums + at * room.sums_row, room.sums_row, ahead);
+        reinterpret_cast<const typename A::Weight*>(room.scores) + at * kWeightsRow + j, kWeightsRow, values, count,
+        columns, room.sums + at * room.sums_row, room.sums_row, ahead);
     ahead.count = 0;
   });
 }
 
-// body(block's first key, count, head, what to fetch meanwhile): blocks of the chunk, heads within blocks, so that
-// heads that lie side by side in memory are read together. After the last block comes `then`.
+// Rows between two looks at what to fetch: what is worked on and what is fetched fit into the first cache together.
+FASTATTN_INLINE int64_t block_rows(int64_t row_bytes) {
+  return max_of(min_of(kDecodeBlockBytes / row_bytes / kLanes * kLanes, kDecodeBlock), kLanes);
+}
+
+// body(block's first key, count, head, its rows, what to fetch meanwhile): blocks of the chunk, heads within blocks, so
+// that heads that lie side by side in memory are read together. After the last block comes `then`.
 template <class Body>
-FASTATTN_INLINE void for_blocks(int64_t count, int64_t heads, int64_t head_bytes, int64_t row_bytes,
-                                const char* const* rows, const Ahead& then, Body body) {
-  for (int64_t j = 0; j < count; j += kDecodeBlock) {
-    const int64_t here = min_of(kDecodeBlock, count - j);
+FASTATTN_INLINE void for_blocks(const DecodeForward& p, int64_t count, int64_t heads, int64_t head_bytes,
+                                int64_t row_bytes, const Rows& rows, const Ahead& then, Body body) {
+  const int64_t block = block_rows(row_bytes);
+  // What the hardware foresees needs no looks in between.
+  const int64_t last = p.foreseen ? max_of(round_up(count, block) - block, 0) : 0;
+  for (int64_t j = 0, here; j < count; j += here) {
+    here = j < last ? last : min_of(block, count - j);
     for (int64_t h = 0; h < heads; h++) {
-      Ahead ahead{rows + j, here, (h + 1) * head_bytes, row_bytes};
+      Ahead ahead{rows.from(j, (h + 1) * head_bytes), p.foreseen ? 0 : here, row_bytes};
       if (h + 1 == heads) {
         const int64_t left = count - j - here;
-        ahead = left > 0 ? Ahead{rows + j + here, min_of(kDecodeBlock, left), 0, row_bytes} : then;
+        ahead = left == 0 ? then : Ahead{rows.from(j + here, 0), p.foreseen ? 0 : min_of(block, left), row_bytes};
       }
-      body(j, here, h, ahead);
+      body(j, here, h, rows.from(j, h * head_bytes), ahead);
     }
   }
 }
 
+// The first rows that a task reads, asked for at the end of the one before.
+FASTATTN_INLINE Ahead first_keys(const DecodeForward& p, const DecodeTask& task, int64_t element, const int64_t* even,
+                                 int64_t* room) {
+  const int64_t bytes = p.head_dim * element;
+  const int64_t count = min_of(block_rows(bytes), task.end - task.begin);
+  if (count <= 0) return {{even, nullptr}, 0, bytes};
+  return {find_rows(p, p.key, element, task.batch, task.head, task.begin, count, even, room), count, bytes};
+}
+
 template <class A, int64_t kColumns>
-void decode_stretch(const DecodeForward& p, const DecodeTask& task, const DecodeRoom<A>& room) {
+void decode_stretch(const DecodeForward& p, const DecodeTask& task, const DecodeTask& following,
+                    const DecodeRoom<A>& room) {
   using T = typename A::Element;
   constexpr int64_t kElement = sizeof(T);
   const int64_t group = p.heads / p.kv_heads;
@@ -240,15 +270,17 @@ void decode_stretch(const DecodeForward& p, const DecodeTask& task, const Decode
   for (int64_t begin = task.begin, end; begin < task.end; begin = end) {
     end = min_of((begin / kDecodeChunk + 1) * kDecodeChunk, task.end);
     const int64_t count = end - begin;
-    const int64_t coming = min_of(kDecodeBlock, task.end - end);
-    find_rows(p, p.key, kElement, task.batch, task.head, begin, count, room.keys);
-    find_rows(p, p.value, kElement, task.batch, task.head, begin, count, room.values);
-    if (coming > 0) find_rows(p, p.key, kElement, task.batch, task.head, end, coming, room.next);
+    const Rows keys = find_rows(p, p.key, kElement, task.batch, task.head, begin, count, room.keys.even, room.keys.odd);
+    const Rows values =
+        find_rows(p, p.value, kElement, task.batch, task.head, begin, count, room.values.even, room.values.odd);
+    DecodeTask rest = end < task.end ? task : following;
+    if (end < task.end) rest.begin = end;
+    const Ahead next = first_keys(p, rest, kElement, room.keys.even, room.next);
 
-    const Ahead values{room.values, min_of(kDecodeBlock, count), 0, value_bytes};
-    for_blocks(count, task.heads, key_head, key_bytes, room.keys, values,
-               [&](int64_t j, int64_t here, int64_t h, const Ahead& ahead) {
-                 score_block<A, kColumns>(room, h, task.rows, j, here, h * key_head, p.head_dim, ahead);
+    const Ahead first_values{values, min_of(block_rows(value_bytes), count), value_bytes};
+    for_blocks(p, count, task.heads, key_head, key_bytes, keys, first_values,
+               [&](int64_t j, int64_t here, int64_t h, const Rows& rows, const Ahead& ahead) {
+                 score_block<A, kColumns>(room, h, task.rows, j, here, rows, p.head_dim, ahead);
                });
     for (int64_t h = 0; h < task.heads; h++) {
       for (int64_t r = 0; r < task.rows; r++) {
@@ -258,9 +290,9 @@ void decode_stretch(const DecodeForward& p, const DecodeTask& task, const Decode
                         room.total[i]);
       }
     }
-    for_blocks(count, task.heads, value_head, value_bytes, room.values, Ahead{room.next, coming, 0, key_bytes},
-               [&](int64_t j, int64_t here, int64_t h, const Ahead& ahead) {
-                 weigh_block<A, kColumns>(room, h, task.rows, j, here, h * value_head, p.value_dim, ahead);
+    for_blocks(p, count, task.heads, value_head, value_bytes, values, next,
+               [&](int64_t j, int64_t here, int64_t h, const Rows& rows, const Ahead& ahead) {
+                 weigh_block<A, kColumns>(room, h, task.rows, j, here, rows, p.value_dim, ahead);
                });
   }
 }
@@ -306,19 +338,31 @@ void combine_row(const DecodeForward& p, int64_t batch, int64_t kv_head, int64_t
   write_row<A>(p, batch, kv_head, row, sums, top, total);
 }
 
+// The next task that there is to do, taken while the one before is still to be done: its keys can be asked for in time.
+// Without one `task` has no keys.
+FASTATTN_INLINE bool next_task(const DecodeForward& p, TaskQueue& queue, DecodeTask& task) {
+  for (int64_t number; (number = take_task(queue)) < queue.total;)
+    if (decode_task(p, number, task)) return true;
+  task.begin = task.end = 0;
+  return false;
+}
+
 template <class A>
 void decode_forward(const DecodeForward& p, TaskQueue& queue, char* scratch) {
   Arena arena{reinterpret_cast<uintptr_t>(scratch)};
   const DecodeRoom<A> room(p, arena);
-  for (int64_t number; (number = take_task(queue)) < queue.total;) {
-    DecodeTask task;
-    if (!decode_task(p, number, task)) continue;
+  fill_even(p.key, sizeof(typename A::Element), room.keys.even);
+  fill_even(p.value, sizeof(typename A::Element), room.values.even);
+  DecodeTask task, following;
+  for (bool more = next_task(p, queue, following); more;) {
+    task = following;
+    more = next_task(p, queue, following);
     if (p.head_dim == 64 && p.value_dim == 64)
-      decode_stretch<A, 64>(p, task, room);
+      decode_stretch<A, 64>(p, task, following, room);
     else if (p.head_dim == 128 && p.value_dim == 128)
-      decode_stretch<A, 128>(p, task, room);
+      decode_stretch<A, 128>(p, task, following, room);
     else
-      decode_stretch<A, 0>(p, task, room);
+      decode_stretch<A, 0>(p, task, following, room);
     if (task.splits == 1) {
       for (int64_t h = 0; h < task.heads; h++) {
         for (int64_t r = 0; r < task.rows; r++) {

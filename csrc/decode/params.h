@@ -40,6 +40,7 @@ struct DecodeForward {
 
   // How the work is cut, by the binding, and room for it.
   int64_t heads_per_task;  // kv heads
+  bool foreseen;           // rows follow each other as the hardware foresees: fetch only where they do not
   int64_t split_keys;      // a multiple of kDecodeChunk
   int64_t splits;          // of the longest sequence
   float* partial;          // splits > 1: of every (batch, kv head, split, row): value_dim padded, maximum, sum

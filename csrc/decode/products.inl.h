@@ -7,18 +7,34 @@ namespace fastattn::FASTATTN_ISA {
 namespace {
 
 constexpr int kDecodeTile = kRegisters >= 32 ? 4 : 2;  // rows of query that share a load
-constexpr int64_t kDecodeBlock = 64;                   // rows of the cache between two looks at what to fetch next
+constexpr int64_t kDecodeBlock = 64;                   // most rows of the cache between two looks at what to fetch
+constexpr int64_t kDecodeBlockBytes = 16 << 10;
 
 template <int kValue>
 struct Number {
   static constexpr int value = kValue;
 };
 
+// What p points to is loaded again from here on: kept in registers over the whole loop it would have to be spilled.
+template <class T>
+FASTATTN_INLINE void load_anew(const T*& p) {
+  asm("" : "+r"(p));
+}
+
+// Rows of the cache: bytes from `base` on.
+struct Rows {
+  const int64_t* at;
+  const char* base;
+
+  FASTATTN_INLINE const char* operator[](int64_t j) const { return base + at[j]; }
+  FASTATTN_INLINE Rows from(int64_t j, int64_t bytes) const { return {at + j, base + bytes}; }
+};
+
 // Rows of the cache that come next, fetched while others are worked on: the hardware does not see from one head, page
 // or tensor to the next.
 struct Ahead {
-  const char* const* rows;
-  int64_t count, offset, bytes;
+  Rows rows;
+  int64_t count, bytes;
 
   // Rows j .. j + 3: whatever is behind the last one is a row, too.
   template <int64_t kBytes>
@@ -26,7 +42,7 @@ struct Ahead {
     if (j >= count) return;
     const int64_t end = kBytes > 0 ? kBytes : bytes;
     FASTATTN_UNROLL for (int i = 0; i < 4; i++) {
-      const char* const row = rows[j + i] + offset;
+      const char* const row = rows[j + i];
       FASTATTN_UNROLL for (int64_t at = 0; at < end; at += 64) __builtin_prefetch(row + at);
     }
   }
@@ -44,6 +60,7 @@ struct Widening {
   static FASTATTN_INLINE void pack(const T* from, Query* to, Where where) {
     put(to, get(from, Cheapest{}, where), Natural{}, Whole{});
   }
+  static FASTATTN_INLINE F32x2 power(F32x2 x) { return exp(x); }
   template <class Where>
   static FASTATTN_INLINE F32x2 natural(F32x2 x, Where where) {
     return from_cheapest(static_cast<const T*>(nullptr), x, where);
@@ -88,6 +105,8 @@ struct Pairing {
   static FASTATTN_INLINE void pack(const bf16* from, Query* to, Where where) {
     store_pairs(reinterpret_cast<uint32_t*>(to), take(from, where));
   }
+  // Exact enough for weights that are rounded to bf16.
+  static FASTATTN_INLINE F32x2 power(F32x2 x) { return exp2<3>(x * splat2(kLog2e)); }
   template <class Where>
   static FASTATTN_INLINE F32x2 natural(F32x2 x, Where) {
     order_columns(x.a, x.b);
@@ -130,17 +149,18 @@ struct Pairing {
 // scores[r][j] = query[r] . key[j] for j < count, rounded up to kLanes: `rows` has as many, the last ones repeated.
 // kColumns: how many columns both keys and values have, where that is worth a loop of its own; else 0.
 template <class A, int kRows, int64_t kColumns>
-__attribute__((noinline)) void score_rows(const typename A::Query* query, int64_t query_row, const char* const* rows,
-                                          int64_t offset, int64_t count, int64_t any_columns, float* __restrict scores,
-                                          int64_t scores_row, const Ahead ahead) {
+__attribute__((noinline)) void score_rows(const typename A::Query* query, int64_t query_row, const Rows rows,
+                                          int64_t count, int64_t any_columns, float* scores, int64_t scores_row,
+                                          const Ahead ahead) {
   using T = typename A::Element;
   const int64_t columns = kColumns > 0 ? kColumns : any_columns;
   for (int64_t j = 0; j < count; j += kLanes) {
     F32 blocks[kRows][kLanes / 4];
     FASTATTN_UNROLL for (int g = 0; g < kLanes / 4; g++) {
       const T* keys[4];
-      FASTATTN_UNROLL for (int i = 0; i < 4; i++) keys[i] = reinterpret_cast<const T*>(rows[j + g * 4 + i] + offset);
+      FASTATTN_UNROLL for (int i = 0; i < 4; i++) keys[i] = reinterpret_cast<const T*>(rows[j + g * 4 + i]);
       ahead.fetch_four<kColumns * int64_t{sizeof(T)}>(j + g * 4);
+      if constexpr (kRows > 2) load_anew(query);
       F32 sums[kRows][4];
       FASTATTN_UNROLL for (int r = 0; r < kRows; r++) {
         FASTATTN_UNROLL for (int i = 0; i < 4; i++) sums[r][i] = zero();
@@ -162,13 +182,12 @@ __attribute__((noinline)) void score_rows(const typename A::Query* query, int64_
 
 // sums[r] += weights[r][j] * value[j] over j < count, in the arithmetic's order of columns, for kWide pairs of them.
 template <class A, int kRows, int kWide, int64_t kColumns, class Where>
-FASTATTN_INLINE void weigh_columns(const typename A::Weight* weights, int64_t weights_row, const char* const* rows,
-                                   int64_t offset, int64_t count, float* sums, int64_t sums_row, const Ahead& ahead,
-                                   Where where) {
+FASTATTN_INLINE void weigh_columns(const typename A::Weight* weights, int64_t weights_row, const Rows& rows,
+                                   int64_t count, float* sums, int64_t sums_row, const Ahead& ahead, Where where) {
   using T = typename A::Element;
   // Sums in flight hide the latency of a multiply-add.
   constexpr int kSets = 2 * kRows * kWide <= kRegisters / 4 ? 2 : 1;
-  const auto value = [&](int64_t j) FASTATTN_LAMBDA { return reinterpret_cast<const T*>(rows[j] + offset); };
+  const auto value = [&](int64_t j) FASTATTN_LAMBDA { return reinterpret_cast<const T*>(rows[j]); };
   F32x2 acc[kSets][kRows][kWide];
   FASTATTN_UNROLL for (int r = 0; r < kRows; r++) {
     FASTATTN_UNROLL for (int n = 0; n < kWide; n++) {
@@ -195,15 +214,15 @@ FASTATTN_INLINE void weigh_columns(const typename A::Weight* weights, int64_t we
 }
 
 template <class A, int kRows, int64_t kColumns>
-__attribute__((noinline)) void weigh_rows(const typename A::Weight* weights, int64_t weights_row,
-                                          const char* const* rows, int64_t offset, int64_t count, int64_t any_columns,
-                                          float* sums, int64_t sums_row, Ahead ahead) {
+__attribute__((noinline)) void weigh_rows(const typename A::Weight* weights, int64_t weights_row, const Rows rows,
+                                          int64_t count, int64_t any_columns, float* sums, int64_t sums_row,
+                                          Ahead ahead) {
   constexpr int kWide = kRows * 4 <= kRegisters / 4 ? 4 : kRows * 2 <= kRegisters / 4 ? 2 : 1;
   constexpr int64_t kBytes = sizeof(typename A::Element);
   const int64_t columns = kColumns > 0 ? kColumns : any_columns;
   int64_t c = 0;
   const auto columns_of = [&](auto wide, auto where) FASTATTN_LAMBDA {
-    weigh_columns<A, kRows, decltype(wide)::value, kColumns>(weights, weights_row, rows, offset + c * kBytes, count,
+    weigh_columns<A, kRows, decltype(wide)::value, kColumns>(weights, weights_row, rows.from(0, c * kBytes), count,
                                                              sums + c, sums_row, ahead, where);
     ahead.count = 0;
     c += decltype(wide)::value * kPair;
