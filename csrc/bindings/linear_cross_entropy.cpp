@@ -1,6 +1,6 @@
 // fastattn::linear_cross_entropy on the CPU: the products of linear and the rows of cross_entropy on a few hundred
-// tokens at a time. The logits of a chunk are float32, whatever the inputs are, and live until its gradients are
-// computed.
+// tokens at a time. The logits of a chunk are float32, whatever the inputs are; their gradients take their place, in
+// bfloat16 where the products want that.
 #include <cmath>
 #include <tuple>
 
@@ -9,7 +9,7 @@
 namespace fastattn {
 namespace {
 
-constexpr int64_t kChunkElements = int64_t{12} << 20;     // logits of a chunk
+constexpr int64_t kChunkElements = int64_t{26} << 20;     // logits of a chunk: 104 MiB
 constexpr int64_t kRowsAtLeast = 48, kRowsAtMost = 1024;  // fewer are not worth packing the weight for
 
 struct Problem {
@@ -24,9 +24,11 @@ struct Problem {
   float label_smoothing;
   float total;  // what the mean divides by
 
+  // Equal chunks, of whole register tiles (which have 2, 4 or 6 rows).
   int64_t chunk() const {
-    const int64_t most = std::min(kChunkElements / std::max<int64_t>(classes, 1), kRowsAtMost);
-    return std::max<int64_t>(std::min(most, rows), std::min(kRowsAtLeast, rows));
+    const int64_t fit = std::min(kChunkElements / std::max<int64_t>(classes, 1), kRowsAtMost);
+    const int64_t most = std::max(fit, kRowsAtLeast), chunks = std::max<int64_t>((rows + most - 1) / most, 1);
+    return std::min((((rows + chunks - 1) / chunks + 11) / 12) * 12, rows);
   }
   double nanoseconds(int64_t count) const {  // of one product
     return static_cast<double>(count) * static_cast<double>(in) * static_cast<double>(classes) * 0.01;
@@ -146,42 +148,46 @@ Params rows_of_chunk(const Problem& p, int64_t first, int64_t count, const float
   return c;
 }
 
-void losses_of(const Problem& p, int64_t first, int64_t count, const float* logits, float* losses, float* lse) {
-  float unused;
-  auto c = rows_of_chunk<CrossEntropyForward>(p, first, count, logits);
-  c.row_loss = losses + first;
-  c.lse = lse + first;
-  c.total = &unused;
-  c.reduction = Reduction::none;
-  launch(kernels().cross_entropy->forward, c, static_cast<double>(count * p.classes) * 0.2);
+// Whether the gradients of logits are bfloat16.
+bool narrow(const Problem& p) { return p.input.view.dtype == DType::bf16 && kernels().linear_cross_entropy->pairs; }
+
+// Losses of a chunk (unless `losses` is null), then gradients in place of its logits, if `grad` is not null: one for
+// every row of the chunk, or one for all.
+void losses_and_gradients(const Problem& p, int64_t first, int64_t count, float* logits, float* losses, float* lse,
+                          const float* grad, bool one) {
+  LogitRows r{};
+  r.logits = logits;
+  r.forward = rows_of_chunk<CrossEntropyForward>(p, first, count, logits);
+  r.forward.row_loss = losses == nullptr ? nullptr : losses + first;
+  r.forward.lse = lse + first;
+  r.backward = rows_of_chunk<CrossEntropyBackward>(p, first, count, logits);
+  r.backward.grad = grad;
+  r.backward.lse = lse + first;
+  r.backward.reduction = one ? Reduction::sum : Reduction::none;
+  r.losses = losses != nullptr;
+  r.gradients = grad != nullptr;
+  r.narrow = narrow(p);
+  launch(kernels().linear_cross_entropy->rows, r, static_cast<double>(count * p.classes) * 0.3);
 }
 
 // Gradients of all rows, float32, chunk after chunk.
 struct Gradients {
   std::optional<Tensor> input, weight, bias;
-  std::optional<Tensor> of_logits;
 
   Gradients(const Problem& p, bool input_grad, bool weight_grad, bool bias_grad) {
     if (input_grad) input = empty({p.rows, p.in}, ScalarType::Float);
     if (weight_grad) weight = empty({p.classes, p.in}, ScalarType::Float);
     if (bias_grad) bias = empty({p.classes}, ScalarType::Float);
-    of_logits = unpoisoned(p.chunk() * p.classes, ScalarType::Float);
   }
   static float* data(const std::optional<Tensor>& tensor) {
     return tensor ? static_cast<float*>(tensor->mutable_data_ptr()) : nullptr;
   }
 
-  // `grad`: of every row of the chunk, or one for all.
-  void add(const Problem& p, int64_t first, int64_t count, const float* logits, const float* lse, const float* grad,
-           bool one) {
-    auto c = rows_of_chunk<CrossEntropyBackward>(p, first, count, logits);
-    c.grad = grad;
-    c.lse = lse + first;
-    c.reduction = one ? Reduction::sum : Reduction::none;
-    c.grad_input = data(of_logits);
-    if (p.classes > 0) launch(kernels().cross_entropy->backward, c, static_cast<double>(count * p.classes) * 0.2);
+  // From the gradients of a chunk's logits.
+  void add(const Problem& p, int64_t first, int64_t count, const float* of_logits) {
     LinearBackward b{};
-    b.grad = {data(of_logits), p.classes, DType::f32, false};
+    b.grad = {of_logits, p.classes, DType::f32, false};
+    if (narrow(p)) b.grad = {of_logits, 2 * p.classes, DType::bf16, false};
     b.input = p.input.view;
     b.input.data = row_of(p.input.view, first);
     b.weight = p.weight.view;
@@ -235,8 +241,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward(
   for (int64_t first = 0; first < p.rows; first += p.chunk()) {
     const int64_t count = std::min(p.chunk(), p.rows - first);
     logits_of(p, first, count, logits);
-    losses_of(p, first, count, logits, losses, sums);
-    if (gradients) gradients->add(p, first, count, logits, sums, &share, true);
+    losses_and_gradients(p, first, count, logits, losses, sums, gradients ? &share : nullptr, true);
+    if (gradients) gradients->add(p, first, count, logits);
   }
   if (gradients && p.rows == 0) gradients->none(p);
   Tensor loss = reduced ? empty({}, ScalarType::Float) : row_loss;
@@ -281,13 +287,14 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(Tensor grad, Te
   Gradients gradients(p, input_grad, weight_grad, bias_grad);
   const Tensor memory = unpoisoned(p.chunk() * p.classes, ScalarType::Float);
   float* const logits = static_cast<float*>(memory.mutable_data_ptr());
+  float* const sums = static_cast<float*>(lse.mutable_data_ptr());  // only read
   const bool one = p.reduction != Reduction::none;
   const float share = one ? (p.reduction == Reduction::mean ? *grads / p.total : *grads) : 0.f;
   for (int64_t first = 0; first < p.rows; first += p.chunk()) {
     const int64_t count = std::min(p.chunk(), p.rows - first);
     logits_of(p, first, count, logits);
-    gradients.add(p, first, count, logits, static_cast<const float*>(lse.const_data_ptr()),
-                  one ? &share : grads + first, one);
+    losses_and_gradients(p, first, count, logits, nullptr, sums, one ? &share : grads + first, one);
+    gradients.add(p, first, count, logits);
   }
   if (p.rows == 0) gradients.none(p);
   return {finish(or_nothing(gradients.input), input_grad, 1.f, input.scalar_type()),

@@ -7,6 +7,7 @@
 #include "../gelu/params.h"
 #include "../layer_norm/params.h"
 #include "../linear/params.h"
+#include "../linear_cross_entropy/params.h"
 #include "../rotary/params.h"
 #include "../softmax/params.h"
 #include "../swiglu/params.h"
@@ -15,16 +16,17 @@
 namespace fastattn {
 
 // Every op that has kernels: its folder in csrc/, the type of what its cpu.cpp exports, and a word to pass through.
-#define FASTATTN_OPS(X, isa)                 \
-  X(attention, AttentionKernels, isa)        \
-  X(ceilings, CeilingLoops, isa)             \
-  X(cross_entropy, CrossEntropyKernels, isa) \
-  X(decode, DecodeKernels, isa)              \
-  X(gelu, GeluKernels, isa)                  \
-  X(layer_norm, NormKernels, isa)            \
-  X(linear, LinearKernels, isa)              \
-  X(rotary, RotaryKernels, isa)              \
-  X(softmax, SoftmaxKernels, isa)            \
+#define FASTATTN_OPS(X, isa)                              \
+  X(attention, AttentionKernels, isa)                     \
+  X(ceilings, CeilingLoops, isa)                          \
+  X(cross_entropy, CrossEntropyKernels, isa)              \
+  X(decode, DecodeKernels, isa)                           \
+  X(gelu, GeluKernels, isa)                               \
+  X(layer_norm, NormKernels, isa)                         \
+  X(linear, LinearKernels, isa)                           \
+  X(linear_cross_entropy, LinearCrossEntropyKernels, isa) \
+  X(rotary, RotaryKernels, isa)                           \
+  X(softmax, SoftmaxKernels, isa)                         \
   X(swiglu, SwigluKernels, isa)
 
 struct KernelTable {

@@ -111,7 +111,7 @@ def test_the_bindings_check_for_themselves(name, skip_without_native):
 
 
 def test_memory_does_not_grow_with_the_rows(skip_without_native):
-    """Logits of 48 MiB and their gradients at a time; all of them would be 410 MB each."""
+    """Logits of 104 MiB at a time, and gradients in their place; all of them would be 410 MB."""
     x, w = torch.randn(2048, 16, requires_grad=True), torch.randn(50000, 16, requires_grad=True)
     target = torch.randint(50000, (2048,))
 
@@ -136,6 +136,22 @@ def test_gradients_computed_ahead_are_scaled_and_kept(backend):
     expected = torch.autograd.grad(torch.nn.functional.cross_entropy(x @ w.t(), target) * 3.0, (x, w))
     torch.testing.assert_close(once, twice, rtol=0, atol=0)
     torch.testing.assert_close(once, expected)
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if probe(b) is None])
+def test_a_gradient_may_be_overwritten_while_the_graph_is_kept(backend):
+    """A loss with a gradient of 1: what was computed ahead is handed out only when it is not needed again."""
+    x, w = torch.randn(9, 5, requires_grad=True), torch.randn(7, 5, requires_grad=True)
+    loss = fastattn.linear_cross_entropy(x, w, torch.randint(7, (9,)), backend=backend)
+    first = torch.autograd.grad(loss, (x, w), retain_graph=True)
+    copies = [gradient.clone() for gradient in first]
+    for gradient in first:
+        gradient.zero_()
+    loss.backward(retain_graph=True)
+    x.grad.mul_(2.0)
+    w.grad.mul_(2.0)
+    loss.backward()
+    torch.testing.assert_close([x.grad, w.grad], [3.0 * copy for copy in copies])
 
 
 def test_ignored_targets_are_ignored():

@@ -113,6 +113,19 @@ def _grad_probabilities(
     return (log_probabilities * per_row * (smoothing - 1.0)).to(target.dtype)
 
 
+# Whether the graph that is being walked will be walked again (torch's own compiled functions ask the same).
+_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def _is_one_for_good(grad: Tensor) -> bool:
+    """Whether a loss's own gradient is a plain 1, as it mostly is, and nobody will ask again: then what was computed
+    ahead is the result itself, and nothing needs to be scaled or copied."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(grad) is not Tensor or _graph_is_kept():
+        return False
+    plain = grad.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(grad)
+    return plain and grad.item() == 1.0
+
+
 def _backward(kernel: Any, ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     nothing = (None,) * 11
     if grad is None:
@@ -124,12 +137,12 @@ def _backward(kernel: Any, ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any,
     if input_grad or weight_grad or bias_grad:
         wanted = (input_grad, weight_grad, bias_grad)
         ahead = (ahead_input, ahead_weight, ahead_bias)
-        found = [
-            g if w else None
-            for g, w in zip(
-                kernel(grad.contiguous(), *tensors, lse, *ahead, *ctx.options, *wanted), wanted, strict=True
-            )
-        ]
+        if reduction != 0 and _is_one_for_good(grad):
+            dtypes = (None if t is None else t.dtype for t in tensors[:3])
+            results: Any = [a.to(d) if w else None for a, d, w in zip(ahead, dtypes, wanted, strict=True)]
+        else:
+            results = kernel(grad.contiguous(), *tensors, lse, *ahead, *ctx.options, *wanted)
+        found = [g if w else None for g, w in zip(results, wanted, strict=True)]
     grad_target = _grad_probabilities(grad, tuple(tensors), lse, smoothing, reduction) if target_grad else None
     return (*found, grad_target, *nothing[4:])
 
