@@ -60,6 +60,10 @@ class Implementation:
 _forced: dict[str, str | None] = {"backend": None}
 _served: Counter[str] = Counter()
 
+# Looked up once: every call asks.
+_transforms_active = torch._C._are_functorch_transforms_active
+_grad_enabled = torch.is_grad_enabled
+
 LIBRARY = torch.library.Library("fastattn", "FRAGMENT")
 OPS: dict[str, Op] = {}
 
@@ -148,9 +152,9 @@ class Bound:
     def run(self, *args: Any) -> Any:
         """`__call__` in eager code."""
         _served[self.backend] += 1
-        if torch._C._are_functorch_transforms_active():
+        if _transforms_active():
             return self.transformed(*args)
-        if torch.is_grad_enabled():
+        if _grad_enabled():
             given = len(args)  # arguments with defaults may be left away
             for i in self.tensors:
                 if i < given and args[i] is not None and args[i].requires_grad:

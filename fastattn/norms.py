@@ -87,6 +87,17 @@ def parameters_for(dtype: torch.dtype, *parameters: Tensor | None) -> tuple[Tens
     return tuple(None if tensor is None else tensor.to(dtype).contiguous() for tensor in parameters)
 
 
+def plain_cpu(input: Tensor, shape: tuple[int, ...], *parameters: Tensor | None) -> bool:
+    """Whether a call is of the commonest kind, which goes straight to the native kernel: tensors on the CPU that are
+    normalised over `shape`."""
+    if type(input) is not Tensor or not input.is_cpu or not shape or input.shape[-len(shape) :] != shape:
+        return False
+    for parameter in parameters:
+        if parameter is not None and not (type(parameter) in PLAIN and parameter.is_cpu and parameter.shape == shape):
+            return False
+    return True
+
+
 def sides(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """input and residual as kernels take them: residual of their common dtype, input of that or of fewer bits than
     float32."""

@@ -223,6 +223,27 @@ class Call:
         return self.bound(query, *self.caches, *self.indices, self.slopes, appended, *self.options)
 
 
+def _plain(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, indices: tuple[Tensor | None, ...], causal: bool
+) -> Any:
+    """(output, lse) of the commonest call, where overhead counts; None for others."""
+    if not (
+        type(query) is type(key_cache) is type(value_cache) is Tensor and query.is_cpu and key_cache.is_cpu
+        and value_cache.is_cpu and query.ndim == key_cache.ndim == 4
+    ):  # fmt: skip
+        return None
+    for index in indices:
+        if index is not None and not (type(index) is Tensor and index.is_cpu):
+            return None
+    dim = query.shape[3]
+    if dim == 0 or key_cache.shape[2] == 0:
+        return None
+    scale = 1.0 / math.sqrt(dim)
+    return OP.attempt(
+        query, key_cache, value_cache, *indices, None, 0, scale, -1, 0 if causal else -1, 0.0, 0
+    )  # fmt: skip
+
+
 def decode_attention(
     query: Tensor,
     key_cache: Tensor,
@@ -273,11 +294,20 @@ def decode_attention(
         ValueError: shapes, dtypes, strides or options that do not fit. RuntimeError: an index or a length that reaches
         outside of the cache, by name and value. BackendUnsupported: see fastattn.dispatch.
     """
-    call = Call(
-        query, key_cache, value_cache, cache_seqlens, cache_leftpad, cache_batch_idx, block_table, scale, causal,
-        window, softcap, alibi_slopes, num_splits, backend,
-    )  # fmt: skip
-    output, lse = call.run(query)
+    plain = None
+    if (
+        scale is None and window == (-1, -1) and softcap == 0.0 and alibi_slopes is None and num_splits == 0
+        and backend is None and not torch.compiler.is_compiling()
+    ):  # fmt: skip
+        indices = (cache_seqlens, cache_leftpad, cache_batch_idx, block_table)
+        plain = _plain(query, key_cache, value_cache, indices, causal)
+    if plain is None:
+        call = Call(
+            query, key_cache, value_cache, cache_seqlens, cache_leftpad, cache_batch_idx, block_table, scale, causal,
+            window, softcap, alibi_slopes, num_splits, backend,
+        )  # fmt: skip
+        plain = call.run(query)
+    output, lse = plain
     return (output, lse) if return_lse else output
 
 

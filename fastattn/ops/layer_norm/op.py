@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fastattn.dispatch import Op, Problem
 from fastattn.norms import (
-    PLAIN,
     check,
     check_residual,
     check_values,
@@ -24,6 +23,7 @@ from fastattn.norms import (
     key_of,
     parameter_fake,
     parameters_for,
+    plain_cpu,
     rows_of,
     sides,
 )
@@ -228,13 +228,9 @@ def _plain(
     input: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor | None:
     """The commonest call, where overhead counts; None for others."""
-    n = len(shape)
-    if type(input) is not Tensor or not input.is_cpu or n == 0 or input.shape[-n:] != shape:
+    if not plain_cpu(input, shape, weight, bias):
         return None
-    for parameter in (weight, bias):
-        if parameter is not None and not (type(parameter) in PLAIN and parameter.is_cpu and parameter.shape == shape):
-            return None
-    results = OP.attempt(input, weight, bias, n, eps, 0.0)
+    results = OP.attempt(input, weight, bias, len(shape), eps, 0.0)
     return None if results is None else results[0]
 
 
@@ -346,6 +342,15 @@ def _added(
     seed: int | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
+    if (
+        dropout_p == 0.0 and weight_offset == 0.0 and seed is None and backend is None
+        and not torch.compiler.is_compiling() and plain_cpu(input, shape, weight, bias)
+        and type(residual) is Tensor and residual.is_cpu and residual.dtype == input.dtype
+        and residual.shape == input.shape
+    ):  # fmt: skip
+        results = ADD_OP.attempt(input, residual, weight, bias, None, len(shape), eps, 0.0, 0.0)
+        if results is not None:
+            return results[0], results[1]
     check_values(op, weight_offset, dropout_p, seed)
 
     def problem() -> AddLayerNormProblem:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fastattn.dispatch import Op, Problem
 from fastattn.norms import (
-    PLAIN,
     check,
     check_residual,
     check_values,
@@ -24,6 +23,7 @@ from fastattn.norms import (
     key_of,
     parameter_fake,
     parameters_for,
+    plain_cpu,
     rows_of,
     sides,
 )
@@ -216,12 +216,9 @@ def _default_eps(dtype: torch.dtype) -> float:
 
 def _plain(input: Tensor, shape: tuple[int, ...], weight: Tensor | None, eps: float | None) -> Tensor | None:
     """The commonest call, where overhead counts; None for others."""
-    n = len(shape)
-    if type(input) is not Tensor or not input.is_cpu or n == 0 or input.shape[-n:] != shape:
+    if not plain_cpu(input, shape, weight):
         return None
-    if weight is not None and not (type(weight) in PLAIN and weight.is_cpu and weight.shape == shape):
-        return None
-    results = OP.attempt(input, weight, n, _FLOAT_EPS if eps is None else eps, 0.0)
+    results = OP.attempt(input, weight, len(shape), _FLOAT_EPS if eps is None else eps, 0.0)
     return None if results is None else results[0]
 
 
@@ -331,6 +328,17 @@ def _added(
     seed: int | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
+    if (
+        dropout_p == 0.0 and weight_offset == 0.0 and seed is None and backend is None
+        and not torch.compiler.is_compiling() and plain_cpu(input, shape, weight)
+        and type(residual) is Tensor and residual.is_cpu and residual.dtype == input.dtype
+        and residual.shape == input.shape
+    ):  # fmt: skip
+        results = ADD_OP.attempt(
+            input, residual, weight, None, len(shape), _FLOAT_EPS if eps is None else eps, 0.0, 0.0
+        )
+        if results is not None:
+            return results[0], results[1]
     check_values(op, weight_offset, dropout_p, seed)
 
     def problem() -> AddRMSNormProblem:

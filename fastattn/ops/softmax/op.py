@@ -195,6 +195,15 @@ def _softmax(
     alignment: str,
     backend: str | None,
 ) -> Tensor:
+    if (
+        type(input) is Tensor and dtype is None and mask is None and scale == 1.0 and not is_causal and backend is None
+        and alignment == "top_left" and input.is_cpu and type(dim) is int and not torch.compiler.is_compiling()
+    ):  # fmt: skip
+        ndim = input.ndim
+        if -ndim <= dim < ndim:
+            result = OP.attempt(input, dim % ndim, log, input.dtype)
+            if result is not None:
+                return result
     x, axis, out = _canonical(name, input, dim, dtype)
     if scale != 1.0 or mask is not None or is_causal or alignment not in ALIGNMENTS:
         return _with_features(name, log, x, axis, out, float(scale), mask, is_causal, alignment, backend)
