@@ -134,3 +134,12 @@ def dropped(x: Tensor, philox: Tensor | None, p: float) -> Tensor:
     assert philox is not None
     keep = philox_mask.row_mask(philox, p, *x.shape)
     return x * keep * (1.0 / (1.0 - p) if p < 1.0 else 0.0)
+
+
+def dropped_branch(input: Tensor, columns: int, p: float, seed: int | None) -> Tensor:
+    """input after the dropout that `seed` fixes; `columns` are normalised together."""
+    if p == 0.0:
+        return input
+    assert seed is not None
+    rows = input.reshape(input.numel() // max(columns, 1), columns)
+    return dropped(rows, philox_mask.fixed(seed, input.device), p).reshape(input.shape)

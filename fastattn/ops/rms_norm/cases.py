@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn import philox
 from fastattn.cases import Arguments, Case, Sampler, Suite, Workload
 from fastattn.layouts import contiguous, permuted_rows, same_rows, strided_rows, transposed
+from fastattn.norms import dropped_branch
 from fastattn.ops.rms_norm.op import add_rms_norm, rms_norm
 
 Draw = Callable[..., Tensor]
@@ -57,15 +57,6 @@ def peer(
     return (output, total) if prenorm else output
 
 
-def _branch(input: Tensor, columns: int, p: float, seed: int | None) -> Tensor:
-    """input after dropout."""
-    if p == 0.0:
-        return input
-    assert seed is not None
-    keep = philox.row_mask(philox.fixed(seed, input.device), p, input.numel() // max(columns, 1), columns)
-    return input * keep.view(input.shape) * (1.0 / (1.0 - p) if p < 1.0 else 0.0)
-
-
 def add_definition(
     input: Tensor,
     residual: Tensor,
@@ -78,7 +69,7 @@ def add_definition(
     seed: int | None = None,
 ) -> Any:
     """The sum and its norm written down, in the dtype of the inputs."""
-    branch = _branch(input, math.prod(normalized_shape), dropout_p, seed)
+    branch = dropped_branch(input, math.prod(normalized_shape), dropout_p, seed)
     return definition(
         branch, normalized_shape, weight, eps, residual=residual, prenorm=True, weight_offset=weight_offset
     )
@@ -99,7 +90,7 @@ def add_peer(
     if dropout_p > 0.0 and seed is None:
         branch = F.dropout(input, dropout_p)
     else:
-        branch = _branch(input, math.prod(normalized_shape), dropout_p, seed)
+        branch = dropped_branch(input, math.prod(normalized_shape), dropout_p, seed)
     return peer(branch, normalized_shape, weight, eps, residual=residual, prenorm=True, weight_offset=weight_offset)
 
 
