@@ -2,6 +2,7 @@
 #include <tuple>
 
 #include "rows.h"
+#include "streaming.h"
 
 namespace fastattn {
 namespace {
@@ -127,6 +128,7 @@ Tensor cross_entropy_backward(Tensor grad, Tensor input, Tensor target, std::opt
   p.reduction = q.reduction;
   p.dtype = dtype_of(input);
   p.probabilities_dtype = q.probabilities ? dtype_of(target) : DType::f32;
+  p.streaming = worth_streaming(2 * q.rows * q.columns, input.scalar_type());
   launch(kernels().cross_entropy->backward, p, estimate(q, 0.2));
   return grad_input;
 }

@@ -3,6 +3,7 @@
 
 #include "dropout.h"
 #include "rows.h"
+#include "streaming.h"
 
 namespace fastattn {
 namespace {
@@ -46,10 +47,6 @@ DType affine_dtype(const char* name, const std::optional<Tensor>& weight, const 
 }
 
 double estimate(int64_t elements, double nanoseconds_each) { return static_cast<double>(elements) * nanoseconds_each; }
-
-// Whether a call that reads and writes so many bytes should write past the caches: whoever reads the result finds
-// little of it there once they are more than half of the largest one, and lines need not be fetched to be overwritten.
-bool worth_streaming(int64_t bytes) { return bytes > last_cache() / 2; }
 
 // Philox makes 64 numbers while memory moves 16.
 double work_of_dropout(const Dropout& dropout) { return dropout.enabled ? 0.5 : 0.0; }
@@ -104,8 +101,7 @@ Forward forward(const Call& call, const Tensor& input, const std::optional<Tenso
   p.input_dtype = dtype_of(input);
   p.affine_dtype = affine_dtype(name, weight, bias);
   p.centred = call.centred;
-  const int64_t bytes = rows * columns * (type == ScalarType::Float ? 4 : 2);
-  p.streaming = worth_streaming(bytes * (residual ? 4 : 2));
+  p.streaming = worth_streaming(rows * columns * (residual ? 4 : 2), type);
   p.dropout = dropout;
   launch(kernels().layer_norm->forward, p, estimate(rows * columns, 0.2 + work_of_dropout(dropout)));
   return out;
@@ -180,8 +176,7 @@ Backward backward(const Call& call, const Tensor& grad_output, const std::option
   p.input_dtype = input_type ? dtype_of(*input_type) : p.dtype;
   p.affine_dtype = affine_dtype(name, weight, bias);
   p.centred = call.centred;
-  const int64_t bytes = rows * columns * (type == ScalarType::Float ? 4 : 2);
-  p.streaming = worth_streaming(bytes * (3 + (grad_sum ? 1 : 0) + (apart ? 1 : 0)));
+  p.streaming = worth_streaming(rows * columns * (3 + (grad_sum ? 1 : 0) + (apart ? 1 : 0)), type);
   p.dropout = dropout;
   launch(kernels().layer_norm->backward, p, estimate(rows * columns, 0.4 + work_of_dropout(dropout)));
   return out;

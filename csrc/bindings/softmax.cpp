@@ -1,5 +1,6 @@
 // fastattn::softmax on the CPU.
 #include "rows.h"
+#include "streaming.h"
 
 namespace fastattn {
 namespace {
@@ -22,8 +23,10 @@ Rows operand(const Tensor& tensor, int64_t dim, const View& view) {
   return {tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor), 0};
 }
 
+int64_t elements(const View& view) { return view.outer * view.columns * view.inner; }
+
 double estimate(const View& view, double nanoseconds_each) {
-  return static_cast<double>(view.outer * view.columns * view.inner) * nanoseconds_each;
+  return static_cast<double>(elements(view)) * nanoseconds_each;
 }
 
 SoftmaxCausal causal_of(int64_t causal, const Tensor& tensor, int64_t dim) {
@@ -86,6 +89,7 @@ Tensor softmax_forward(Tensor input, int64_t dim, bool log, ScalarType dtype, do
   p.causal = causal_of(causal, input, dim);
   p.rows_per_matrix = rows_per_matrix(input);
   FASTATTN_CHECK(scale == 1.0 || dim == input.dim() - 1, "softmax: with a scale, dim is the last dimension");
+  p.streaming = worth_streaming(2 * elements(view), dtype);
   launch(kernels().softmax->forward, p, estimate(view, 0.3));
   return output;
 }
@@ -118,6 +122,7 @@ Tensor softmax_backward(Tensor grad_output, Tensor output, int64_t dim, bool log
   p.rows_per_matrix = rows_per_matrix(output);
   FASTATTN_CHECK((scale == 1.0 && !masked) || dim == output.dim() - 1,
                  "softmax: with a scale or a mask, dim is the last dimension");
+  p.streaming = worth_streaming(3 * elements(view), dtype);
   launch(kernels().softmax->backward, p, estimate(view, 0.3));
   return grad_input;
 }

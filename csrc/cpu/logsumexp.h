@@ -13,10 +13,17 @@ struct Exponentials {
   float sum;
 };
 
-// One read from memory: chunks that stay in L1 are swept twice, every lane keeps a maximum of its own.
-// `ahead` is the row to come, fetched meanwhile.
+// e^x as good as a result that is rounded to T deserves; 1 at 0.
 template <class T>
-Exponentials sum_exponentials(const T* x, int64_t columns, const T* ahead) {
+FASTATTN_INLINE F32x2 exp_for(const T*, F32x2 x) {
+  return exp(x);
+}
+FASTATTN_INLINE F32x2 exp_for(const bf16*, F32x2 x) { return exp2<4>(x * splat2(kLog2e)); }
+
+// One read from memory: chunks that stay in L1 are swept twice, every lane keeps a maximum of its own.
+// `ahead` is the row to come, fetched meanwhile; `kind`: of results.
+template <class Result, class T>
+Exponentials sum_exponentials(const Result* kind, const T* x, int64_t columns, const T* ahead) {
   constexpr int64_t kChunk = 16384 / static_cast<int64_t>(sizeof(T));
   F32x2 max_so_far = splat2(kLowest);
   F32x2 total = splat2(0.f);
@@ -32,7 +39,7 @@ Exponentials sum_exponentials(const T* x, int64_t columns, const T* ahead) {
     max_so_far = top;
     F32x2 sums[2] = {splat2(0.f), splat2(0.f)};  // of this chunk: short sums round less
     for_columns<2>(count, [&](int64_t c, int i, auto where) FASTATTN_LAMBDA {
-      sums[i] = sums[i] + keep(exp(get(x + begin + c, Cheapest{}, where) - top), zero(), where);
+      sums[i] = sums[i] + keep(exp_for(kind, get(x + begin + c, Cheapest{}, where) - top), zero(), where);
       prefetch_pair(ahead + begin + c);
     });
     total = total + (sums[0] + sums[1]);
@@ -50,13 +57,6 @@ FASTATTN_INLINE Reciprocal reciprocal(float x) {
   const float hi = 1.f / x;
   return {hi, __builtin_fmaf(-x, hi, 1.f) * hi};
 }
-
-// e^x as good as a result that is rounded to T deserves; 1 at 0.
-template <class T>
-FASTATTN_INLINE F32x2 exp_for(const T*, F32x2 x) {
-  return exp(x);
-}
-FASTATTN_INLINE F32x2 exp_for(const bf16*, F32x2 x) { return exp2<4>(x * splat2(kLog2e)); }
 
 }  // namespace
 }  // namespace fastattn::FASTATTN_ISA

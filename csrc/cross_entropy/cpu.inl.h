@@ -6,6 +6,8 @@
 // Capped logits go through fp32 scratch rows: X is the type of the logits that are read, T that of the tensors.
 #pragma once
 #include "../cpu/logsumexp.h"
+#include "../cpu/pipeline.h"
+#include "../cpu/streaming.h"
 #include "params.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -67,8 +69,7 @@ void cap_logits(const T* x, float* capped, int64_t columns, float softcap) {
 }
 
 template <class X, class T>
-void cross_entropy_forward_row(const CrossEntropyForward& p, int64_t row, const X* x, const X* ahead) {
-  const Exponentials e = sum_exponentials(x, p.columns, ahead);
+void cross_entropy_forward_row(const CrossEntropyForward& p, int64_t row, const X* x, Exponentials e) {
   const float log_sum = __builtin_logf(e.sum);
   p.lse[row] = e.max + log_sum;
   const float spread = p.columns > 0 ? p.label_smoothing / static_cast<float>(p.columns) : 0.f;
@@ -108,20 +109,81 @@ void cross_entropy_reduce(const CrossEntropyForward& p) {
   if (p.reduction == Reduction::sum) *p.loss = static_cast<float>(loss);
 }
 
+// Two rows at a time: while the exponentials of one are summed up, the maximum of the next is found.
+template <class T>
+class CrossEntropyRows {
+ public:
+  explicit CrossEntropyRows(const CrossEntropyForward& p) : p_(p) {}
+
+  void run(TaskQueue& queue) {
+    const int64_t rows_per_task = cross_entropy_rows_per_task(p_.columns);
+    RowsOfTasks rows(queue, p_.rows, rows_per_task);
+    Row reading{rows.next()}, computing;
+    while (reading.index >= 0 || computing.index >= 0) {
+      if (reading.index >= 0 && computing.index >= 0)
+        sweep<true, true>(reading, computing);
+      else if (reading.index >= 0)
+        sweep<true, false>(reading, computing);
+      else
+        sweep<false, true>(reading, computing);
+      if (computing.index >= 0) {
+        const int64_t done = computing.index + 1;
+        cross_entropy_forward_row<T, T>(p_, computing.index, input(computing), {computing.top, computing.sum});
+        if ((done % rows_per_task == 0 || done == p_.rows) && finish_task(queue)) cross_entropy_reduce(p_);
+      }
+      computing = reading;
+      reading.index = reading.index >= 0 ? rows.next() : -1;
+    }
+  }
+
+ private:
+  static constexpr int64_t kChunk = 4096;  // columns whose exponentials are summed up together: rounds less
+  static constexpr int64_t kAhead = kAheadBytes / sizeof(T);
+
+  struct Row {
+    int64_t index = -1;
+    float top = 0.f, sum = 0.f;
+  };
+  const T* input(const Row& row) const { return static_cast<const T*>(p_.input) + row.index * p_.input_stride; }
+
+  template <bool Read, bool Compute>
+  __attribute__((noinline)) void sweep(Row& reading, Row& computing) const {
+    const T *const x = Read ? input(reading) : nullptr, *const found = Compute ? input(computing) : nullptr;
+    const F32x2 top = splat2(computing.top);
+    F32x2 tops[2] = {splat2(kLowest), splat2(kLowest)}, total = splat2(0.f);
+    for (int64_t begin = 0; begin < p_.columns; begin += kChunk) {
+      F32x2 sums[2] = {splat2(0.f), splat2(0.f)};
+      for_columns<2>(min_of(kChunk, p_.columns - begin), [&](int64_t offset, int i, auto where) FASTATTN_LAMBDA {
+        const int64_t c = begin + offset;
+        if constexpr (Read) {
+          prefetch_pair(x + c + kAhead);
+          tops[i] = max(tops[i], keep(get(x + c, Cheapest{}, where), splat(kLowest), where));
+        }
+        if constexpr (Compute) {
+          const F32x2 e = exp(get(found + c, Cheapest{}, where) - top);
+          sums[i] = sums[i] + keep(e, zero(), where);
+        }
+      });
+      total = total + (sums[0] + sums[1]);
+    }
+    if constexpr (Read) reading.top = reduce_max(max(tops[0], tops[1]));
+    if constexpr (Compute) computing.sum = reduce_add(total);
+  }
+
+  const CrossEntropyForward& p_;
+};
+
 template <class T>
 void cross_entropy_forward(const CrossEntropyForward& p, TaskQueue& queue, char* scratch) {
+  if (p.softcap == 0.f && p.rows > 0) return CrossEntropyRows<T>(p).run(queue);
   float* const capped = reinterpret_cast<float*>(scratch);
   const int64_t rows_per_task = cross_entropy_rows_per_task(p.columns);
   for (int64_t task; (task = take_task(queue)) < queue.total;) {
     const int64_t end = min_of((task + 1) * rows_per_task, p.rows);
     for (int64_t row = task * rows_per_task; row < end; row++) {
-      const T* const x = static_cast<const T*>(p.input) + row * p.input_stride;
-      if (p.softcap == 0.f) {
-        cross_entropy_forward_row<T, T>(p, row, x, x + p.input_stride);
-      } else {
-        cap_logits(x, capped, p.columns, p.softcap);
-        cross_entropy_forward_row<float, T>(p, row, capped, capped);
-      }
+      cap_logits(static_cast<const T*>(p.input) + row * p.input_stride, capped, p.columns, p.softcap);
+      const Exponentials e = sum_exponentials(static_cast<const float*>(nullptr), capped, p.columns, capped);
+      cross_entropy_forward_row<float, T>(p, row, capped, e);
     }
     if (finish_task(queue)) cross_entropy_reduce(p);
   }
@@ -171,13 +233,16 @@ FASTATTN_INLINE F32x2 exponential(const T* x, const T* dx, F32x2 lse, Where wher
 // softmax * scale; returns the target's, unrounded. An fp32 row is written before its sum is known, and once more only
 // if the sum is so far off that it shows: the error (1 - sum) * |softmax| is held against one rounding of the
 // gradient's norm, |softmax - one_hot|.
-template <class T>
+template <bool Streaming, class T>
 float hard_gradient(const T* x, T* dx, int64_t columns, int64_t target, float lse, float scale) {
+  constexpr int64_t kAhead = kAheadBytes / sizeof(T);
+  const float own = element_exp(x + target, lse);  // before dx is written, which may be x
   const F32x2 shift = splat2(lse), all = splat2(scale);
   F32x2 sums[2] = {splat2(0.f), splat2(0.f)}, squares[2] = {splat2(0.f), splat2(0.f)};
   for_columns<2>(columns, [&](int64_t c, int i, auto where) FASTATTN_LAMBDA {
+    prefetch_pair(x + c + kAhead);
     const F32x2 p = exp_for(x, get(x + c, Cheapest{}, where) - shift);
-    put(dx + c, p * all, Cheapest{}, where);
+    put_result<Streaming>(dx + c, p * all, where);
     if constexpr (kSumAgain<T>) {
       const F32x2 own = keep(p, zero(), where);
       sums[i] = sums[i] + own;
@@ -186,17 +251,16 @@ float hard_gradient(const T* x, T* dx, int64_t columns, int64_t target, float ls
   });
   if constexpr (kSumAgain<T>) {
     const float sum = reduce_add(sums[0] + sums[1]), square = reduce_add(squares[0] + squares[1]);
-    const float gradient = square - 2.f * (dx[target] / scale) + 1.f;
+    const float gradient = square - 2.f * own + 1.f;
     if (!((sum - 1.f) * (sum - 1.f) * square <= 0x1p-48f * gradient)) {
       const F32x2 correction = splat2(1.f / sum);
       for_columns<2>(columns, [&](int64_t c, int, auto where) FASTATTN_LAMBDA {
         put(dx + c, get(dx + c, Natural{}, where) * correction, Natural{}, where);
       });
+      return own * scale * (1.f / sum);
     }
-    return dx[target];
-  } else {
-    return element_exp(x + target, lse) * scale;
   }
+  return own * scale;
 }
 
 // softmax * total - weight * spread, where softmax * total = exponential * scale
@@ -228,7 +292,7 @@ void soft_gradient(const T* x, T* dx, int64_t columns, const Target* t, const fl
   });
 }
 
-template <class X, class T>
+template <class X, class T, bool Streaming>
 void cross_entropy_backward_row(const CrossEntropyBackward& p, int64_t row, float weight_sum, const X* x, X* dx) {
   const float lse = p.lse[row];
   const float grad = p.reduction == Reduction::none   ? p.grad[row]
@@ -259,7 +323,7 @@ void cross_entropy_backward_row(const CrossEntropyBackward& p, int64_t row, floa
   float scale = grad * (share * weight + spread * weight_sum) + extra, own;
   if (spread == 0.f) {
     if constexpr (!kSumAgain<X>) scale *= normalizer(x, dx, p.columns, lse);
-    own = hard_gradient(x, dx, p.columns, target, lse, scale);
+    own = hard_gradient<Streaming>(x, dx, p.columns, target, lse, scale);
   } else {
     scale *= normalizer(x, dx, p.columns, lse);
     own = element_exp(x + target, lse) * scale;
@@ -283,7 +347,7 @@ void uncap_gradient(const float* gradient, const T* x, T* dx, int64_t columns, f
   });
 }
 
-template <class T>
+template <class T, bool Streaming>
 void cross_entropy_backward(const CrossEntropyBackward& p, TaskQueue& queue, char* scratch) {
   float* const capped = reinterpret_cast<float*>(scratch);
   float* const gradient = capped + round_up(p.columns, kPair);
@@ -299,14 +363,21 @@ void cross_entropy_backward(const CrossEntropyBackward& p, TaskQueue& queue, cha
       const T* const x = static_cast<const T*>(p.input) + row * p.input_stride;
       T* const dx = static_cast<T*>(p.grad_input) + row * p.columns;
       if (p.softcap == 0.f) {
-        cross_entropy_backward_row<T, T>(p, row, static_cast<float>(weight_sum), x, dx);
+        cross_entropy_backward_row<T, T, Streaming>(p, row, static_cast<float>(weight_sum), x, dx);
       } else {
         cap_logits(x, capped, p.columns, p.softcap);
-        cross_entropy_backward_row<float, T>(p, row, static_cast<float>(weight_sum), capped, gradient);
+        cross_entropy_backward_row<float, T, false>(p, row, static_cast<float>(weight_sum), capped, gradient);
         uncap_gradient(gradient, x, dx, p.columns, p.softcap);
       }
     }
   }
+}
+
+template <class T>
+void cross_entropy_backward(const CrossEntropyBackward& p, TaskQueue& queue, char* scratch) {
+  with_streaming(p.streaming && fit_for_streaming<T>(p.grad_input, p.columns), [&](auto streaming) FASTATTN_LAMBDA {
+    cross_entropy_backward<T, decltype(streaming)::value>(p, queue, scratch);
+  });
 }
 
 void run_cross_entropy_backward(const CrossEntropyBackward& p, TaskQueue& queue, char* scratch) {

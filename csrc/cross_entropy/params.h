@@ -48,6 +48,7 @@ struct CrossEntropyBackward {
   Reduction reduction;
   DType dtype;
   DType probabilities_dtype;
+  bool streaming;  // results had better not go through the caches
 };
 
 struct CrossEntropyKernels {

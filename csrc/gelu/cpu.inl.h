@@ -3,6 +3,7 @@
 #pragma once
 #include "../cpu/activation.h"
 #include "../cpu/elementwise.h"
+#include "../cpu/pipeline.h"
 #include "params.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -31,6 +32,7 @@ void gelu_forward(const GeluForward& p, TaskQueue& queue) {
     const T* const x = static_cast<const T*>(p.input) + row * p.input_stride + column;
     T* const y = static_cast<T*>(p.output) + row * p.columns + column;
     for_columns<2>(columns, [&](int64_t c, int, auto where) FASTATTN_LAMBDA {
+      prefetch_pair(x + c + kAheadBytes / static_cast<int64_t>(sizeof(T)));
       const F32x2 v = add_bias(get(x + c, Cheapest{}, where), x, bias, column + c, where);
       put(y + c, gelu<Tanh, kFine<T>>(v), Cheapest{}, where);
     });

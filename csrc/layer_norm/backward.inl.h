@@ -132,10 +132,7 @@ class NormBackwardRows {
           d = d * slope;
         F32x2 total = fma(get(done_dy + c, Cheapest{}, where) * scale, w, d);
         if (ds != nullptr) total = total + get(ds + c, Cheapest{}, where);
-        if constexpr (Streaming)
-          put_past_caches(out + c, total, where);
-        else
-          put(out + c, total, Cheapest{}, where);
+        put_result<Streaming>(out + c, total, where);
         if constexpr (Apart) {
           if (dropout)
             total = total * to_cheapest(static_cast<const T*>(nullptr), get(factors_ + c, Natural{}, where), where);

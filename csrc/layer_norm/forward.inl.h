@@ -148,10 +148,7 @@ class NormForwardRows {
           out = fma(fma(out - middle, scale, offset), w, get(bias + c, Natural{}, where));
         else
           out = out * scale * w;
-        if constexpr (Streaming)
-          put_past_caches(y + c, out, where);
-        else
-          put(y + c, out, Cheapest{}, where);
+        put_result<Streaming>(y + c, out, where);
       }
     });
     if constexpr (Read) {

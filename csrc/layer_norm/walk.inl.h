@@ -7,7 +7,7 @@
 // in segments, so that weight and bias of a segment stay in the first cache for all rows of a block.
 #pragma once
 #include "../cpu/philox.inl.h"
-#include "../cpu/row.h"
+#include "../cpu/streaming.h"
 #include "params.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -147,19 +147,6 @@ FASTATTN_INLINE void put_like(I* p, F32x2 x, Where where) {
     put(p, x, Cheapest{}, where);
   else
     put(p, x, Natural{}, where);
-}
-
-template <class T>
-FASTATTN_INLINE void put_past_caches(T* p, F32x2 x, Whole) {
-  stream_two(p, x.a, x.b);
-}
-template <class T>
-FASTATTN_INLINE void put_past_caches(T* p, F32x2 x, Part part) {
-  put(p, x, Cheapest{}, part);
-}
-template <class T>
-FASTATTN_INLINE bool fit_for_streaming(const void* p, int64_t columns) {
-  return (reinterpret_cast<uintptr_t>(p) | static_cast<uintptr_t>(columns) * sizeof(T)) % 64 == 0;
 }
 
 // What dropout multiplies the elements of a segment by: keep_scale or 0. Counter (offset, row / 2^32, row, column / 4),

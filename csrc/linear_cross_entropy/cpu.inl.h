@@ -40,10 +40,13 @@ void run_logit_rows(const LogitRows& p, TaskQueue& queue, char* scratch) {
     const int64_t end = min_of((task + 1) * rows_per_task, p.forward.rows);
     for (int64_t row = task * rows_per_task; row < end; row++) {
       float* const x = p.logits + row * columns;
-      if (p.losses) cross_entropy_forward_row<float, float>(p.forward, row, x, x);
+      if (p.losses) {
+        const Exponentials e = sum_exponentials(static_cast<const float*>(nullptr), x, columns, x);
+        cross_entropy_forward_row<float, float>(p.forward, row, x, e);
+      }
       if (!p.gradients || columns == 0) continue;
       float* const dx = in_place ? x : reinterpret_cast<float*>(scratch);
-      cross_entropy_backward_row<float, float>(p.backward, row, static_cast<float>(weight_sum), x, dx);
+      cross_entropy_backward_row<float, float, false>(p.backward, row, static_cast<float>(weight_sum), x, dx);
       if (p.narrow)
         narrow_row(dx, reinterpret_cast<bf16*>(x), columns);
       else if (!in_place)

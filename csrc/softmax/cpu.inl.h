@@ -6,6 +6,8 @@
 // Columns (inner > 1): the same online sums with `inner` in the lanes; nothing is transposed.
 #pragma once
 #include "../cpu/logsumexp.h"
+#include "../cpu/pipeline.h"
+#include "../cpu/streaming.h"
 #include "masked.inl.h"
 #include "params.h"
 
@@ -25,49 +27,131 @@ template <class T>
 struct OrderOf<T, T> {
   using type = Cheapest;
 };
+template <class Order>
+constexpr bool kIsCheapest = false;
+template <>
+constexpr bool kIsCheapest<Cheapest> = true;
 
-template <class In, class Out, bool Log>
-void softmax_row(const In* x, Out* y, int64_t columns, const In* ahead, float* scratch) {
+// In Order, past the caches where Order is that of Cheapest loads of a T.
+template <bool Streaming, class Order, class T, class Where>
+FASTATTN_INLINE void put_row(T* p, F32x2 x, Order order, Where where) {
+  if constexpr (Streaming && (!kOwnOrder<T> || kIsCheapest<Order>))
+    put_result<true>(p, x, where);
+  else
+    put(p, x, order, where);
+}
+
+// e^x of a softmax, whose sum is of the same numbers; of a log_softmax, whose dominant term must be 1.
+template <bool Log, class T>
+FASTATTN_INLINE F32x2 softmax_exp(const T*, F32x2 x) {
+  return exp(x);
+}
+template <bool Log>
+FASTATTN_INLINE F32x2 softmax_exp(const bf16* kind, F32x2 x) {
+  return Log ? exp_for(kind, x) : exp2<3>(x * splat2(kLog2e));
+}
+
+// Three rows at a time: while results of one are written, the exponentials of the next are computed and the maximum of
+// the one after it is found. So reading, computing and writing go on together and evenly, and the reductions at the
+// ends of rows wait for each other once.
+template <class In, class Out, bool Log, bool Streaming>
+class SoftmaxRows {
+ public:
+  // kept: scratch of a row, for the exponentials; not for Log
+  SoftmaxRows(const SoftmaxForward& p, float* kept) : p_(p), kept_(kept) {}
+
+  void run(TaskQueue& queue, int64_t rows_per_task) {
+    RowsOfTasks rows(queue, p_.outer, rows_per_task);
+    Row reading{rows.next()}, computing, writing;
+    while (reading.index >= 0 || computing.index >= 0 || writing.index >= 0) {
+      if (reading.index >= 0 && computing.index >= 0 && writing.index >= 0) {
+        sweep<true, true, true>(reading, computing, writing);
+      } else {
+        if (writing.index >= 0) sweep<false, false, true>(reading, computing, writing);
+        if (computing.index >= 0) sweep<false, true, false>(reading, computing, writing);
+        if (reading.index >= 0) sweep<true, false, false>(reading, computing, writing);
+      }
+      writing = computing;
+      computing = reading;
+      reading.index = reading.index >= 0 ? rows.next() : -1;
+    }
+  }
+
+ private:
+  using Order = typename OrderOf<In, Out>::type;
+  static constexpr const Out* kKind = nullptr;
+  static constexpr int64_t kChunk = 4096;  // columns whose exponentials are summed up together: rounds less
+  static constexpr int64_t kAhead = kAheadBytes / sizeof(In);
+
+  struct Row {
+    int64_t index = -1;
+    float top = 0.f, sum = 0.f;
+  };
+  const In* input(const Row& row) const { return static_cast<const In*>(p_.input) + row.index * p_.input_stride; }
+
+  template <bool Read, bool Compute, bool Write>
+  __attribute__((noinline)) void sweep(Row& reading, Row& computing, const Row& writing) const {
+    const In* const x = Read ? input(reading) : nullptr;
+    const In* const found = Compute ? input(computing) : nullptr;
+    const In* const done = Log && Write ? input(writing) : nullptr;
+    Out* const y = Write ? static_cast<Out*>(p_.output) + writing.index * p_.columns : nullptr;
+    float* const kept = kept_;
+    F32x2 tops[2] = {splat2(-kInf), splat2(-kInf)}, total = splat2(0.f);
+    const F32x2 top = splat2(computing.top), top_of_done = splat2(writing.top);
+    const Reciprocal r = reciprocal(writing.sum);
+    const F32x2 hi = splat2(r.hi), lo = splat2(r.lo), log_sum = splat2(Log ? __builtin_logf(writing.sum) : 0.f);
+    for (int64_t begin = 0; begin < p_.columns; begin += kChunk) {
+      F32x2 sums[2] = {splat2(0.f), splat2(0.f)};
+      for_columns<2>(min_of(kChunk, p_.columns - begin), [&](int64_t offset, int i, auto where) FASTATTN_LAMBDA {
+        const int64_t c = begin + offset;
+        if constexpr (Read) {
+          prefetch_pair(x + c + kAhead);
+          tops[i] = max(tops[i], keep(get(x + c, Cheapest{}, where), splat(-kInf), where));
+        }
+        if constexpr (Write) {
+          if constexpr (Log) {
+            put_row<Streaming>(y + c, (get(done + c, Order{}, where) - top_of_done) - log_sum, Order{}, where);
+          } else {
+            const F32x2 e = get(kept + c, Natural{}, where);
+            put_row<Streaming>(y + c, fma(e, hi, e * lo), Order{}, where);
+          }
+        }
+        if constexpr (Compute) {
+          const F32x2 e = softmax_exp<Log>(kKind, get(found + c, Order{}, where) - top);
+          sums[i] = sums[i] + keep(e, zero(), where);
+          if constexpr (!Log) put(kept + c, e, Natural{}, where);
+        }
+      });
+      total = total + (sums[0] + sums[1]);
+    }
+    if constexpr (Read) reading.top = reduce_max(max(tops[0], tops[1]));
+    if constexpr (Compute) computing.sum = reduce_add(total);
+  }
+
+  const SoftmaxForward& p_;
+  float* const kept_;
+};
+
+// A row too long for its exponentials to be kept: they are computed again.
+template <class In, class Out, bool Log, bool Streaming>
+void softmax_long_row(const In* x, Out* y, int64_t columns) {
   using Order = typename OrderOf<In, Out>::type;
   constexpr const Out* kind = nullptr;
-  if (Log || columns > kSoftmaxLongRow) {
-    const Exponentials e = sum_exponentials(x, columns, Log ? ahead : x);
-    const F32x2 top = splat2(e.max);
-    if constexpr (Log) {
-      const F32x2 log_sum = splat2(__builtin_logf(e.sum));
-      for_columns<2>(columns, [&](int64_t c, int, auto where) FASTATTN_LAMBDA {
-        put(y + c, (get(x + c, Order{}, where) - top) - log_sum, Order{}, where);
-      });
-    } else {
-      const Reciprocal r = reciprocal(e.sum);
-      const F32x2 hi = splat2(r.hi), lo = splat2(r.lo);
-      for_columns<2>(columns, [&](int64_t c, int, auto where) FASTATTN_LAMBDA {
-        const F32x2 p = exp_for(kind, get(x + c, Order{}, where) - top);
-        put(y + c, fma(p, hi, p * lo), Order{}, where);
-      });
-    }
-    return;
+  const Exponentials e = sum_exponentials(kind, x, columns, x);
+  const F32x2 top = splat2(e.max);
+  if constexpr (Log) {
+    const F32x2 log_sum = splat2(__builtin_logf(e.sum));
+    for_columns<2>(columns, [&](int64_t c, int, auto where) FASTATTN_LAMBDA {
+      put_row<Streaming>(y + c, (get(x + c, Order{}, where) - top) - log_sum, Order{}, where);
+    });
+  } else {
+    const Reciprocal r = reciprocal(e.sum);
+    const F32x2 hi = splat2(r.hi), lo = splat2(r.lo);
+    for_columns<2>(columns, [&](int64_t c, int, auto where) FASTATTN_LAMBDA {
+      const F32x2 p = exp_for(kind, get(x + c, Order{}, where) - top);
+      put_row<Streaming>(y + c, fma(p, hi, p * lo), Order{}, where);
+    });
   }
-  F32x2 tops[4];
-  FASTATTN_UNROLL for (int i = 0; i < 4; i++) tops[i] = splat2(-kInf);
-  for_columns<4>(columns, [&](int64_t c, int i, auto where) FASTATTN_LAMBDA {
-    tops[i] = max(tops[i], keep(get(x + c, Cheapest{}, where), splat(-kInf), where));
-  });
-  const F32x2 top = splat2(reduce_max(max(max(tops[0], tops[1]), max(tops[2], tops[3]))));
-  float* const kept = sizeof(Out) == sizeof(float) ? reinterpret_cast<float*>(y) : scratch;
-  F32x2 sums[2] = {splat2(0.f), splat2(0.f)};
-  for_columns<2>(columns, [&](int64_t c, int i, auto where) FASTATTN_LAMBDA {
-    const F32x2 p = exp_for(kind, get(x + c, Order{}, where) - top);
-    sums[i] = sums[i] + keep(p, zero(), where);
-    put(kept + c, p, Natural{}, where);
-    prefetch_pair(ahead + c);
-  });
-  const Reciprocal r = reciprocal(reduce_add(sums[0] + sums[1]));
-  const F32x2 hi = splat2(r.hi), lo = splat2(r.lo);
-  for_columns<2>(columns, [&](int64_t c, int, auto where) FASTATTN_LAMBDA {
-    const F32x2 p = get(kept + c, Natural{}, where);
-    put(y + c, fma(p, hi, p * lo), Order{}, where);
-  });
 }
 
 // `Width` pairs of lanes, or the part of one pair that is left, at x[column * inner].
@@ -130,23 +214,64 @@ FASTATTN_INLINE F32x2 softmax_gradient(F32x2 g, F32x2 y, F32x2 sum) {
     return y * (g - sum);
 }
 
-// `dy_ahead` and `y_ahead` are the row to come, fetched meanwhile.
-template <class G, class In, bool Log>
-void softmax_backward_row(const G* dy, const G* y, In* dx, int64_t columns, const G* dy_ahead, const G* y_ahead) {
+// Two rows at a time: while the gradient of one is written, the sum of the next is taken.
+template <class G, class In, bool Log, bool Streaming>
+class SoftmaxBackwardRows {
+ public:
+  explicit SoftmaxBackwardRows(const SoftmaxBackward& p) : p_(p) {}
+
+  void run(TaskQueue& queue, int64_t rows_per_task) {
+    RowsOfTasks rows(queue, p_.outer, rows_per_task);
+    Row reading{rows.next()}, writing;
+    while (reading.index >= 0 || writing.index >= 0) {
+      if (reading.index >= 0 && writing.index >= 0)
+        sweep<true, true>(reading, writing);
+      else if (reading.index >= 0)
+        sweep<true, false>(reading, writing);
+      else
+        sweep<false, true>(reading, writing);
+      writing = reading;
+      reading.index = reading.index >= 0 ? rows.next() : -1;
+    }
+  }
+
+ private:
   using Order = typename OrderOf<G, In>::type;
-  F32x2 sums[2] = {splat2(0.f), splat2(0.f)};
-  for_columns<2>(columns, [&](int64_t c, int i, auto where) FASTATTN_LAMBDA {
-    const F32x2 g = get(dy + c, Cheapest{}, where);
-    sums[i] = Log ? sums[i] + g : fma(g, get(y + c, Cheapest{}, where), sums[i]);
-  });
-  const F32x2 sum = splat2(reduce_add(sums[0] + sums[1]));
-  for_columns<2>(columns, [&](int64_t c, int, auto where) FASTATTN_LAMBDA {
-    const F32x2 g = get(dy + c, Order{}, where);
-    put(dx + c, softmax_gradient<In, Log>(g, get(y + c, Order{}, where), sum), Order{}, where);
-    prefetch_pair(dy_ahead + c);
-    prefetch_pair(y_ahead + c);
-  });
-}
+  static constexpr int64_t kAhead = kAheadBytes / sizeof(G);
+
+  struct Row {
+    int64_t index = -1;
+    float sum = 0.f;
+  };
+  const G* gradient(const Row& row) const {
+    return static_cast<const G*>(p_.grad_output) + row.index * p_.grad_output_stride;
+  }
+  const G* output(const Row& row) const { return static_cast<const G*>(p_.output) + row.index * p_.output_stride; }
+
+  template <bool Read, bool Write>
+  __attribute__((noinline)) void sweep(Row& reading, const Row& writing) const {
+    const G *const dy = Read ? gradient(reading) : nullptr, *const y = Read ? output(reading) : nullptr;
+    const G *const done_dy = Write ? gradient(writing) : nullptr, *const done_y = Write ? output(writing) : nullptr;
+    In* const dx = Write ? static_cast<In*>(p_.grad_input) + writing.index * p_.columns : nullptr;
+    F32x2 sums[2] = {splat2(0.f), splat2(0.f)};
+    const F32x2 sum = splat2(writing.sum);
+    for_columns<2>(p_.columns, [&](int64_t c, int i, auto where) FASTATTN_LAMBDA {
+      if constexpr (Read) {
+        prefetch_pair(dy + c + kAhead);
+        prefetch_pair(y + c + kAhead);
+        const F32x2 g = get(dy + c, Cheapest{}, where);
+        sums[i] = Log ? sums[i] + g : fma(g, get(y + c, Cheapest{}, where), sums[i]);
+      }
+      if constexpr (Write) {
+        const F32x2 g = get(done_dy + c, Order{}, where);
+        put_row<Streaming>(dx + c, softmax_gradient<In, Log>(g, get(done_y + c, Order{}, where), sum), Order{}, where);
+      }
+    });
+    if constexpr (Read) reading.sum = reduce_add(sums[0] + sums[1]);
+  }
+
+  const SoftmaxBackward& p_;
+};
 
 template <class G, class In, bool Log, int Width, class Where>
 void softmax_backward_columns(const G* dy, const G* y, In* dx, int64_t columns, int64_t inner, Where where) {
@@ -211,16 +336,20 @@ FASTATTN_INLINE bool softmax_is_masked(const SoftmaxForward& p) {
   return p.scale != 1.f || p.mask.data != nullptr || p.causal != SoftmaxCausal::none;
 }
 
-template <class In, class Out, bool Log>
+template <class In, class Out, bool Log, bool Streaming>
 void softmax_forward(const SoftmaxForward& p, TaskQueue& queue, char* scratch) {
   const In* const x = static_cast<const In*>(p.input);
   Out* const y = static_cast<Out*>(p.output);
+  float* const space = reinterpret_cast<float*>(scratch);
+  if (p.inner == 1 && p.columns <= kSoftmaxLongRow && !softmax_is_masked(p)) {
+    SoftmaxRows<In, Out, Log, Streaming>(p, space).run(queue, softmax_units_per_task(p.columns, 1));
+    return;
+  }
   for_softmax_units(p.outer, p.columns, p.inner, queue, [&](int64_t unit, int64_t at, int64_t lanes) FASTATTN_LAMBDA {
     if (p.inner == 1 && softmax_is_masked(p)) {
-      softmax_masked_row<In, Out, Log>(p, x + unit * p.input_stride, y + at, unit, reinterpret_cast<float*>(scratch));
+      softmax_masked_row<In, Out, Log>(p, x + unit * p.input_stride, y + at, unit, space);
     } else if (p.inner == 1) {
-      const In* const row = x + unit * p.input_stride;
-      softmax_row<In, Out, Log>(row, y + at, p.columns, row + p.input_stride, reinterpret_cast<float*>(scratch));
+      softmax_long_row<In, Out, Log, Streaming>(x + unit * p.input_stride, y + at, p.columns);
     } else {
       for_lanes(lanes, [&](auto width, int64_t lane, auto where) FASTATTN_LAMBDA {
         softmax_columns<In, Out, Log, decltype(width)::value>(x + at + lane, y + at + lane, p.columns, p.inner, where);
@@ -229,19 +358,18 @@ void softmax_forward(const SoftmaxForward& p, TaskQueue& queue, char* scratch) {
   });
 }
 
-template <class G, class In, bool Log>
+template <class G, class In, bool Log, bool Streaming>
 void softmax_backward(const SoftmaxBackward& p, TaskQueue& queue) {
   const G* const dy = static_cast<const G*>(p.grad_output);
   const G* const y = static_cast<const G*>(p.output);
   In* const dx = static_cast<In*>(p.grad_input);
+  const bool masked = p.scale != 1.f || p.masked || p.causal != SoftmaxCausal::none;
+  if (p.inner == 1 && !masked)
+    return SoftmaxBackwardRows<G, In, Log, Streaming>(p).run(queue, softmax_units_per_task(p.columns, 1));
   for_softmax_units(p.outer, p.columns, p.inner, queue, [&](int64_t unit, int64_t at, int64_t lanes) FASTATTN_LAMBDA {
-    if (p.inner == 1 && (p.scale != 1.f || p.masked || p.causal != SoftmaxCausal::none)) {
+    if (p.inner == 1) {
       softmax_masked_backward_row<G, In, Log>(p, dy + unit * p.grad_output_stride, y + unit * p.output_stride, dx + at,
                                               unit);
-    } else if (p.inner == 1) {
-      const G *const dy_row = dy + unit * p.grad_output_stride, *const y_row = y + unit * p.output_stride;
-      softmax_backward_row<G, In, Log>(dy_row, y_row, dx + at, p.columns, dy_row + p.grad_output_stride,
-                                       y_row + p.output_stride);
     } else {
       for_lanes(lanes, [&](auto width, int64_t lane, auto where) FASTATTN_LAMBDA {
         const int64_t i = at + lane;
@@ -251,6 +379,13 @@ void softmax_backward(const SoftmaxBackward& p, TaskQueue& queue) {
   });
 }
 
+template <class In, class Out, bool Log>
+void softmax_forward(const SoftmaxForward& p, TaskQueue& queue, char* scratch) {
+  const bool streaming = p.streaming && p.inner == 1 && fit_for_streaming<Out>(p.output, p.columns);
+  with_streaming(streaming, [&](auto stream) FASTATTN_LAMBDA {
+    softmax_forward<In, Out, Log, decltype(stream)::value>(p, queue, scratch);
+  });
+}
 template <class In, class Out>
 void softmax_forward(const SoftmaxForward& p, TaskQueue& queue, char* scratch) {
   return p.log ? softmax_forward<In, Out, true>(p, queue, scratch) : softmax_forward<In, Out, false>(p, queue, scratch);
@@ -267,6 +402,12 @@ void run_softmax_forward(const SoftmaxForward& p, TaskQueue& queue, char* scratc
   }
 }
 
+template <class G, class In, bool Log>
+void softmax_backward(const SoftmaxBackward& p, TaskQueue& queue) {
+  const bool streaming = p.streaming && p.inner == 1 && fit_for_streaming<In>(p.grad_input, p.columns);
+  with_streaming(streaming,
+                 [&](auto stream) FASTATTN_LAMBDA { softmax_backward<G, In, Log, decltype(stream)::value>(p, queue); });
+}
 template <class G, class In>
 void softmax_backward(const SoftmaxBackward& p, TaskQueue& queue) {
   return p.log ? softmax_backward<G, In, true>(p, queue) : softmax_backward<G, In, false>(p, queue);
@@ -288,8 +429,8 @@ int64_t softmax_forward_tasks(const SoftmaxForward& p) {
   return ceil_div(softmax_units(p.outer, p.inner), softmax_units_per_task(p.columns, p.inner));
 }
 int64_t softmax_forward_scratch(const SoftmaxForward& p) {
-  const bool widened = p.output_dtype != DType::f32 && p.columns <= kSoftmaxLongRow;
-  const bool needed = p.inner == 1 && (widened || softmax_is_masked(p));
+  const bool kept = !p.log && p.columns <= kSoftmaxLongRow;
+  const bool needed = p.inner == 1 && (kept || softmax_is_masked(p));
   return needed ? round_up(p.columns, kPair) * static_cast<int64_t>(sizeof(float)) : 0;
 }
 int64_t softmax_backward_tasks(const SoftmaxBackward& p) {

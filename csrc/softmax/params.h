@@ -34,6 +34,7 @@ struct SoftmaxForward {
   SoftmaxMask mask;
   SoftmaxCausal causal;  // over rows of rows_per_matrix
   int64_t rows_per_matrix;
+  bool streaming;  // results had better not go through the caches
 };
 
 struct SoftmaxBackward {
@@ -52,6 +53,7 @@ struct SoftmaxBackward {
   bool masked;  // an output of 0 (log: -inf) may be a masked input's, whose gradient is 0
   SoftmaxCausal causal;
   int64_t rows_per_matrix;
+  bool streaming;  // results had better not go through the caches
 };
 
 struct SoftmaxKernels {

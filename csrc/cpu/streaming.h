@@ -1,0 +1,44 @@
+// Results that go past the caches: a line that is written whole need not be fetched first, and nothing that will be
+// read again has to make room for it. Only worth it for results larger than the caches; the callers know.
+#pragma once
+#include "row.h"
+
+namespace fastattn::FASTATTN_ISA {
+namespace {
+
+// Whether rows of so many columns from p on consist of whole lines. Run finish_streams() after the last one.
+template <class T>
+FASTATTN_INLINE bool fit_for_streaming(const void* p, int64_t columns) {
+  return (reinterpret_cast<uintptr_t>(p) | static_cast<uintptr_t>(columns) * sizeof(T)) % 64 == 0;
+}
+
+// In the order of Cheapest loads. p: the start of a line wherever it is a Whole pair.
+template <bool Streaming, class T>
+FASTATTN_INLINE void put_result(T* p, F32x2 x, Whole whole) {
+  if constexpr (Streaming)
+    stream_two(p, x.a, x.b);
+  else
+    put(p, x, Cheapest{}, whole);
+}
+template <bool Streaming, class T>
+FASTATTN_INLINE void put_result(T* p, F32x2 x, Part part) {
+  put(p, x, Cheapest{}, part);
+}
+
+// body(whether to stream, as a type)
+template <bool Value>
+struct Flag {
+  static constexpr bool value = Value;
+};
+template <class Body>
+FASTATTN_INLINE void with_streaming(bool streaming, Body body) {
+  if (streaming) {
+    body(Flag<true>{});
+    finish_streams();
+  } else {
+    body(Flag<false>{});
+  }
+}
+
+}  // namespace
+}  // namespace fastattn::FASTATTN_ISA
