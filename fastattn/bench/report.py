@@ -53,7 +53,7 @@ def header(op: str, settings: Settings) -> str:
 def block(row: Row, settings: Settings) -> str:
     """A row as a small table, one line for each contender."""
     case = row.case
-    bound = "" if row.roof is None else f", bound by {row.roof.bound}"
+    bound = "" if row.roof is None else f", bound by {row.roof.bound} at {_speed(row, row.roof.seconds)}"
     lines = [
         "",
         f"{case.suite.name} {case.workload.name} {case.dtype_name} {row.direction} "
@@ -67,6 +67,9 @@ def block(row: Row, settings: Settings) -> str:
         f"{'extra MiB':>11}  error"
     )
     lines += [f"  {name:10}" + _line(row, name, entry) for name, entry in row.entries.items()]
+    if row.roof is not None:
+        speeds = [f"{name} {_speed(row, e.times.median)}" for name, e in row.entries.items() if e.times is not None]
+        lines.append(f"  {', '.join(speeds)}")
     if row.speedup is not None:
         lines.append(
             f"  {'ahead of' if row.ahead else 'behind'} {row.best_peer}: {row.speedup:.2f} x{_busy(row, settings)}"
@@ -76,6 +79,13 @@ def block(row: Row, settings: Settings) -> str:
         factors = ", ".join(f"{name} {factor:.2f} x" for name, factor in shown if factor is not None)
         lines.append(f"  {settings.threads} threads over one: {factors}{_busy(row, settings)}")
     return "\n".join(lines)
+
+
+def _speed(row: Row, seconds: float) -> str:
+    """Of a row's work, in the unit of what bounds it."""
+    assert row.roof is not None
+    compute = row.roof.bound == "compute"
+    return f"{(row.roof.flops if compute else row.roof.bytes) / seconds / 1e9:.3g} {'GF' if compute else 'GB'}/s"
 
 
 def _busy(row: Row, settings: Settings) -> str:
