@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -58,6 +59,15 @@ def test_version_and_help_in_a_process():
     result = fastattn("--help")
     assert result.returncode == 0
     assert all(command in result.stdout for command in ("train", "generate", "demo", "bench"))
+
+
+def test_the_console_script_tells_its_version_without_torch():
+    code = "import sys, fastattn_cli; code = fastattn_cli.main(); sys.exit(code or 3 * ('torch' in sys.modules))"
+    root = Path(__file__).parent.parent
+    result = subprocess.run(
+        [sys.executable, "-c", code, "--version"], cwd=root, capture_output=True, text=True, timeout=60
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"fastattn {__version__}\n", "")
 
 
 def test_every_setting_has_its_option(capsys):
