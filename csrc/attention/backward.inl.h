@@ -38,27 +38,46 @@ struct GradientTiles {
     else
       return scores;
   }
-  static FASTATTN_INLINE void put(float* tile, int64_t at, F32 x) {
-    if constexpr (G::kPaired)
-      store(reinterpret_cast<bf16*>(tile) + at, x);
-    else
-      store(tile + at, x);
+  // P and dS of kRows keys from `row` on and kWide vectors of queries from `lane` on.
+  template <int kRows, int kWide>
+  FASTATTN_INLINE void put(int64_t row, int64_t lane, const F32 (&p)[kRows][kWide],
+                           const F32 (&ds)[kRows][kWide]) const {
+    const int64_t at = row * kPanel + lane;
+    if constexpr (!G::kPaired) {
+      FASTATTN_UNROLL for (int m = 0; m < kRows; m++) {
+        FASTATTN_UNROLL for (int n = 0; n < kWide; n++) {
+          store(probabilities + at + m * kPanel + n * kLanes, p[m][n]);
+          store(scores + at + m * kPanel + n * kLanes, ds[m][n]);
+        }
+      }
+    } else {
+      FASTATTN_UNROLL for (int m = 0; m < kRows; m++) {
+        put_row<kWide>(reinterpret_cast<bf16*>(probabilities) + at + m * kPanel, p[m]);
+        put_row<kWide>(reinterpret_cast<bf16*>(scores) + at + m * kPanel, ds[m]);
+      }
+      FASTATTN_UNROLL for (int m = 0; m < kRows; m += 2) {
+        FASTATTN_UNROLL for (int n = 0; n < kWide; n++)
+            G::store_pair(score_pairs + (row + m) / 2 * kPanel + lane + n * kLanes, ds[m][n], ds[m + 1][n]);
+      }
+    }
+  }
+
+ private:
+  template <int kWide>
+  static FASTATTN_INLINE void put_row(bf16* to, const F32 (&x)[kWide]) {
+    FASTATTN_UNROLL for (int n = 0; n + 1 < kWide; n += 2)
+        G::store_row(reinterpret_cast<typename G::Step*>(to + n * kLanes), x[n], x[n + 1]);
+    if constexpr (kWide % 2 == 1) store(to + (kWide - 1) * kLanes, x[kWide - 1]);
   }
 };
 
-// exp(score - lse), unless the score is excluded.
-template <class G, View kView>
-FASTATTN_INLINE F32 probability(F32 product, F32 unit, F32 lse, float score_unit, const Visibility& seen, int64_t row,
-                                int64_t lane, const SavedStatistics& saved, Mask& visible) {
-  if constexpr (kView == View::general) {
-    if (seen.finished()) {
-      F32 slope;
-      const F32 score = finish_score(seen, product, score_unit, row, lane, visible, slope);
-      if (seen.slopes != nullptr) store(seen.slopes + row * kPanel + lane, slope);
-      return exp_of<G, G::kExpDegree>(score - load(saved.lse + lane) - load(saved.rest + lane));
-    }
-  }
-  return exp_of_product<G, G::kExpDegree>(product, unit, lse);
+// score - lse where the tiles hold finished scores; `visible` loses the excluded ones.
+FASTATTN_INLINE F32 finished_difference(const Visibility& seen, F32 product, float unit, int64_t row, int64_t lane,
+                                        const SavedStatistics& saved, Mask& visible) {
+  F32 slope;
+  const F32 score = finish_score(seen, product, unit, row, lane, visible, slope);
+  if (seen.slopes != nullptr) store(seen.slopes + row * kPanel + lane, slope);
+  return score - load(saved.lse + lane) - load(saved.rest + lane);
 }
 
 // P and dS of a range.
@@ -69,12 +88,10 @@ __attribute__((noinline)) void gradient_rows(Operand keys, Operand values, const
                                              const GradientTiles<G>& tiles, Prefetch& prefetch) {
   constexpr int kRows = tile_rows(kWide);
   const int64_t offset = range.first * kLanes;
-  const F32 unit = splat(score_unit * exponent_base<G>());
-  F32 lse[kWide], delta[kWide];
-  FASTATTN_UNROLL for (int n = 0; n < kWide; n++) {
-    lse[n] = load(saved.lse + offset + n * kLanes) * splat(exponent_base<G>());
-    delta[n] = load(saved.delta + offset + n * kLanes);
-  }
+  const Relative<G, false> relative(score_unit);
+  const bool finished = kView == View::general && seen.finished();
+  F32 lse[kWide];
+  FASTATTN_UNROLL for (int n = 0; n < kWide; n++) lse[n] = relative.shift(load(saved.lse + offset + n * kLanes));
   for (int64_t row = range.begin; row < range.end; row += kRows) {
     prefetch.step();
     Tile<kRows, kWide> p, d;
@@ -83,15 +100,19 @@ __attribute__((noinline)) void gradient_rows(Operand keys, Operand values, const
     const typename G::Step* right = query.transposed + offset;
     multiply<G, 0>(p, left, keys.row, sizeof(typename G::Step), right, kPanel, query.steps());
     FASTATTN_UNROLL for (int m = 0; m < kRows; m++) {
+      Mask visible[kWide];
       FASTATTN_UNROLL for (int n = 0; n < kWide; n++) {
-        if constexpr (kView != View::clean) {
-          Mask visible = sees<kView>(seen, row + m, range.first + n);
-          p.c[m][n] = probability<G, kView>(p.c[m][n], unit, lse[n], score_unit, seen, row + m, offset + n * kLanes,
-                                            saved, visible);
-          p.c[m][n] = select(visible, p.c[m][n], zero());
-        } else {
-          p.c[m][n] = exp_of_product<G, G::kExpDegree>(p.c[m][n], unit, lse[n]);
-        }
+        const int64_t lane = offset + n * kLanes;
+        if constexpr (kView != View::clean) visible[n] = sees<kView>(seen, row + m, range.first + n);
+        p.c[m][n] = finished ? finished_difference(seen, p.c[m][n], score_unit, row + m, lane, saved, visible[n])
+                             : relative.take(p.c[m][n], lse[n]);
+      }
+      if (finished)
+        Relative<G, true>::template raise<kDegreeOfProducts>(p.c[m]);
+      else
+        relative.template raise<kDegreeOfProducts>(p.c[m]);
+      if constexpr (kView != View::clean) {
+        FASTATTN_UNROLL for (int n = 0; n < kWide; n++) p.c[m][n] = select(visible[n], p.c[m][n], zero());
       }
     }
     clear(d);
@@ -100,26 +121,19 @@ __attribute__((noinline)) void gradient_rows(Operand keys, Operand values, const
     multiply<G, 0>(d, left, values.row, sizeof(typename G::Step), right, kPanel, grad.steps());
     FASTATTN_UNROLL for (int m = 0; m < kRows; m++) {
       FASTATTN_UNROLL for (int n = 0; n < kWide; n++) {
-        const int64_t at = (row + m) * kPanel + offset + n * kLanes;
-        F32 kept = p.c[m][n];
+        const int64_t lane = offset + n * kLanes, at = (row + m) * kPanel + lane;
+        const F32 whole = p.c[m][n];
         if (dropout != nullptr) {
           const F32 factor = load(dropout + at);
-          kept = kept * factor;
+          p.c[m][n] = whole * factor;
           d.c[m][n] = d.c[m][n] * factor;
         }
-        GradientTiles<G>::put(tiles.probabilities, at, kept);
-        d.c[m][n] = p.c[m][n] * (d.c[m][n] - delta[n]);
+        d.c[m][n] = whole * (d.c[m][n] - load(saved.delta + lane));
         if constexpr (kView == View::general)
           if (seen.slopes != nullptr) d.c[m][n] = d.c[m][n] * load(seen.slopes + at);
-        GradientTiles<G>::put(tiles.scores, at, d.c[m][n]);
       }
     }
-    if constexpr (G::kPaired) {
-      FASTATTN_UNROLL for (int m = 0; m < kRows; m += 2) {
-        FASTATTN_UNROLL for (int n = 0; n < kWide; n++)
-            G::store_pair(tiles.score_pairs + (row + m) / 2 * kPanel + offset + n * kLanes, d.c[m][n], d.c[m + 1][n]);
-      }
-    }
+    tiles.put(row, offset, p.c, d.c);
   }
 }
 
@@ -141,7 +155,7 @@ template <class G>
 struct BackwardPanel {
   PackedRows<G> query, grad, output;
   SavedStatistics saved;
-  Statistics statistics;           // only where lse cannot tell
+  Statistics* statistics;          // only where lse cannot tell
   float *bias, *dropout, *slopes;  // tiles, nullptr where there is none
   GradientTiles<G> tiles;
   int64_t batch, head, first, count;
@@ -156,7 +170,7 @@ struct BackwardPanel {
     panel.grad = PackedRows<G>::take(arena, problem.value_dim);
     panel.output = PackedRows<G>::take(arena, problem.value_dim);
     panel.saved = SavedStatistics::take(arena);
-    panel.statistics = Statistics::take(arena);
+    panel.statistics = arena.take<Statistics>(1);
     panel.bias = wants_bias(problem) ? arena.take<float>(kKeyBlock * kPanel) : nullptr;
     panel.slopes = capped && problem.softcap != 0.f ? arena.take<float>(kKeyBlock * kPanel) : nullptr;
     panel.dropout = problem.dropout.enabled ? arena.take<float>(kKeyBlock * kPanel) : nullptr;
@@ -218,7 +232,7 @@ struct BackwardPanel {
   __attribute__((noinline)) void recover_statistics(const AttentionBackward& p, void* keys) {
     const AttentionProblem& problem = p.problem;
     Prefetch nothing;
-    statistics.reset(sink_of(problem, head));
+    statistics->reset(sink_of(problem, head));
     for (int64_t first_key = range.begin; first_key < range.end; first_key += kKeyBlock) {
       const int64_t n = min_of(kKeyBlock, sequence.key_end - first_key);
       Visibility seen;
@@ -226,14 +240,14 @@ struct BackwardPanel {
       const int64_t kv_head = head / (problem.heads / problem.kv_heads);
       const Operand block = rows_operand<G>(problem.dtype, head_rows(p.key, problem.dtype, batch, kv_head, first_key),
                                             n, problem.head_dim, keys);
-      advance_softmax<G>(block, query, seen, score_scale(problem.scale).unit, vectors, nullptr, tiles.probabilities,
-                         tiles.score_pairs, statistics, nothing);
+      advance_softmax<G>(block, query, seen, score_scale(problem.scale).unit, vectors, true, nullptr,
+                         tiles.probabilities, tiles.score_pairs, *statistics, nothing);
     }
     for (int64_t at = 0; at < vectors * kLanes; at += kLanes) {
       const F32 lse = load(saved.lse + at);
       const Mask huge = is_huge(lse) & (lse < splat(kInf));
-      store(saved.lse + at, select(huge, load(statistics.shift + at), lse));
-      store(saved.rest + at, select(huge, log(load(statistics.sum + at)), zero()));
+      store(saved.lse + at, select(huge, load(statistics->shift + at), lse));
+      store(saved.rest + at, select(huge, log(load(statistics->sum + at)), zero()));
     }
   }
 };

@@ -25,7 +25,7 @@ template <class G>
 struct ForwardScratch {
   struct Panel {
     PackedRows<G> query;
-    Statistics statistics;
+    Statistics* statistics;
     float* output;  // (kPanel, padded value_dim), once some block has been seen
     bool seen;
   };
@@ -43,7 +43,7 @@ struct ForwardScratch {
     Arena arena{start};
     for (int64_t i = 0; i < forward_panels(p); i++) {
       panels[i].query = PackedRows<G>::take(arena, problem.head_dim);
-      panels[i].statistics = Statistics::take(arena);
+      panels[i].statistics = arena.take<Statistics>(1);
       panels[i].output = arena.take<float>(value_columns * kPanel);
     }
     tile = arena.take<float>(kKeyBlock * kPanel);
@@ -63,10 +63,10 @@ __attribute__((noinline)) void finish_panel(const AttentionForward& p, const typ
   const AttentionProblem& problem = p.problem;
   float* lse = p.lse + batch * problem.lse_batch + head * problem.lse_head + first;
   const int64_t row = padded_columns(problem.value_dim);
-  float* factors = panel.statistics.alpha;
+  float* factors = panel.statistics->alpha;
   for (int64_t at = 0; at < count; at += kLanes) {
-    const F32 sum = load(panel.statistics.sum + at), largest = load(panel.statistics.max + at);
-    const Mask live = load(panel.statistics.live + at) > zero();
+    const F32 sum = load(panel.statistics->sum + at), largest = load(panel.statistics->max + at);
+    const Mask live = load(panel.statistics->live + at) > zero();
     const F32 factor = splat(1.f) / sum;
     store(factors + at, factor);
     F32 value = largest + log(sum);
@@ -79,7 +79,7 @@ __attribute__((noinline)) void finish_panel(const AttentionForward& p, const typ
       store_first(lse + at, value, count - at);
   }
   for (int64_t i = 0; i < count; i++)
-    if (panel.statistics.live[i] == 0.f || !panel.seen) {
+    if (panel.statistics->live[i] == 0.f || !panel.seen) {
       factors[i] = 0.f;
       memset(panel.output + i * row, 0, static_cast<size_t>(row) * sizeof(float));
     }
@@ -152,7 +152,7 @@ __attribute__((noinline)) int64_t forward_task(const AttentionForward& p, int64_
     const int64_t first = task.first + i * kPanel;
     panel.query.pack(problem.dtype, head_rows(p.query, problem.dtype, task.batch, task.head, first),
                      min_of(kPanel, task.end - first), scale.sign);
-    panel.statistics.reset(sink_of(problem, task.head));
+    panel.statistics->reset(sink_of(problem, task.head));
     panel.seen = false;
   }
 
@@ -191,16 +191,18 @@ __attribute__((noinline)) int64_t forward_task(const AttentionForward& p, int64_
       }
       if (scratch.dropout != nullptr)
         fill_dropout(problem, task.sequence, task.batch, task.head, first, first_key, seen, vectors, scratch.dropout);
-      advance_softmax<G>(keys, panel.query, seen, scale.unit, vectors, scratch.dropout, scratch.tile, scratch.pairs,
-                         panel.statistics, prefetch);
+      const bool rescaled =
+          advance_softmax<G>(keys, panel.query, seen, scale.unit, vectors, !panel.seen, scratch.dropout, scratch.tile,
+                             scratch.pairs, *panel.statistics, prefetch);
       const typename G::Step* probabilities;
       if constexpr (G::kPaired)
         probabilities = scratch.pairs;
       else
         probabilities = scratch.tile;
-      const auto add =
-          panel.seen ? add_product<G, Along::columns, Into::scaled> : add_product<G, Along::columns, Into::fresh>;
-      add(probabilities, values, seen.keys_of_queries(queries, 0, kKeyBlock), panel.statistics.alpha, panel.output,
+      const auto add = !panel.seen ? add_product<G, Along::columns, Into::fresh>
+                       : rescaled  ? add_product<G, Along::columns, Into::scaled>
+                                   : add_product<G, Along::columns, Into::added>;
+      add(probabilities, values, seen.keys_of_queries(queries, 0, kKeyBlock), panel.statistics->alpha, panel.output,
           padded_columns(problem.value_dim), prefetch);
       panel.seen = true;
     }

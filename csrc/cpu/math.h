@@ -39,6 +39,25 @@ FASTATTN_INLINE F32 exp2(F32 x) {
   return scale2(p, n);
 }
 
+// The same of several vectors, for x < 126 and 0 from about -125 down: step by step for all of them, which puts chains
+// of dependent products side by side. The coefficients stay in memory, for loops that have no register to spare.
+template <int Degree, int kCount>
+FASTATTN_INLINE void exp2_each(F32 (&x)[kCount]) {
+  static_assert(Degree == 3 || Degree == 5, "exp2_each has polynomials of degree 3 and 5");
+  static constexpr float kFine[] = {1.32647273e-03f, 9.67151299e-03f, 5.55073358e-02f, 2.40222424e-01f, kLn2, 1.f};
+  static constexpr float kCoarse[] = {0.055171493f, 0.242611109f, 0.693261018f, 0.999928075f};
+  const float* c = Degree == 5 ? kFine : kCoarse;
+  asm volatile("" : "+r"(c));  // nobody knows what it points to
+  F32 n[kCount], p[kCount];
+  FASTATTN_UNROLL for (int i = 0; i < kCount; i++) n[i] = round_nearest(x[i]);
+  FASTATTN_UNROLL for (int i = 0; i < kCount; i++) x[i] = x[i] - n[i];
+  FASTATTN_UNROLL for (int i = 0; i < kCount; i++) p[i] = fma(splat(c[0]), x[i], splat(c[1]));
+  FASTATTN_UNROLL for (int k = 2; k <= Degree; k++) {
+    FASTATTN_UNROLL for (int i = 0; i < kCount; i++) p[i] = fma(p[i], x[i], splat(c[k]));
+  }
+  FASTATTN_UNROLL for (int i = 0; i < kCount; i++) x[i] = scale2_small(p[i], n[i]);
+}
+
 // x = n ln2 + r with |r| <= ln2 / 2. Cody-Waite reduction by one fma: ln2 as a float is off by no more than 1.9e-9.
 FASTATTN_INLINE F32 reduce_by_ln2(F32 x, F32& n) {
   n = round_nearest(x * splat(kLog2e));

@@ -20,7 +20,6 @@ struct Single {
   using Vector = F32;
   static constexpr int64_t kPack = 1;
   static constexpr bool kPaired = false;
-  static constexpr int kExpDegree = 5;
   static FASTATTN_INLINE Vector load(const Step* p) { return fastattn::FASTATTN_ISA::load(p); }
   static FASTATTN_INLINE Vector broadcast(const char* p) {
     float x;
@@ -36,7 +35,6 @@ struct Paired {
   using Vector = Pairs;
   static constexpr int64_t kPack = 2;
   static constexpr bool kPaired = true;
-  static constexpr int kExpDegree = 3;  // of probabilities that are rounded to bf16 and not summed
   static FASTATTN_INLINE Vector load(const Step* p) { return load_pairs(p); }
   static FASTATTN_INLINE Vector broadcast(const char* p) {
     uint32_t pair;
@@ -87,6 +85,20 @@ FASTATTN_INLINE void multiply(Tile<kRows, kWide>& tile, const char*& a, int64_t 
     a += a_step;
     b += b_row;
   }
+}
+
+// The same, with other work done on the way: `other(m, n)` for m < kMost, n < kWide, a little at a time, so that its
+// chains of dependent instructions wait without anybody waiting for them.
+template <class G, int kMost, int kRows, int kWide, class Other>
+FASTATTN_INLINE void multiply_among(Tile<kRows, kWide>& tile, const char* a, int64_t a_row, int64_t a_step,
+                                    const typename G::Step* b, int64_t b_row, int64_t steps, Other other) {
+  const int64_t some = steps / (kMost * kWide);
+  for (int m = 0; m < kMost; m++)
+    for (int n = 0; n < kWide; n++) {
+      other(m, n);
+      multiply<G, 0>(tile, a, a_row, a_step, b, b_row, some);
+    }
+  multiply<G, 0>(tile, a, a_row, a_step, b, b_row, steps - some * (kMost * kWide));
 }
 
 // Calls f with the compile-time constant that equals `count` (1 .. kVectors).

@@ -175,6 +175,16 @@ void powers() {
       return tiny(expected) && std::fabs(found - expected) <= 1.5e-45f ? found : expected;
     });
   }
+  for (int n = -400; n <= 126; n++) {
+    const float x = 0.5f + static_cast<float>(random_word() % 1500) / 1000.f;
+    const float expected = std::ldexp(x, n);
+    lanes("scale2_small", scale2_small(splat(x), splat(static_cast<float>(n))), [&](int) {
+      const float found = floats_of(scale2_small(splat(x), splat(static_cast<float>(n))))[0];
+      return n < -125 && found == 0.f ? found : expected;
+    });
+  }
+  lanes("scale2_small of -inf", scale2_small(splat(kNaN), splat(-kInfinity)), [](int) { return 0.f; });
+  lanes("scale2_small of NaN", scale2_small(splat(kNaN), splat(kNaN)), [](int) { return kNaN; });
   lanes("scale2 of -inf", scale2(splat(kNaN), splat(-kInfinity)), [](int) { return 0.f; });
   lanes("scale2 of NaN", scale2(splat(kNaN), splat(kNaN)), [](int) { return kNaN; });
   for (int n = -126; n < 128; n++) {

@@ -96,6 +96,12 @@ FASTATTN_INLINE F32 scale2(F32 x, F32 n) {
   return {_mm256_andnot_ps(dead.v, y.v)};
 }
 
+FASTATTN_INLINE F32 scale2_small(F32 x, F32 n) {
+  const __m256i whole = _mm256_cvtps_epi32(_mm256_max_ps(_mm256_set1_ps(-126.f), n.v));
+  const __m256i y = _mm256_add_epi32(_mm256_castps_si256(x.v), _mm256_slli_epi32(whole, 23));
+  const __m256 dead = _mm256_cmp_ps(n.v, _mm256_set1_ps(-125.f), _CMP_LT_OQ);
+  return {_mm256_andnot_ps(dead, _mm256_castsi256_ps(y))};
+}
 FASTATTN_INLINE F32 split_exponent(F32 x, F32& mantissa) {
   const __m256i u = _mm256_castps_si256(x.v);
   const __m256i fraction = _mm256_and_si256(u, _mm256_set1_epi32(0x7fffff));

@@ -33,6 +33,7 @@ FASTATTN_INLINE F32 min(F32 a, F32 b) { return {_mm512_min_ps(a.v, b.v)}; }
 FASTATTN_INLINE F32 sqrt(F32 a) { return {_mm512_sqrt_ps(a.v)}; }
 FASTATTN_INLINE F32 round_nearest(F32 a) { return {_mm512_roundscale_ps(a.v, 8)}; }
 FASTATTN_INLINE F32 scale2(F32 x, F32 n) { return {_mm512_scalef_ps(x.v, n.v)}; }
+FASTATTN_INLINE F32 scale2_small(F32 x, F32 n) { return scale2(x, n); }
 FASTATTN_INLINE F32 split_exponent(F32 x, F32& mantissa) {
   mantissa.v = _mm512_getmant_ps(x.v, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero);
   return {_mm512_getexp_ps(x.v)};
@@ -137,8 +138,10 @@ FASTATTN_INLINE F32 sum_four(F32 a, F32 b, F32 c, F32 d) {
   return {_mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)))};
 }
 FASTATTN_INLINE F32 join_sums(const F32* t) {
-  const __m512 a = _mm512_add_ps(_mm512_shuffle_f32x4(t[0].v, t[1].v, 0x88), _mm512_shuffle_f32x4(t[0].v, t[1].v, 0xdd));
-  const __m512 b = _mm512_add_ps(_mm512_shuffle_f32x4(t[2].v, t[3].v, 0x88), _mm512_shuffle_f32x4(t[2].v, t[3].v, 0xdd));
+  const __m512 a =
+      _mm512_add_ps(_mm512_shuffle_f32x4(t[0].v, t[1].v, 0x88), _mm512_shuffle_f32x4(t[0].v, t[1].v, 0xdd));
+  const __m512 b =
+      _mm512_add_ps(_mm512_shuffle_f32x4(t[2].v, t[3].v, 0x88), _mm512_shuffle_f32x4(t[2].v, t[3].v, 0xdd));
   return {_mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd))};
 }
 

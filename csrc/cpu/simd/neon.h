@@ -84,6 +84,11 @@ FASTATTN_INLINE F32 scale2(F32 x, F32 n) {
   // n = -inf: x was computed from inf - inf.
   return select(n == splat(-__builtin_inff()), zero(), x * a * b);
 }
+FASTATTN_INLINE F32 scale2_small(F32 x, F32 n) {
+  const int32x4_t whole = vcvtnq_s32_f32(max(splat(-126.f), n).v);
+  const int32x4_t y = vaddq_s32(vreinterpretq_s32_f32(x.v), vshlq_n_s32(whole, 23));
+  return select(n < splat(-125.f), zero(), F32{vreinterpretq_f32_s32(y)});
+}
 FASTATTN_INLINE F32 split_exponent(F32 x, F32& mantissa) {
   const uint32x4_t u = vreinterpretq_u32_f32(x.v);
   const uint32x4_t unit = vorrq_u32(vandq_u32(u, vdupq_n_u32(0x7fffff)), vdupq_n_u32(0x3f800000));

@@ -91,6 +91,11 @@ FASTATTN_INLINE F32 scale2(F32 x, F32 n) {
   const F32 a = {(Floats)((half + 127) << 23)}, b = {(Floats)((whole - half + 127) << 23)};
   return select(n == splat(-__builtin_inff()), zero(), x * a * b);
 }
+FASTATTN_INLINE F32 scale2_small(F32 x, F32 n) {
+  const F32 number = select(n == n, n, zero());  // where n is NaN, so is x
+  const Ints whole = __builtin_convertvector(max(splat(-126.f), number).v, Ints);
+  return select(number < splat(-125.f), zero(), F32{(Floats)((Ints)x.v + (whole << 23))});
+}
 FASTATTN_INLINE F32 split_exponent(F32 x, F32& mantissa) {
   const Words bits = (Words)x.v;
   mantissa.v = (Floats)((bits & 0x7fffffu) | 0x3f800000u) + x.v * 0.f;

@@ -2,13 +2,15 @@
 //
 //   kLanes                     floats in a register; kRegisters: how many registers there are
 //   F32, I32, Mask             registers of kLanes floats, 32-bit integers, truth values
-//   load(p) load_first(p, n)   from float, bf16, f16 (widened); load_first reads 0 <= n <= kLanes elements, the rest is
-//   0 store(p, x) store_first    to float, bf16, f16 (rounded to nearest even, NaN kept) load_two(p, a, b) 2*kLanes
-//   bf16 in whatever order is cheapest; store_two(p, a, b) takes them back; split_two(a, b)            brings 2*kLanes
-//   consecutive elements into that order, join_two(a, b) back fma(a, b, c) = a*b + c     fnma(a, b, c) = c - a*b,
-//   rounded once if kFusedFma max(a, b)                  b when either is NaN (put the value that may be NaN second)
+//   load(p) load_first(p, n)   from float, bf16, f16 (widened); load_first reads 0 <= n <= kLanes, the rest is 0
+//   store(p, x) store_first    to float, bf16, f16 (rounded to nearest even, NaN kept)
+//   load_two(p, a, b)          2*kLanes bf16 in whatever order is cheapest; store_two(p, a, b) takes them back;
+//   split_two(a, b)            brings 2*kLanes consecutive elements into that order, join_two(a, b) back
+//   fma(a, b, c) = a*b + c     fnma(a, b, c) = c - a*b, fms(a, b, c) = a*b - c: rounded once if kFusedFma
+//   max(a, b)                  b when either is NaN (put the value that may be NaN second)
 //   select(m, a, b)            m ? a : b
 //   scale2(x, n)               x * 2^n for integral n of any size; n = -inf gives 0
+//   scale2_small(x, n)         the same for 1/2 <= x < 2 and n < 127, quicker where it may give 0 for n < -125
 //   split_exponent(x, m)       x = m * 2^result with 1 <= m < 2, for positive normal x; NaN gives m = NaN
 //   add_moments(p, s, q)       adds 2*kLanes bf16 to s and their squares to q; which lane gets which does not matter
 //   interleave(a, b)           a0 b0 a1 b1 ... in a, the rest in b
@@ -18,11 +20,15 @@
 //   to_float(n)                the nearest float
 //   deinterleave(a, b)         the even elements of 2*kLanes consecutive ones in a, the odd ones in b
 //   sum_four(a, b, c, d)       in every block of four lanes: the sums of that block of a, b, c and d
-//   join_sums(t)               of kLanes / 4 results of sum_four: lane 4*i + j is the sum of all lanes of argument j of t[i]
+//   join_sums(t)               of kLanes / 4 results of sum_four: lane 4*i + j is the sum of all lanes of argument j
+//                              of t[i]
 //   mul_wide(a, b, hi, lo)     32 x 32 -> 64 bit product of unsigned lanes (Philox)
-//   with FASTATTN_HAS_DOT2 (AVX512_BF16, NEON_BF16): Pairs, dot2(acc, a, b), pack_pairs(lo, hi), narrow_two(lo, hi)
-//   (consecutive), interleave_rows(lo, hi, n, out)
-//   zip_rows(low, high, a, b)  pairs of what stands in one column of two rows, in whatever order of columns is cheapest;
+//
+// With FASTATTN_HAS_DOT2 (AVX512_BF16, NEON_BF16) also Pairs of bf16:
+//   dot2(acc, a, b)            acc + the products of the low and of the high halves
+//   pack_pairs(lo, hi)         lane i holds lo[i] and hi[i]; narrow_two(lo, hi): consecutive
+//   interleave_rows(lo, hi, n, out)  pairs of two rows of n elements, 2*kLanes of them, zero from n on
+//   zip_rows(low, high, a, b)  pairs of what stands in one column of two rows, in the cheapest order of columns;
 //   order_columns(a, b)        brings sums in that order back into the natural one
 //
 // Everything lives in an anonymous namespace inside fastattn::<isa>: an object file exports its table and nothing else.
