@@ -8,6 +8,7 @@
 
 #if defined(__GLIBC__)
 #include <dlfcn.h>
+#include <link.h>
 #include <malloc.h>
 
 #include <cstdlib>
@@ -26,12 +27,35 @@ constexpr int kMmapThreshold = 1 << 30;
 constexpr int kOldMmapThreshold = 32 << 20;  // the most that glibc before 2.26 takes
 constexpr int kTopPad = 64 << 20;
 
-// The file that malloc comes from: not libc when an allocator is preloaded or linked in.
+std::string file_of(const char* path) {
+  const std::string whole = path == nullptr ? "" : path;
+  return whole.substr(whole.rfind('/') + 1);
+}
+
+// The file that malloc comes from: not libc when an allocator is preloaded or linked in. Where the program itself is
+// not position-independent (Debian's python3), the address of malloc is that of a stub in the program, which defines no
+// malloc: then it is the first library that does, in the order in which the loader looks.
 std::string home_of_malloc() {
   Dl_info info{};
-  if (dladdr(reinterpret_cast<void*>(&std::malloc), &info) == 0 || info.dli_fname == nullptr) return "";
-  const std::string path = info.dli_fname;
-  return path.substr(path.rfind('/') + 1);
+  const ElfW(Sym)* symbol = nullptr;
+  if (dladdr1(reinterpret_cast<void*>(&std::malloc), &info, reinterpret_cast<void**>(const_cast<ElfW(Sym)**>(&symbol)),
+              RTLD_DL_SYMENT) == 0)
+    return "";
+  if (symbol != nullptr && symbol->st_shndx != SHN_UNDEF) return file_of(info.dli_fname);
+  void* program = dlopen(nullptr, RTLD_NOW);
+  link_map* library = nullptr;
+  if (program == nullptr || dlinfo(program, RTLD_DI_LINKMAP, &library) != 0) return file_of(info.dli_fname);
+  for (library = library->l_next; library != nullptr; library = library->l_next) {
+    void* handle = dlopen(library->l_name, RTLD_NOW | RTLD_NOLOAD);
+    if (handle == nullptr) continue;
+    void* address = dlsym(handle, "malloc");  // the library's own, or that of one which it needs
+    Dl_info found{};
+    const bool own = address != nullptr && dladdr(address, &found) != 0 &&
+                     found.dli_fbase == reinterpret_cast<void*>(library->l_addr);
+    dlclose(handle);
+    if (own) return file_of(library->l_name);
+  }
+  return file_of(info.dli_fname);
 }
 
 Answer tune_allocator() {
