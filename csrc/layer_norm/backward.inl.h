@@ -14,6 +14,7 @@ namespace {
 template <class T, class I, bool Centred, bool Apart>
 class NormBackwardRows {
  public:
+  static constexpr int64_t kLag = 2;
   struct Row {
     int64_t index;
     F32x2 sum, products;  // of g and of g * (x - mean)
@@ -132,6 +133,7 @@ class NormBackwardRows {
           d = d * slope;
         F32x2 total = fma(get(done_dy + c, Cheapest{}, where) * scale, w, d);
         if (ds != nullptr) total = total + get(ds + c, Cheapest{}, where);
+        if constexpr (!Streaming) prefetch_to_write(out + c);
         put_result<Streaming>(out + c, total, where);
         if constexpr (Apart) {
           if (dropout)

@@ -19,6 +19,7 @@ constexpr float kLargestDelta = kShifted<T> ? 1.f : 4.f;
 template <class T, class I, bool Centred, bool Added>
 class NormForwardRows {
  public:
+  static constexpr int64_t kLag = 3;
   static constexpr int kUnroll = 2;
   struct Row {
     int64_t index;
@@ -148,6 +149,7 @@ class NormForwardRows {
           out = fma(fma(out - middle, scale, offset), w, get(bias + c, Natural{}, where));
         else
           out = out * scale * w;
+        if constexpr (!Streaming) prefetch_to_write(y + c);
         put_result<Streaming>(y + c, out, where);
       }
     });

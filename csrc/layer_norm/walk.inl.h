@@ -1,10 +1,12 @@
 // How both passes walk over rows, so that memory never waits for arithmetic.
 //
-// Every row is read twice: for what must be known of all of it (mean, sums), then for the result. Rows are taken in
-// blocks, and while one block's results are written, the next one's sums are read: reading and writing proceed together
-// and evenly as in a copy, and the reductions at the end of a row have finished long before somebody needs them.
-// Rows follow each other one at a time (several at once are several streams, which memory likes much less), long ones
-// in segments, so that weight and bias of a segment stay in the first cache for all rows of a block.
+// Every row is read twice: for what must be known of all of it (mean, sums), then for the result. While one row's
+// results are written, the sums of a later one are read: reading and writing proceed together and evenly as in a copy,
+// and the reductions at the end of a row have finished long before somebody needs them. Rows follow each other one at a
+// time: several at once are several streams, which memory likes much less, the second cache included.
+//
+// A row that is written is at most three rows old, so that short ones are still in the first cache. Long ones are taken
+// in blocks, and these in segments, so that weight and bias of a segment stay there for all rows of a block.
 #pragma once
 #include "../cpu/philox.inl.h"
 #include "../cpu/streaming.h"
@@ -17,6 +19,7 @@ constexpr int64_t kBlockRows = 4;
 constexpr int64_t kSegment = 1024;           // columns
 constexpr int64_t kBlockBytes = 64 << 10;    // of rows, per tensor read: a block is read again, from the second cache
 constexpr int64_t kPrefetchBytes = 4 << 10;  // memory is asked for what comes so much later
+constexpr int64_t kWriteAhead = 2 << 10;     // bytes; stores wait in line for the first of them that misses the caches
 
 FASTATTN_INLINE int64_t rows_of_block(int64_t columns, int64_t element) {
   return max_of(1, min_of(kBlockRows, kBlockBytes / max_of(columns * element, 1)));
@@ -30,6 +33,8 @@ struct Segment {
 // Walks over all rows of the tasks in `queue`. Walker:
 //   Row, begin_row(row, index); read_and_write<Read, Write>(reading, ahead, writing, segment); finish_row(row)
 //   begin_task(number, first, end) gives the task's rows; finish_task(): all its rows have been read
+//   kLag: how many rows after it a short row is written. It is finished just before that row kLag - 1 after it is read:
+//   what comes next must not wait in line behind a chain of reductions whose operands are not there yet.
 // ahead: index of the row whose same segment is worth fetching.
 template <class Walker>
 class Walk {
@@ -45,6 +50,46 @@ class Walk {
         distance_(max_of(1, min_of(kPrefetchBytes / max_of(min_of(columns, kSegment) * element, 1), kBlockRows))) {}
 
   void run(TaskQueue& queue) {
+    if (segments_ == 1)
+      run_rows(queue);
+    else
+      run_blocks(queue);
+  }
+
+ private:
+  struct Block {
+    int64_t first = 0, count = 0;
+    Row rows[kBlockRows] = {};
+  };
+
+  void run_rows(TaskQueue& queue) {
+    constexpr int64_t kLag = Walker::kLag;
+    static_assert(kLag < kBlockRows, "the ring has as many rows as a block");
+    Row* const ring = blocks_[0].rows;
+    const auto row = [&](int64_t number) -> Row& { return ring[number % kBlockRows]; };
+    const Segment all{0, columns_};
+    int64_t count = 0;  // rows read; those before count - kLag + 1 are finished, those before count - kLag written
+    for (int64_t task; (task = take_task(queue)) < queue.total;) {
+      int64_t first, end;
+      walker_.begin_task(task, first, end);
+      for (; first < end; first++, count++) {
+        const int64_t ahead = min_of(first + distance_, rows_ - 1);
+        walker_.begin_row(row(count), first);
+        if (count >= kLag - 1) walker_.finish_row(row(count - kLag + 1));
+        if (count >= kLag)
+          walker_.template read_and_write<true, true>(row(count), ahead, 0, row(count - kLag), all);
+        else
+          walker_.template read_and_write<true, false>(row(count), ahead, 0, row(count), all);
+      }
+      walker_.finish_task(queue);
+    }
+    for (int64_t number = max_of(count - kLag, 0); number < count; number++) {
+      if (number > count - kLag) walker_.finish_row(row(number));
+      walker_.template read_and_write<false, true>(row(number), 0, 0, row(number), all);
+    }
+  }
+
+  void run_blocks(TaskQueue& queue) {
     for (int64_t task; (task = take_task(queue)) < queue.total;) {
       int64_t first, end;
       walker_.begin_task(task, first, end);
@@ -53,12 +98,6 @@ class Walk {
     }
     for_segments<false, true>(blocks_[now_], blocks_[1 - now_]);
   }
-
- private:
-  struct Block {
-    int64_t first = 0, count = 0;
-    Row rows[kBlockRows] = {};
-  };
 
   void advance(int64_t first, int64_t count) {
     Block& writing = blocks_[1 - now_];
@@ -147,6 +186,13 @@ FASTATTN_INLINE void put_like(I* p, F32x2 x, Where where) {
     put(p, x, Cheapest{}, where);
   else
     put(p, x, Natural{}, where);
+}
+
+// Asks for kPair columns that will be written.
+template <class T>
+FASTATTN_INLINE void prefetch_to_write(T* p) {
+  FASTATTN_UNROLL for (int64_t byte = 0; byte < kPair * static_cast<int64_t>(sizeof(T)); byte += 64)
+      __builtin_prefetch(reinterpret_cast<char*>(p) + kWriteAhead + byte, 1);
 }
 
 // What dropout multiplies the elements of a segment by: keep_scale or 0. Counter (offset, row / 2^32, row, column / 4),

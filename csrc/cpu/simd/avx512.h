@@ -226,7 +226,8 @@ FASTATTN_INLINE void interleave_rows(const bf16* low, const bf16* high, int64_t 
 
 // The even elements in a, the odd ones in b: half the work of widening them in order.
 FASTATTN_INLINE void load_two(const bf16* p, F32& a, F32& b) {
-  const __m512i h = _mm512_loadu_si512(p);
+  __m512i h = _mm512_loadu_si512(p);
+  asm("" : "+v"(h));  // loaded once, not for each of the two instructions
   a.v = _mm512_castsi512_ps(_mm512_slli_epi32(h, 16));
   b.v = _mm512_castsi512_ps(_mm512_and_si512(h, _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u))));
 }
