@@ -29,10 +29,6 @@ ALL = [
 ]
 
 
-# Results that break the law today: to be mended, not granted. Measured: 1.134e-06 > 1.092e-06 (torch's: 3.408e-07).
-BROKEN = {("attention_varlen", "one", torch.float32, "reference"): "gradient of key: largest element error"}
-
-
 @functools.cache
 def report(suite_name, case_name, dtype, backend):
     suite = SUITES[suite_name]
@@ -44,9 +40,6 @@ def report(suite_name, case_name, dtype, backend):
 def test_case(suite, case, dtype, backend, skip_unserved):
     skip_unserved(suite.function, suite.arguments(case, "cpu", dtype), backend)
     violations = report(suite.name, case.name, dtype, backend).violations
-    broken = BROKEN.get((suite.name, case.name, dtype, backend))
-    if broken is not None and violations and all(violation.startswith(broken) for violation in violations):
-        pytest.xfail("; ".join(violations))
     assert not violations, "\n".join(violations)
 
 

@@ -6,6 +6,7 @@ Shapes as in op.py: query (B, H, Sq, D), key (B, Hkv, Sk, D), value (B, Hkv, Sk,
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -166,6 +167,12 @@ def _sum_to(tensor: Tensor, shape: torch.Size) -> Tensor:
     return tensor.sum(dims, keepdim=True) if dims else tensor
 
 
+def _over_queries(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b, summed over 64 queries at a time: in one chain every later rounding is of the size of an early term."""
+    pairs = zip(a.split(64, -2), b.split(64, -2), strict=True)
+    return functools.reduce(torch.add, (x.transpose(-1, -2) @ y for x, y in pairs))
+
+
 def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, of the additive mask ((0,) unless mask_grad) and of sinks ((0,) without).
 
@@ -218,8 +225,8 @@ def backward_at(
     if features.softcap > 0.0:
         grad_scores = grad_scores * (1.0 - torch.tanh(plain / features.softcap) ** 2)
     grad_query = (grad_scores @ k).flatten(1, 2) * scale
-    grad_key = (grad_scores.transpose(-1, -2) @ q).sum(2) * scale
-    grad_value = (dropped.transpose(-1, -2) @ grad).sum(2)
+    grad_key = _over_queries(grad_scores, q).sum(2) * scale
+    grad_value = _over_queries(dropped, grad).sum(2)
     if mask_grad:
         assert mask is not None
         grad_mask = _sum_to(grad_capped.flatten(1, 2), mask.shape).to(mask.dtype).contiguous()
