@@ -357,8 +357,11 @@ __attribute__((noinline)) void backward_panel(const AttentionBackward& p, int64_
 
   for (int64_t first_key = panel.range.begin; first_key < panel.range.end; first_key += kKeyBlock) {
     Visibility seen;
-    if (!panel.look_at(problem, first_key, seen)) continue;
     const int64_t next_key = first_key + kKeyBlock;
+    if (problem.mask.data != nullptr && next_key < panel.range.end)
+      want_mask(problem, prefetch, panel.batch, panel.head, panel.first, panel.count, next_key,
+                min_of(kKeyBlock, panel.sequence.key_end - next_key));
+    if (!panel.look_at(problem, first_key, seen)) continue;
     if (next_key < panel.range.end) want_keys(p, prefetch, panel.batch, kv_head, next_key, panel.range.end);
     const Operand key_rows = head_rows(p.key, problem.dtype, panel.batch, kv_head, first_key);
     const Operand keys = rows_operand<G>(problem.dtype, key_rows, seen.keys, problem.head_dim, scratch.keys);

@@ -178,6 +178,9 @@ __attribute__((noinline)) int64_t forward_task(const AttentionForward& p, int64_
       auto& panel = scratch.panels[i];
       const int64_t first = task.first + i * kPanel, queries = min_of(kPanel, task.end - first);
       const int vectors = static_cast<int>(ceil_div(queries, kLanes));
+      if (problem.mask.data != nullptr && first_key + kKeyBlock < task.range.end)
+        want_mask(problem, prefetch, task.batch, task.head, first, queries, first_key + kKeyBlock,
+                  min_of(kKeyBlock, task.sequence.key_end - first_key - kKeyBlock));
       Visibility seen;
       if (!look(problem, task.sequence, task.batch, task.head, first, queries, first_key, count, seen, scratch.bias))
         continue;

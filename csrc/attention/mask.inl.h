@@ -4,6 +4,7 @@
 #include "../cpu/math.h"
 #include "../cpu/microkernel.inl.h"
 #include "../cpu/philox.inl.h"
+#include "../cpu/prefetch.inl.h"
 #include "pack.inl.h"
 #include "params.h"
 
@@ -302,6 +303,38 @@ struct MaskTile {
   }
 };
 
+// Where the kind of the mask's part for a panel and a block of keys is kept, plus 1; nullptr: nowhere.
+FASTATTN_INLINE uint8_t* known_kind(const AttentionProblem& problem, int64_t batch, int64_t head, int64_t first_query,
+                                    int64_t first_key) {
+  const AttentionMask& mask = problem.mask;
+  if (mask.kinds == nullptr) return nullptr;
+  static_assert(kPanel >= kAttentionLeastPanel, "there is a byte for every panel and block");
+  const int64_t heads = mask.head == 0 ? 1 : problem.heads;
+  const int64_t slice = (mask.batch == 0 ? 0 : batch) * heads + (mask.head == 0 ? 0 : head);
+  return mask.kinds +
+         (slice * ceil_div(problem.queries, kPanel) + first_query / kPanel) * ceil_div(problem.keys, kKeyBlock) +
+         first_key / kKeyBlock;
+}
+
+// Asks for the panel's part of the mask for a block of keys to come, whose lines are too short for the hardware to
+// guess.
+__attribute__((noinline)) void want_mask(const AttentionProblem& problem, Prefetch& prefetch, int64_t batch,
+                                         int64_t head, int64_t first_query, int64_t queries, int64_t first_key,
+                                         int64_t keys) {
+  const AttentionMask& mask = problem.mask;
+  if (const uint8_t* known = known_kind(problem, batch, head, first_query, first_key)) {
+    const uint8_t kind = __atomic_load_n(known, __ATOMIC_RELAXED);
+    if (kind != 0 && kind != static_cast<uint8_t>(MaskKind::mixed) + 1) return;
+  }
+  const int64_t size = size_of(mask.dtype);
+  const char* data = static_cast<const char*>(mask.data) +
+                     (batch * mask.batch + head * mask.head + first_query * mask.query + first_key * mask.key) * size;
+  if (mask.key == 1)
+    prefetch.add({data, mask.query * size}, mask.query == 0 ? 1 : queries, keys * size);
+  else if (mask.query == 1)
+    prefetch.add({data, mask.key * size}, mask.key == 0 ? 1 : keys, queries * size);
+}
+
 // Fills `bias` where the mask is neither dead nor clean; bias_row becomes the distance of its rows.
 template <class T>
 FASTATTN_INLINE MaskKind apply_mask_of(const AttentionProblem& problem, int64_t batch, int64_t head,
@@ -311,28 +344,12 @@ FASTATTN_INLINE MaskKind apply_mask_of(const AttentionProblem& problem, int64_t 
   const int64_t offset = batch * mask.batch + head * mask.head + first_query * mask.query + first_key * mask.key;
   const MaskTile<T> tile = {static_cast<const T*>(mask.data) + offset, mask.query == 0 ? 1 : queries,
                             mask.key == 0 ? 1 : live_keys, mask.query, mask.key};
-  uint8_t none = 0, *known = &none;
-  if (mask.kinds != nullptr) {
-    static_assert(kPanel >= kAttentionLeastPanel, "there is a byte for every panel and block");
-    const int64_t heads = mask.head == 0 ? 1 : problem.heads;
-    const int64_t slice = (mask.batch == 0 ? 0 : batch) * heads + (mask.head == 0 ? 0 : head);
-    known = mask.kinds +
-            (slice * ceil_div(problem.queries, kPanel) + first_query / kPanel) * ceil_div(problem.keys, kKeyBlock) +
-            first_key / kKeyBlock;
-    // Whoever looks finds the same: it does not matter who was first.
-    const uint8_t found = __atomic_load_n(known, __ATOMIC_RELAXED);
-    const auto kind = static_cast<MaskKind>(found - 1);
-    if (found != 0) {
-      if (kind == MaskKind::mixed) bias_row = tile.fill(bias, vectors);
-      return kind;
-    }
-  }
-  // The next block's part, which is in no cache yet and too short a stretch of every line for the hardware to guess.
-  for (int64_t i = 0; i < tile.queries; i++)
-    for (int64_t j = 0; j < kKeyBlock && mask.key == 1; j += 64 / static_cast<int64_t>(sizeof(T)))
-      __builtin_prefetch(tile.data + i * mask.query + kKeyBlock + j);
-  const MaskKind kind = tile.kind();
-  __atomic_store_n(known, static_cast<uint8_t>(static_cast<int>(kind) + 1), __ATOMIC_RELAXED);
+  // Whoever looks finds the same: it does not matter who was first.
+  uint8_t* known = known_kind(problem, batch, head, first_query, first_key);
+  const uint8_t found = known == nullptr ? 0 : __atomic_load_n(known, __ATOMIC_RELAXED);
+  const MaskKind kind = found == 0 ? tile.kind() : static_cast<MaskKind>(found - 1);
+  if (found == 0 && known != nullptr)
+    __atomic_store_n(known, static_cast<uint8_t>(static_cast<int>(kind) + 1), __ATOMIC_RELAXED);
   if (kind == MaskKind::mixed) bias_row = tile.fill(bias, vectors);
   return kind;
 }
