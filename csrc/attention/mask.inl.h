@@ -60,6 +60,7 @@ struct Visibility {
   float* slopes;                   // backward: room for softcap's derivative (keys, kPanel), or nullptr
   const float* bias;               // (keys, kPanel), added to the scores, -inf where excluded; nullptr: none
   int64_t bias_row;                // kPanel, or 0 when all keys share one row
+  bool cut;                        // begins and ends are not those of position alone
   Range ranges[Band::kMostBoxes];
   int range_count;
 
@@ -68,11 +69,11 @@ struct Visibility {
   int64_t first_row() const { return round_down(begins[0], kRowPad); }
 
   // Where the tile is not zero, as the products that sum over keys or over queries go through it (keys [from, to)).
-  // Without a bias, position says it all.
+  // Where nothing was cut off, position says it all.
   Band keys_of_queries(int64_t queries, int64_t from, int64_t to) const {
     Band band = {{}, 0, low, high, prefix, 0};
     to = min_of(to, keys);
-    if (bias == nullptr) {
+    if (!cut) {
       band.boxes[band.count++] = {0, queries, from, to};
       return band;
     }
@@ -84,7 +85,7 @@ struct Visibility {
   Band queries_of_keys(int64_t queries) const {
     Band band = {{}, 1, -high, -low, 0, prefix};
     band.boxes[0] = {ranges[0].begin, ranges[range_count - 1].end, 0, queries};
-    if (bias == nullptr) return band;
+    if (!cut) return band;
     for (band.count = 0; band.count < range_count; band.count++) {
       const Range& range = ranges[band.count];
       band.boxes[band.count] = {range.begin, range.end, range.first * kLanes, min_of(queries, range.last * kLanes)};
@@ -103,6 +104,7 @@ FASTATTN_INLINE Visibility structural_visibility(const AttentionProblem& problem
   seen.slopes = nullptr;
   seen.bias = nullptr;
   seen.bias_row = 0;
+  seen.cut = false;
   const int64_t level = first_query + sequence.shift - first_key;
   seen.high = clamp(level + window.right, -kFar, kFar);
   seen.low = clamp(level - window.left, -kFar, kFar);
@@ -187,6 +189,31 @@ __attribute__((noinline)) KeyRange key_range(const AttentionProblem& problem, co
   while (range.begin < range.end && apart(range.begin)) range.begin += kKeyBlock;
   while (range.begin < range.end && apart(range.end - 1)) range.end = round_down(range.end - 1, kKeyBlock);
   return range;
+}
+
+// Neither begins nor ends may decrease: a vector without a row takes them from its neighbours, another one grows.
+FASTATTN_INLINE void put_in_order(Visibility& seen, int vectors) {
+  for (int n = 0; n < vectors; n++)
+    if (seen.begins[n] >= seen.ends[n]) {
+      seen.begins[n] = kFar;
+      seen.ends[n] = 0;
+    }
+  for (int n = vectors - 2; n >= 0; n--) seen.begins[n] = min_of(seen.begins[n], seen.begins[n + 1]);
+  for (int n = 1; n < vectors; n++) seen.ends[n] = max_of(seen.ends[n], seen.ends[n - 1]);
+  for (int n = 0; n < vectors; n++) {
+    seen.begins[n] = min_of(seen.begins[n], seen.ends[vectors - 1]);
+    seen.ends[n] = max_of(seen.ends[n], seen.begins[n]);
+  }
+}
+
+// Rows at both ends of which a vector sees nothing are taken off it.
+FASTATTN_INLINE void trim(Visibility& seen, int vectors) {
+  for (int n = 0; n < vectors; n++) {
+    const auto dead = [&](int64_t row) { return all(load(seen.bias + row * kPanel + n * kLanes) == splat(-kInf)); };
+    while (seen.begins[n] < seen.ends[n] && dead(seen.begins[n])) seen.begins[n]++;
+    while (seen.begins[n] < seen.ends[n] && dead(seen.ends[n] - 1)) seen.ends[n]--;
+  }
+  put_in_order(seen, vectors);
 }
 
 // ---- mask tensors ----
@@ -274,6 +301,50 @@ struct MaskTile {
     return kind;
   }
 
+  // If all that the tile says is where each vector's rows, groups of kRowPad, begin and end, they are moved there.
+  __attribute__((noinline)) bool move_edges(Visibility& seen, int vectors) const {
+    using Bits = typename MaskBits<T>::Type;
+    if (key != 1 || query == 0) return false;
+    Visibility moved = seen;
+    int64_t rows = 0;
+    for (int n = 0; n < vectors; n++) {
+      Bits any[kKeyBlock] = {}, all[kKeyBlock];
+      memset(all, -1, sizeof(all));
+      for (int64_t i = n * kLanes; i < min_of(queries, (n + 1) * kLanes); i++) {
+        const Bits* p = reinterpret_cast<const Bits*>(data) + i * query;
+        for (int64_t j = 0; j < keys; j++) {
+          any[j] = static_cast<Bits>(any[j] | p[j]);
+          all[j] = static_cast<Bits>(all[j] & p[j]);
+        }
+      }
+      int64_t begin = keys, end = 0;
+      for (int64_t j = 0; j < keys; j += kRowPad) {
+        Bits some = 0, every = static_cast<Bits>(-1);
+        for (int64_t k = j; k < min_of(keys, j + kRowPad); k++) {
+          some = static_cast<Bits>(some | any[k]);
+          every = static_cast<Bits>(every & all[k]);
+        }
+        const MaskKind kind = MaskBits<T>::kind(some, every);
+        if (kind == MaskKind::mixed || (kind == MaskKind::clean && end > 0 && end < j)) return false;
+        if (kind == MaskKind::dead) continue;
+        begin = min_of(begin, j);
+        end = j + kRowPad;
+      }
+      moved.begins[n] = max_of(seen.begins[n], begin);
+      moved.ends[n] = min_of(seen.ends[n], end);
+      rows += max_of(0, moved.ends[n] - moved.begins[n]);
+    }
+    put_in_order(moved, vectors);
+    for (int n = 0; n < vectors; n++) {
+      rows -= moved.ends[n] - moved.begins[n];
+      if (moved.begins[n] != seen.begins[n] && moved.begins[n] % kRowPad != 0) return false;
+    }
+    if (rows != 0) return false;  // some vector had to grow
+    moved.cut = true;
+    seen = moved;
+    return true;
+  }
+
   // Writes the tile (keys, kPanel) and returns the distance of its rows.
   __attribute__((noinline)) int64_t fill(float* tile, int vectors) const {
     alignas(64) float some[kLanes * kLanes];
@@ -335,30 +406,33 @@ __attribute__((noinline)) void want_mask(const AttentionProblem& problem, Prefet
     prefetch.add({data, mask.key * size}, mask.key == 0 ? 1 : keys, queries * size);
 }
 
-// Fills `bias` where the mask is neither dead nor clean; bias_row becomes the distance of its rows.
+// Fills `bias` where the mask is neither dead nor clean, nor (if it comes `alone`) a matter of moving edges; bias_row
+// becomes the distance of its rows.
 template <class T>
 FASTATTN_INLINE MaskKind apply_mask_of(const AttentionProblem& problem, int64_t batch, int64_t head,
-                                       int64_t first_query, int64_t queries, int64_t first_key, int vectors,
-                                       int64_t live_keys, float* bias, int64_t& bias_row) {
+                                       int64_t first_query, int64_t queries, int64_t first_key, int vectors, bool alone,
+                                       Visibility& seen, float* bias, int64_t& bias_row) {
   const AttentionMask& mask = problem.mask;
   const int64_t offset = batch * mask.batch + head * mask.head + first_query * mask.query + first_key * mask.key;
   const MaskTile<T> tile = {static_cast<const T*>(mask.data) + offset, mask.query == 0 ? 1 : queries,
-                            mask.key == 0 ? 1 : live_keys, mask.query, mask.key};
+                            mask.key == 0 ? 1 : seen.ends[vectors - 1], mask.query, mask.key};
   // Whoever looks finds the same: it does not matter who was first.
   uint8_t* known = known_kind(problem, batch, head, first_query, first_key);
   const uint8_t found = known == nullptr ? 0 : __atomic_load_n(known, __ATOMIC_RELAXED);
   const MaskKind kind = found == 0 ? tile.kind() : static_cast<MaskKind>(found - 1);
   if (found == 0 && known != nullptr)
     __atomic_store_n(known, static_cast<uint8_t>(static_cast<int>(kind) + 1), __ATOMIC_RELAXED);
-  if (kind == MaskKind::mixed) bias_row = tile.fill(bias, vectors);
-  return kind;
+  if (kind != MaskKind::mixed) return kind;
+  if (alone && tile.move_edges(seen, vectors)) return MaskKind::clean;
+  bias_row = tile.fill(bias, vectors);
+  return MaskKind::mixed;
 }
 
 __attribute__((noinline)) MaskKind apply_mask(const AttentionProblem& problem, int64_t batch, int64_t head,
                                               int64_t first_query, int64_t queries, int64_t first_key, int vectors,
-                                              int64_t live_keys, float* bias, int64_t& bias_row) {
+                                              bool alone, Visibility& seen, float* bias, int64_t& bias_row) {
   const auto apply = [&](auto type) {
-    return apply_mask_of<decltype(type)>(problem, batch, head, first_query, queries, first_key, vectors, live_keys,
+    return apply_mask_of<decltype(type)>(problem, batch, head, first_query, queries, first_key, vectors, alone, seen,
                                          bias, bias_row);
   };
   switch (problem.mask.dtype) {
@@ -425,25 +499,6 @@ FASTATTN_INLINE void add_distances(float slope, int64_t level, int64_t begin, in
   }
 }
 
-// Rows at both ends of which a vector sees nothing are taken off it.
-FASTATTN_INLINE void trim(Visibility& seen, int vectors) {
-  for (int n = 0; n < vectors; n++) {
-    const auto dead = [&](int64_t row) { return all(load(seen.bias + row * kPanel + n * kLanes) == splat(-kInf)); };
-    int64_t begin = seen.begins[n], end = seen.ends[n];
-    while (begin < end && dead(begin)) begin++;
-    while (begin < end && dead(end - 1)) end--;
-    // Neither may decrease from vector to vector: of a vector that sees nothing, only the next one's are left.
-    seen.begins[n] = begin < end ? begin : kFar;
-    seen.ends[n] = begin < end ? end : 0;
-  }
-  for (int n = vectors - 2; n >= 0; n--) seen.begins[n] = min_of(seen.begins[n], seen.begins[n + 1]);
-  for (int n = 1; n < vectors; n++) seen.ends[n] = max_of(seen.ends[n], seen.ends[n - 1]);
-  for (int n = 0; n < vectors; n++) {
-    seen.begins[n] = min_of(seen.begins[n], seen.ends[vectors - 1]);
-    seen.ends[n] = max_of(seen.ends[n], seen.begins[n]);
-  }
-}
-
 // Mask, documents and distances, in this order, into `bias`; false if nothing is left to be seen.
 __attribute__((noinline)) bool look_closer(const AttentionProblem& problem, const Sequence& sequence, int64_t batch,
                                            int64_t head, int64_t first_query, int64_t queries, int64_t first_key,
@@ -457,14 +512,16 @@ __attribute__((noinline)) bool look_closer(const AttentionProblem& problem, cons
     documents = ids.kind();
     if (documents == MaskKind::dead) return false;
   }
-  int64_t row = kPanel;
-  if (problem.mask.data != nullptr) {
-    mask = apply_mask(problem, batch, head, first_query, queries, first_key, vectors, live_keys, bias, row);
-    if (mask == MaskKind::dead) return false;
-  }
   const float slope = problem.slopes == nullptr ? 0.f : problem.slopes[batch * problem.slopes_batch + head];
   const bool distances = slope != 0.f;
-  if (mask == MaskKind::clean && documents == MaskKind::clean && !distances) return true;
+  int64_t row = kPanel;
+  if (problem.mask.data != nullptr) {
+    const bool alone = documents == MaskKind::clean && !distances;
+    mask = apply_mask(problem, batch, head, first_query, queries, first_key, vectors, alone, seen, bias, row);
+    if (mask == MaskKind::dead) return false;
+  }
+  if (mask == MaskKind::clean && documents == MaskKind::clean && !distances)
+    return seen.begins[0] < seen.ends[vectors - 1];
   if (documents == MaskKind::mixed || distances) {
     const int64_t level = first_query + sequence.shift - first_key;
     if (mask == MaskKind::clean && !distances)
@@ -478,9 +535,10 @@ __attribute__((noinline)) bool look_closer(const AttentionProblem& problem, cons
       add_distances<false>(slope, level, seen.first_row(), live_keys, vectors, bias);
     if (documents == MaskKind::mixed) ids.exclude(bias, vectors);
   }
-  seen.clean_begin = seen.clean_end = 0;
   seen.bias = bias;
   seen.bias_row = row;
+  seen.cut = true;
+  seen.clean_begin = seen.clean_end = 0;
   if (row != 0 && (mask == MaskKind::mixed || documents == MaskKind::mixed)) trim(seen, vectors);
   return seen.begins[0] < seen.ends[vectors - 1];
 }

@@ -24,6 +24,7 @@ from fastattn.ops.attention.samples import (
     additive_mask,
     additive_mask_float,
     additive_mask_inf,
+    blocks,
     bool_mask,
     bshd_order,
     columns_first,
@@ -36,6 +37,7 @@ from fastattn.ops.attention.samples import (
     expanded_batch,
     expanded_heads,
     expanded_mask,
+    infinite,
     large,
     last_dims,
     may_see,
@@ -46,6 +48,7 @@ from fastattn.ops.attention.samples import (
     sliced,
     sliced_mask,
     smallest,
+    steps,
     transposed_mask,
     unfused_peer,
     window,
@@ -130,6 +133,18 @@ def _masks() -> Iterator[Case]:
         yield Case(f"{name} mask transposed", of_shape((2, 2, 37, 50, 16), mask=transposed_mask(mask)))
         yield Case(f"{name} mask expanded", of_shape((2, 2, 37, 50, 16), mask=expanded_mask(mask)))
         yield Case(f"{name} mask sliced", of_shape((2, 2, 37, 50, 16), mask=sliced_mask(mask)))
+    edges: dict[str, Mask] = {
+        "blocks 64x64": blocks(64, 64), "blocks 16x8": blocks(16, 8), "blocks 8x128": blocks(8, 128),
+        "steps up": steps(16, 8, 72), "steps down": steps(16, -16, 160), "steps of 12 rows": steps(12, 8, 72),
+        "steps of 12 keys": steps(32, 12, 72),
+    }  # fmt: skip
+    for name, mask in edges.items():
+        yield Case(f"mask of {name}", of_shape((2, 2, 200, 300, 16), mask=mask), core=name == "blocks 64x64")
+        build = of_shape((1, 2, 211, 331, 24), mask=infinite(mask), is_causal=True, causal_alignment="bottom_right")
+        yield Case(f"mask of {name} inf causal", build, core=name == "steps up")
+    yield Case("mask of blocks softcap", of_shape((2, 2, 200, 300, 16), mask=blocks(64, 64), softcap=1.5))
+    build = of_shape((2, 4, 200, 300, 16), mask=blocks(16, 8), alibi_slopes=torch.tensor([0.0, 0.0, 0.01, 0.02]))
+    yield Case("mask of blocks some alibi", build)
     yield Case("mask of dead rows only", of_shape(SMALL, mask=lambda s, n: torch.zeros(n, dtype=torch.bool)))
     build = of_shape(SMALL, mask=dead_rows_inf)
     yield Case("mask with gradient over dead rows", build, differentiable=WITH_MASK, **UNFUSED_PEER)
@@ -279,11 +294,13 @@ def _padded_bench(batch: int, heads: int, length: int, dim: int) -> Workload:
 
 
 def _masked_bench(what: str, batch: int, heads: int, length: int, dim: int, **call: Any) -> Workload:
-    """A workload whose mask is given by a few numbers; its name ends in the share of the scores that are seen."""
+    """A workload whose mask is the same for all heads; its name ends in the share of the scores that are seen."""
     rows = torch.empty(length, 1)
     names = ("window", "document_ids", "prefix_len")
     described = {name: call[name] for name in names if name in call}
     seen = may_see(rows, rows, call.get("is_causal", False), "top_left", **described)
+    if "mask" in call:
+        seen = call["mask"](Sampler(0), (batch, heads, length, length))
     live = length * length if seen is None else int(seen.sum())
     size = batch * heads * length * dim
     return Workload(
@@ -304,6 +321,7 @@ def _masked_benches() -> Iterator[Workload]:
     yield _masked_bench("8 documents", *shape, document_ids=documents)
     yield _masked_bench("8 documents causal", *shape, document_ids=documents, is_causal=True)
     yield _masked_bench("prefix", *shape, prefix_len=512, is_causal=True)
+    yield _masked_bench("blocks", *shape, mask=lambda s, shape: blocks(64, 64, 0.3)(Sampler(0, s.device), shape))
 
 
 def _decode_bench(batch: int, heads: int, kv_heads: int, keys: int, dim: int) -> Workload:

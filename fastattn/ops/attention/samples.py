@@ -250,7 +250,7 @@ def additive_mask_float(s: Sampler, shape: tuple[int, ...]) -> Tensor:
 
 def additive_mask_inf(s: Sampler, shape: tuple[int, ...]) -> Tensor:
     """0 and -inf, as most models write it."""
-    return torch.zeros(shape, dtype=s.dtype, device=s.device).masked_fill(~bool_mask(s, shape), -torch.inf)
+    return infinite(bool_mask)(s, shape)
 
 
 def smallest(s: Sampler, shape: tuple[int, ...]) -> Tensor:
@@ -287,6 +287,39 @@ def window(s: Sampler, shape: tuple[int, ...]) -> Tensor:
     """(Sq, Sk): query i sees keys i-20 .. i+20."""
     i, j = (torch.arange(n, device=s.device) for n in shape[2:])
     return (i[:, None] - j[None, :]).abs() <= 20
+
+
+def blocks(rows: int, columns: int, p: float = 0.5) -> Mask:
+    """(1, 1, Sq, Sk): blocks of the scores that are seen with probability p (the first column always), whole."""
+
+    def mask(s: Sampler, shape: tuple[int, ...]) -> Tensor:
+        queries, keys = shape[2:]
+        seen = s.chance(-(-queries // rows), -(-keys // columns), p=p)
+        seen[:, 0] = True
+        return seen.repeat_interleave(rows, 0)[:queries].repeat_interleave(columns, 1)[:, :keys][None, None]
+
+    return mask
+
+
+def steps(rows: int, columns: int, sees: int) -> Mask:
+    """(Sq, Sk): every `rows` queries see `sees` keys, `columns` further on (back from the end if negative)."""
+
+    def mask(s: Sampler, shape: tuple[int, ...]) -> Tensor:
+        queries, keys = (torch.arange(n, device=s.device) for n in shape[2:])
+        ahead = keys[None, :] - queries[:, None] // rows * columns - (shape[3] - sees if columns < 0 else 0)
+        return ((ahead >= 0) & (ahead < sees)) | (keys < 3)
+
+    return mask
+
+
+def infinite(kind: Mask) -> Mask:
+    """A bool mask written as 0 and -inf."""
+
+    def mask(s: Sampler, shape: tuple[int, ...]) -> Tensor:
+        seen = kind(s, shape)
+        return torch.zeros(seen.shape, dtype=s.dtype, device=s.device).masked_fill(~seen, -torch.inf)
+
+    return mask
 
 
 def pattern(kind: Mask, full: tuple[bool, ...]) -> Mask:
