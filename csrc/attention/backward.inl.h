@@ -108,9 +108,9 @@ __attribute__((noinline)) void gradient_rows(Operand keys, Operand values, const
                              : relative.take(p.c[m][n], lse[n]);
       }
       if (finished)
-        Relative<G, true>::template raise<kDegreeOfProducts>(p.c[m]);
+        Relative<G, true>::template raise<kForProducts>(p.c[m]);
       else
-        relative.template raise<kDegreeOfProducts>(p.c[m]);
+        relative.template raise<kForProducts>(p.c[m]);
       if constexpr (kView != View::clean) {
         FASTATTN_UNROLL for (int n = 0; n < kWide; n++) p.c[m][n] = select(visible[n], p.c[m][n], zero());
       }
@@ -163,12 +163,12 @@ struct BackwardPanel {
   KeyRange range;
   int vectors;
 
-  // `capped`: dS is of the scores before softcap.
+  // All but `output`, for which panels that are loaded one after the other have one room. `capped`: dS is of the scores
+  // before softcap.
   static BackwardPanel take(Arena& arena, const AttentionProblem& problem, bool capped) {
     BackwardPanel panel = {};
     panel.query = PackedRows<G>::take(arena, problem.head_dim);
     panel.grad = PackedRows<G>::take(arena, problem.value_dim);
-    panel.output = PackedRows<G>::take(arena, problem.value_dim);
     panel.saved = SavedStatistics::take(arena);
     panel.statistics = arena.take<Statistics>(1);
     panel.bias = wants_bias(problem) ? arena.take<float>(kKeyBlock * kPanel) : nullptr;
@@ -195,17 +195,22 @@ struct BackwardPanel {
     grad.pack(problem.dtype, grads, count);
     output.pack(problem.dtype, head_rows(p.output, problem.dtype, batch, head, first), count);
     const int64_t row = batch * problem.lse_batch + head * problem.lse_head + first;
+    // In the order in which dP sums: where one key has all the weight, dP - delta is exactly 0.
+    F32 sums[kVectors];
+    FASTATTN_UNROLL for (int n = 0; n < kVectors; n++) sums[n] = zero();
+    for (int64_t k = 0; k < grad.steps(); k++) {
+      FASTATTN_UNROLL for (int n = 0; n < kVectors; n++) sums[n] =
+          G::multiply_add(G::load(output.transposed + k * kPanel + n * kLanes),
+                          G::load(grad.transposed + k * kPanel + n * kLanes), sums[n]);
+    }
+    FASTATTN_UNROLL for (int n = 0; n < kVectors; n++) store(saved.delta + n * kLanes, sums[n]);
     bool huge = false;
     for (int64_t at = 0; at < count; at += kLanes) {
       const int64_t n = min_of(kLanes, count - at);
       const Mask real = first_lanes(n);
       const F32 lse = load_first(p.lse + row + at, n);
       const Mask live = real & ~(lse == splat(-kInf));
-      // In the order in which dP sums: where one key has all the weight, dP - delta is exactly 0.
-      F32 delta = zero();
-      for (int64_t k = 0; k < grad.steps(); k++)
-        delta = G::multiply_add(G::load(output.transposed + k * kPanel + at),
-                                G::load(grad.transposed + k * kPanel + at), delta);
+      F32 delta = load(saved.delta + at);
       if (p.grad_lse != nullptr) delta = delta - load_first(p.grad_lse + row + at, n);
       store(saved.delta + at, select(live, delta, zero()));
       store(saved.lse + at, select(live, lse, splat(kInf)));
@@ -252,12 +257,28 @@ struct BackwardPanel {
   }
 };
 
+// Panels of one head go through the keys together: each block is read, copied where that is needed and added to once
+// for all of them. They stay in the second-level cache meanwhile, if heads are not too wide for that.
+constexpr int kMostTogether = kPanel < 48 ? 4 : 2;
+FASTATTN_INLINE int panels_together(const AttentionProblem& problem) {
+  return problem.head_dim + problem.value_dim <= 256 ? kMostTogether : 1;
+}
+
+// What has become of a block of the gradients of keys and values.
+enum class BlockState : uint8_t { untouched, summed, finished };
+
 template <class G>
 struct BackwardScratch {
-  BackwardPanel<G> panel;
-  typename G::Step *query_columns, *grad_columns, *key_columns;  // copies, where they are needed
-  bool* touched;                                                 // key blocks of the partial sums that hold anything
-  float *grad_query, *partial;                                   // grad_query: (kPanel, padded head_dim)
+  struct Panel : BackwardPanel<G> {
+    typename G::Step *query_columns, *grad_columns;  // copies, where they are needed
+    float* grad_query;                               // (kPanel, padded head_dim)
+    bool fresh;                                      // grad_query holds nothing yet
+    Stretches queries, grads;
+  };
+  Panel panels[kMostTogether];
+  typename G::Step* key_columns;
+  BlockState* states;
+  float* partial;
   void *keys, *values;
 
   // Returns the bytes used.
@@ -265,14 +286,19 @@ struct BackwardScratch {
     const AttentionProblem& problem = p.problem;
     const uintptr_t start = reinterpret_cast<uintptr_t>(memory);
     Arena arena{start};
-    panel = BackwardPanel<G>::take(arena, problem, true);
-    query_columns = arena.take<typename G::Step>(kPanel / G::kPack * stretched<G>(problem.head_dim));
-    grad_columns = arena.take<typename G::Step>(kPanel / G::kPack * stretched<G>(problem.value_dim));
+    const PackedRows<G> output = PackedRows<G>::take(arena, problem.value_dim);
+    for (int i = 0; i < panels_together(problem); i++) {
+      Panel& panel = panels[i];
+      static_cast<BackwardPanel<G>&>(panel) = BackwardPanel<G>::take(arena, problem, true);
+      panel.output = output;
+      panel.query_columns = arena.take<typename G::Step>(kPanel / G::kPack * stretched<G>(problem.head_dim));
+      panel.grad_columns = arena.take<typename G::Step>(kPanel / G::kPack * stretched<G>(problem.value_dim));
+      panel.grad_query = arena.take<float>(kPanel * padded_columns(problem.head_dim));
+    }
     key_columns = arena.take<typename G::Step>(kKeyBlock / G::kPack * stretched<G>(problem.head_dim));
-    grad_query = arena.take<float>(kPanel * padded_columns(problem.head_dim));
     keys = arena.take<float>(kKeyBlock * padded_columns(problem.head_dim));
     values = arena.take<float>(kKeyBlock * padded_columns(problem.value_dim));
-    touched = arena.take<bool>(ceil_div(problem.keys, kKeyBlock));
+    states = arena.take<BlockState>(ceil_div(problem.keys, kKeyBlock));
     partial = arena.take<float>(p.parts == 1 ? p.partial_size : 0);
     return static_cast<int64_t>(arena.next - start);
   }
@@ -312,101 +338,216 @@ FASTATTN_INLINE void want_keys(const AttentionBackward& p, Prefetch& prefetch, i
   prefetch.add(head_rows(p.value, problem.dtype, batch, kv_head, first), count, problem.value_dim * size);
 }
 
-FASTATTN_INLINE void want_panel(const AttentionBackward& p, Prefetch& prefetch, int64_t batch, int64_t head,
-                                int64_t which_panel) {
-  const AttentionProblem& problem = p.problem;
-  const Sequence sequence = sequence_of(problem, batch);
-  const int64_t first = sequence.query_begin + which_panel * kPanel, count = min_of(kPanel, sequence.query_end - first);
-  const int64_t size = size_of(problem.dtype);
-  prefetch.add(head_rows(p.query, problem.dtype, batch, head, first), count, problem.head_dim * size);
-  prefetch.add(head_rows(p.grad_output, problem.dtype, batch, head, first), count, problem.value_dim * size);
-  prefetch.add(head_rows(p.output, problem.dtype, batch, head, first), count, problem.value_dim * size);
-}
+// Where the gradients of the keys and values of one head go.
+struct KeyGradients {
+  const AttentionBackward& p;
+  const Partial& sums;
+  int64_t batch, kv_head, first_key;  // of the sequence
+  bool alone;                         // what is added to a block of them is all that ever is
 
-// Where the panel's results go; `last`: and the first of those of the keys.
-template <class G>
-FASTATTN_INLINE void want_results(const AttentionBackward& p, Prefetch& prefetch, const BackwardPanel<G>& panel,
-                                  int64_t kv_head, bool last) {
-  const DType dtype = p.problem.dtype;
-  const int64_t size = size_of(dtype), key_row = p.problem.head_dim * size, value_row = p.problem.value_dim * size;
-  prefetch.add(head_rows(p.grad_query, dtype, panel.batch, panel.head, panel.first), panel.count, key_row);
-  if (!last) return;
-  const Sequence& sequence = panel.sequence;
-  const int64_t count = min_of(kKeyBlock, sequence.key_end - sequence.key_begin);
-  prefetch.add(head_rows(p.grad_key, dtype, panel.batch, kv_head, sequence.key_begin), count, key_row);
-  prefetch.add(head_rows(p.grad_value, dtype, panel.batch, kv_head, sequence.key_begin), count, value_row);
-}
+  Operand rows(const AttentionResult& result, int64_t at) const {
+    return head_rows(result, p.problem.dtype, batch, kv_head, first_key + at);
+  }
+  // What is not in the rows [begin, end) of the block from `at` on is 0.
+  void clear_results(int64_t at, int64_t keys, int64_t begin, int64_t end) const {
+    clear_rows(rows(p.grad_key, at), p.problem.head_dim, 0, begin);
+    clear_rows(rows(p.grad_key, at), p.problem.head_dim, end, keys);
+    clear_rows(rows(p.grad_value, at), p.problem.value_dim, 0, begin);
+    clear_rows(rows(p.grad_value, at), p.problem.value_dim, end, keys);
+  }
+  void clear_rows(Operand rows, int64_t columns, int64_t begin, int64_t end) const {
+    for (int64_t i = begin; i < end; i++)
+      memset(const_cast<char*>(rows.data) + i * rows.row, 0, static_cast<size_t>(columns * size_of(p.problem.dtype)));
+  }
 
+  // Adds P^T dO to those of values and dS^T Q to those of keys, of `count` panels that see `keys` keys from `at` on.
+  template <class G>
+  void add(int64_t at, int64_t keys, const Term* value_terms, const Term* key_terms, int count, BlockState& state,
+           Prefetch& prefetch) const {
+    float *key_sums = sums.keys + at * sums.key_row, *value_sums = sums.values + at * sums.value_row;
+    bool one_box = true;
+    int64_t begin = kKeyBlock, end = 0;
+    for (int i = 0; i < count; i++) {
+      const Band& band = key_terms[i].band;
+      one_box = one_box && band.count == 1;
+      begin = min_of(begin, band.boxes[0].begin);
+      end = max_of(end, band.boxes[0].end);
+    }
+    if (!one_box) {  // boxes leave gaps between them
+      if (state == BlockState::untouched) sums.clear(at, 0, 0);
+      for (int i = 0; i < count; i++) {
+        multiply_terms<G, Along::rows>(value_terms + i, 1, Accumulate<Into::added>{value_sums, sums.value_row, nullptr},
+                                       prefetch);
+        multiply_terms<G, Along::rows>(key_terms + i, 1, Accumulate<Into::added>{key_sums, sums.key_row, nullptr},
+                                       prefetch);
+      }
+    } else if (alone) {
+      clear_results(at, keys, min_of(begin, keys), min_of(end, keys));
+      finish_terms<G, Along::rows>(p.problem.dtype, value_terms, count, rows(p.grad_value, at), keys, 1.f, nullptr,
+                                   prefetch);
+      finish_terms<G, Along::rows>(p.problem.dtype, key_terms, count, rows(p.grad_key, at), keys,
+                                   __builtin_fabsf(p.problem.scale), nullptr, prefetch);
+      state = BlockState::finished;
+      return;
+    } else if (state == BlockState::untouched) {
+      sums.clear(at, begin, end);
+      multiply_terms<G, Along::rows>(value_terms, count, Accumulate<Into::fresh>{value_sums, sums.value_row, nullptr},
+                                     prefetch);
+      multiply_terms<G, Along::rows>(key_terms, count, Accumulate<Into::fresh>{key_sums, sums.key_row, nullptr},
+                                     prefetch);
+    } else {
+      multiply_terms<G, Along::rows>(value_terms, count, Accumulate<Into::added>{value_sums, sums.value_row, nullptr},
+                                     prefetch);
+      multiply_terms<G, Along::rows>(key_terms, count, Accumulate<Into::added>{key_sums, sums.key_row, nullptr},
+                                     prefetch);
+    }
+    state = BlockState::summed;
+  }
+};
+
+// Gradients of the queries of `count` panels, and their share of those of keys and values.
 template <class G>
-__attribute__((noinline)) void backward_panel(const AttentionBackward& p, int64_t kv_head, const Partial& sums,
-                                              BackwardScratch<G>& scratch, Prefetch& prefetch) {
+__attribute__((noinline)) void backward_panels(const AttentionBackward& p, int count, const KeyGradients& gradients,
+                                               BackwardScratch<G>& scratch, Prefetch& prefetch) {
   const AttentionProblem& problem = p.problem;
-  const BackwardPanel<G>& panel = scratch.panel;
   const float unit = score_scale(problem.scale).unit;
-  const int64_t key_row = padded_columns(problem.head_dim), value_row = padded_columns(problem.value_dim);
-  const Stretches queries = panel.query.in_vectors(panel.count, scratch.query_columns);
-  const Stretches grads = panel.grad.in_vectors(panel.count, scratch.grad_columns);
+  const int64_t key_row = padded_columns(problem.head_dim);
   // Keys that dS K goes through at a time: stretches of longer rows, read in place, meet in half the sets of the
   // first-level cache or fewer.
   const int64_t key_step = !G::kPaired && problem.head_dim > kPanel ? kKeyBlock / 2 : kKeyBlock;
-  bool fresh = true;  // grad_query holds nothing yet
-
-  if (p.delta != nullptr)
-    memcpy(p.delta + panel.batch * problem.lse_batch + panel.head * problem.lse_head + panel.first, panel.saved.delta,
-           static_cast<size_t>(panel.count) * sizeof(float));
-
-  for (int64_t first_key = panel.range.begin; first_key < panel.range.end; first_key += kKeyBlock) {
-    Visibility seen;
-    const int64_t next_key = first_key + kKeyBlock;
-    if (problem.mask.data != nullptr && next_key < panel.range.end)
-      want_mask(problem, prefetch, panel.batch, panel.head, panel.first, panel.count, next_key,
-                min_of(kKeyBlock, panel.sequence.key_end - next_key));
-    if (!panel.look_at(problem, first_key, seen)) continue;
-    if (next_key < panel.range.end) want_keys(p, prefetch, panel.batch, kv_head, next_key, panel.range.end);
-    const Operand key_rows = head_rows(p.key, problem.dtype, panel.batch, kv_head, first_key);
-    const Operand keys = rows_operand<G>(problem.dtype, key_rows, seen.keys, problem.head_dim, scratch.keys);
-    const Operand values =
-        rows_operand<G>(problem.dtype, head_rows(p.value, problem.dtype, panel.batch, kv_head, first_key), seen.keys,
-                        problem.value_dim, scratch.values);
-    gradient_block<G>(keys, values, panel.query, panel.grad, seen, unit, panel.saved, panel.dropout, panel.tiles,
-                      prefetch);
-    const Stretches key_columns =
-        columns_operand<G>(problem.dtype, key_rows, seen.keys, problem.head_dim, false, scratch.key_columns);
-    for (int64_t key = 0; key < seen.keys; key += key_step, fresh = false)
-      (fresh ? add_product<G, Along::columns, Into::fresh>
-             : add_product<G, Along::columns, Into::added>)(panel.tiles.score_columns(), key_columns,
-                                                            seen.keys_of_queries(panel.count, key, key + key_step),
-                                                            nullptr, scratch.grad_query, key_row, prefetch);
-    const Band seers = seen.queries_of_keys(panel.count);
-    const int64_t at = first_key - panel.sequence.key_begin;
-    bool& touched = scratch.touched[at / kKeyBlock];
-    const bool fill = !touched && seers.count == 1;  // boxes leave gaps between them
-    if (!touched) sums.clear(at, fill ? seers.boxes[0].begin : 0, fill ? seers.boxes[0].end : 0);
-    const auto add = fill ? add_product<G, Along::rows, Into::fresh> : add_product<G, Along::rows, Into::added>;
-    add(panel.tiles.probabilities, grads, seers, nullptr, sums.values + at * value_row, value_row, prefetch);
-    add(panel.tiles.scores, queries, seers, nullptr, sums.keys + at * key_row, key_row, prefetch);
-    touched = true;
+  KeyRange range = scratch.panels[0].range;
+  for (int i = 0; i < count; i++) {
+    auto& panel = scratch.panels[i];
+    range.begin = min_of(range.begin, panel.range.begin);
+    range.end = max_of(range.end, panel.range.end);
+    panel.fresh = true;
+    panel.queries = panel.query.in_vectors(panel.count, panel.query_columns);
+    panel.grads = panel.grad.in_vectors(panel.count, panel.grad_columns);
+    if (p.delta != nullptr)
+      memcpy(p.delta + panel.batch * problem.lse_batch + panel.head * problem.lse_head + panel.first, panel.saved.delta,
+             static_cast<size_t>(panel.count) * sizeof(float));
   }
-  if (fresh) memset(scratch.grad_query, 0, static_cast<size_t>(panel.count * key_row) * sizeof(float));
-  narrow_rows(problem.dtype, scratch.grad_query, key_row, panel.count, problem.head_dim,
-              head_rows(p.grad_query, problem.dtype, panel.batch, panel.head, panel.first), problem.scale);
+  const bool one_block = range.end - range.begin <= kKeyBlock && key_step == kKeyBlock && can_finish(problem.head_dim);
+
+  for (int64_t first_key = range.begin; first_key < range.end; first_key += kKeyBlock) {
+    const int64_t keys_here = min_of(kKeyBlock, gradients.first_key + gradients.sums.count - first_key);
+    const Operand key_rows = head_rows(p.key, problem.dtype, gradients.batch, gradients.kv_head, first_key);
+    Operand keys = {}, values = {};
+    Stretches key_columns = {};
+    Term value_terms[kMostTogether], key_terms[kMostTogether];
+    int live = 0;
+    for (int i = 0; i < count; i++) {
+      auto& panel = scratch.panels[i];
+      Visibility seen;
+      if (first_key < panel.range.begin || first_key >= panel.range.end) continue;
+      const int64_t next_key = first_key + kKeyBlock;
+      if (problem.mask.data != nullptr && next_key < panel.range.end)
+        want_mask(problem, prefetch, panel.batch, panel.head, panel.first, panel.count, next_key,
+                  min_of(kKeyBlock, panel.sequence.key_end - next_key));
+      if (!panel.look_at(problem, first_key, seen)) continue;
+      if (live == 0) {
+        if (next_key < range.end) want_keys(p, prefetch, gradients.batch, gradients.kv_head, next_key, range.end);
+        keys = rows_operand<G>(problem.dtype, key_rows, keys_here, problem.head_dim, scratch.keys);
+        values = rows_operand<G>(problem.dtype,
+                                 head_rows(p.value, problem.dtype, gradients.batch, gradients.kv_head, first_key),
+                                 keys_here, problem.value_dim, scratch.values);
+        key_columns =
+            columns_operand<G>(problem.dtype, key_rows, keys_here, problem.head_dim, false, scratch.key_columns);
+      }
+      gradient_block<G>(keys, values, panel.query, panel.grad, seen, unit, panel.saved, panel.dropout, panel.tiles,
+                        prefetch);
+      for (int64_t key = 0; key < keys_here; key += key_step) {
+        const Term term = {panel.tiles.score_columns(), key_columns,
+                           seen.keys_of_queries(panel.count, key, key + key_step)};
+        if (one_block)
+          finish_terms<G, Along::columns>(problem.dtype, &term, 1,
+                                          head_rows(p.grad_query, problem.dtype, panel.batch, panel.head, panel.first),
+                                          panel.count, problem.scale, nullptr, prefetch);
+        else if (panel.fresh)
+          multiply_terms<G, Along::columns>(&term, 1, Accumulate<Into::fresh>{panel.grad_query, key_row, nullptr},
+                                            prefetch);
+        else
+          multiply_terms<G, Along::columns>(&term, 1, Accumulate<Into::added>{panel.grad_query, key_row, nullptr},
+                                            prefetch);
+        panel.fresh = false;
+      }
+      const Band seers = seen.queries_of_keys(panel.count);
+      value_terms[live] = {panel.tiles.probabilities, panel.grads, seers};
+      key_terms[live] = {panel.tiles.scores, panel.queries, seers};
+      live++;
+    }
+    const int64_t at = first_key - gradients.first_key;
+    if (live > 0)
+      gradients.add<G>(at, keys_here, value_terms, key_terms, live, scratch.states[at / kKeyBlock], prefetch);
+  }
+  for (int i = 0; i < count; i++) {
+    auto& panel = scratch.panels[i];
+    if (!panel.fresh && one_block) continue;
+    if (panel.fresh) memset(panel.grad_query, 0, static_cast<size_t>(panel.count * key_row) * sizeof(float));
+    narrow_rows(problem.dtype, panel.grad_query, key_row, panel.count, problem.head_dim,
+                head_rows(p.grad_query, problem.dtype, panel.batch, panel.head, panel.first), problem.scale);
+  }
 }
 
 int64_t backward_pair_tasks(const AttentionBackward& p) { return p.problem.batches * p.problem.kv_heads * p.parts; }
 
-// One of `parts` tasks for a (batch, kv head): every parts-th panel of its query heads.
+// One of `parts` tasks for a (batch, kv head): every parts-th group of panels of its query heads, the last ones, which
+// see the most where there is causality, first.
 struct BackwardTask {
   int64_t pair, part, batch, kv_head;
   Sequence sequence;
-  int64_t panels;  // of each query head
+  int64_t together, panels, groups;  // panels of a group; panels and groups of each query head
+  int64_t last;                      // group of all
   BackwardTask(const AttentionBackward& p, int64_t task)
       : pair(task / p.parts),
         part(task % p.parts),
         batch(pair / p.problem.kv_heads),
         kv_head(pair % p.problem.kv_heads),
         sequence(sequence_of(p.problem, batch)),
-        panels(ceil_div(sequence.query_end - sequence.query_begin, kPanel)) {}
+        together(panels_together(p.problem)),
+        panels(ceil_div(sequence.query_end - sequence.query_begin, kPanel)),
+        groups(ceil_div(panels, together)),
+        last(p.problem.heads / p.problem.kv_heads * groups - 1 - part) {}
+
+  struct Group {
+    int64_t head, panel, count;
+  };
+  Group group(const AttentionBackward& p, int64_t number) const {
+    const int64_t panel = number % groups * together;
+    return {kv_head * (p.problem.heads / p.problem.kv_heads) + number / groups, panel,
+            min_of(together, panels - panel)};
+  }
 };
+
+// Rows that a group of panels will read: all but those of keys.
+FASTATTN_INLINE void want_group(const AttentionBackward& p, Prefetch& prefetch, const BackwardTask& task,
+                                int64_t number) {
+  const AttentionProblem& problem = p.problem;
+  const BackwardTask::Group group = task.group(p, number);
+  const int64_t first = task.sequence.query_begin + group.panel * kPanel;
+  const int64_t count = min_of(group.count * kPanel, task.sequence.query_end - first), size = size_of(problem.dtype);
+  const auto want = [&](const AttentionInput& input, int64_t columns) {
+    prefetch.add(head_rows(input, problem.dtype, task.batch, group.head, first), count, columns * size);
+  };
+  want(p.query, problem.head_dim);
+  want(p.grad_output, problem.value_dim);
+  want(p.output, problem.value_dim);
+}
+
+// Where a group's results go; `last`: and the first of those of the keys.
+FASTATTN_INLINE void want_results(const AttentionBackward& p, Prefetch& prefetch, const BackwardTask& task,
+                                  const BackwardTask::Group& group, bool last) {
+  const DType dtype = p.problem.dtype;
+  const int64_t size = size_of(dtype), key_row = p.problem.head_dim * size, value_row = p.problem.value_dim * size;
+  const Sequence& sequence = task.sequence;
+  const int64_t first = sequence.query_begin + group.panel * kPanel;
+  prefetch.add(head_rows(p.grad_query, dtype, task.batch, group.head, first),
+               min_of(group.count * kPanel, sequence.query_end - first), key_row);
+  if (!last) return;
+  const int64_t count = min_of(kKeyBlock, sequence.key_end - sequence.key_begin);
+  prefetch.add(head_rows(p.grad_value, dtype, task.batch, task.kv_head, sequence.key_begin), count, value_row);
+  prefetch.add(head_rows(p.grad_key, dtype, task.batch, task.kv_head, sequence.key_begin), count, key_row);
+}
 
 // Returns the number of the next task, taken just before it is needed so that its rows can be asked for.
 template <class G>
@@ -414,37 +555,40 @@ __attribute__((noinline)) int64_t backward_task(const AttentionBackward& p, int6
                                                 BackwardScratch<G>& scratch, Prefetch& prefetch) {
   const AttentionProblem& problem = p.problem;
   const BackwardTask task(p, number);
-  const int64_t pair = task.pair, batch = task.batch, kv_head = task.kv_head;
+  const int64_t pair = task.pair;
   int64_t next_number = -1;
-  const int64_t group = problem.heads / problem.kv_heads, panels = task.panels;
   float* memory = p.parts == 1 ? scratch.partial : p.partial + (pair * p.parts + task.part) * p.partial_size;
   const Partial sums(problem, task.sequence, memory);
-  memset(scratch.touched, 0, static_cast<size_t>(ceil_div(sums.count, kKeyBlock)));
-  for (int64_t i = task.part; i < group * panels; i += p.parts) {
-    scratch.panel.load_panel(p, batch, kv_head * group + i / panels, i % panels, scratch.keys);
-    want_results(p, prefetch, scratch.panel, kv_head, p.parts == 1 && i + 1 == group * panels);
-    const int64_t next = i + p.parts;
-    if (next < group * panels) {
-      want_panel(p, prefetch, batch, kv_head * group + next / panels, next % panels);
+  const int64_t blocks = ceil_div(sums.count, kKeyBlock);
+  const bool alone = p.parts == 1 && task.last == 0 && can_finish(problem.head_dim) && can_finish(problem.value_dim);
+  const KeyGradients gradients = {p, sums, task.batch, task.kv_head, task.sequence.key_begin, alone};
+  memset(scratch.states, static_cast<int>(BlockState::untouched), static_cast<size_t>(blocks));
+  for (int64_t i = task.last; i >= 0; i -= p.parts) {
+    const BackwardTask::Group group = task.group(p, i);
+    for (int64_t n = 0; n < group.count; n++)
+      scratch.panels[n].load_panel(p, task.batch, group.head, group.panel + n, scratch.keys);
+    want_results(p, prefetch, task, group, p.parts == 1 && i == 0);
+    if (i >= p.parts) {
+      want_group(p, prefetch, task, i - p.parts);
     } else {
       next_number = take_task(queue);
       if (next_number < backward_pair_tasks(p)) {
         const BackwardTask other(p, next_number);
-        if (other.part < group * other.panels) {
-          const int64_t panel = other.part % other.panels;
-          want_panel(p, prefetch, other.batch, other.kv_head * group + other.part / other.panels, panel);
+        if (other.last >= 0) {
+          want_group(p, prefetch, other, other.last);
+          const BackwardTask::Group next = other.group(p, other.last);
           const Sequence& sequence = other.sequence;
-          const int64_t first = sequence.query_begin + panel * kPanel;
+          const int64_t first = sequence.query_begin + next.panel * kPanel;
           const KeyRange range =
-              key_range(problem, sequence, other.batch, first, min_of(kPanel, sequence.query_end - first));
+              key_range(problem, sequence, other.batch, first, min_of(next.count * kPanel, sequence.query_end - first));
           want_keys(p, prefetch, other.batch, other.kv_head, range.begin, range.end);
         }
       }
     }
-    backward_panel<G>(p, kv_head, sums, scratch, prefetch);
+    backward_panels<G>(p, static_cast<int>(group.count), gradients, scratch, prefetch);
   }
-  for (int64_t at = 0; at < sums.count; at += kKeyBlock)
-    if (!scratch.touched[at / kKeyBlock]) sums.clear(at, 0, 0);
+  for (int64_t i = 0; i < blocks; i++)
+    if (scratch.states[i] == BlockState::untouched) sums.clear(i * kKeyBlock, 0, 0);
   if (next_number < 0) next_number = take_task(queue);
   if (p.parts > 1) {
     if (__atomic_add_fetch(p.arrivals + pair, 1, __ATOMIC_ACQ_REL) != p.parts) return next_number;
@@ -456,11 +600,14 @@ __attribute__((noinline)) int64_t backward_task(const AttentionBackward& p, int6
     }
   }
   const Partial total(problem, task.sequence, memory);
-  const int64_t first_key = task.sequence.key_begin;
-  narrow_rows(problem.dtype, total.keys, padded_columns(problem.head_dim), total.count, problem.head_dim,
-              head_rows(p.grad_key, problem.dtype, batch, kv_head, first_key), __builtin_fabsf(problem.scale));
-  narrow_rows(problem.dtype, total.values, padded_columns(problem.value_dim), total.count, problem.value_dim,
-              head_rows(p.grad_value, problem.dtype, batch, kv_head, first_key), 1.f);
+  for (int64_t i = 0; i < blocks; i++) {
+    if (scratch.states[i] == BlockState::finished) continue;
+    const int64_t at = i * kKeyBlock, keys = min_of(kKeyBlock, total.count - at);
+    narrow_rows(problem.dtype, total.keys + at * total.key_row, total.key_row, keys, problem.head_dim,
+                gradients.rows(p.grad_key, at), __builtin_fabsf(problem.scale));
+    narrow_rows(problem.dtype, total.values + at * total.value_row, total.value_row, keys, problem.value_dim,
+                gradients.rows(p.grad_value, at), 1.f);
+  }
   return next_number;
 }
 

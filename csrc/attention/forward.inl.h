@@ -27,7 +27,7 @@ struct ForwardScratch {
     PackedRows<G> query;
     Statistics* statistics;
     float* output;  // (kPanel, padded value_dim), once some block has been seen
-    bool seen;
+    bool seen, finished;
   };
   Panel panels[kMostPanels];
   float *tile, *bias, *dropout;
@@ -56,19 +56,18 @@ struct ForwardScratch {
   }
 };
 
-// out = O / sum and lse = max + log(sum).
-template <class G>
-__attribute__((noinline)) void finish_panel(const AttentionForward& p, const typename ForwardScratch<G>::Panel& panel,
-                                            int64_t batch, int64_t head, int64_t first, int64_t count) {
+// lse = max + log(sum), and what the rows of O have to be multiplied by, 1 / sum. True if every query sees something.
+__attribute__((noinline)) bool finish_statistics(const AttentionForward& p, Statistics& statistics, int64_t batch,
+                                                 int64_t head, int64_t first, int64_t count) {
   const AttentionProblem& problem = p.problem;
   float* lse = p.lse + batch * problem.lse_batch + head * problem.lse_head + first;
-  const int64_t row = padded_columns(problem.value_dim);
-  float* factors = panel.statistics->alpha;
+  bool all_live = true;
   for (int64_t at = 0; at < count; at += kLanes) {
-    const F32 sum = load(panel.statistics->sum + at), largest = load(panel.statistics->max + at);
-    const Mask live = load(panel.statistics->live + at) > zero();
+    const F32 sum = load(statistics.sum + at), largest = load(statistics.max + at);
+    const Mask live = load(statistics.live + at) > zero();
+    all_live = all_live && all(live | ~fastattn::FASTATTN_ISA::first(count - at));
     const F32 factor = splat(1.f) / sum;
-    store(factors + at, factor);
+    store(statistics.alpha + at, factor);
     F32 value = largest + log(sum);
     // Visible keys, but no score above -inf: 0 / 0, as the output.
     value = select(sum == zero(), zero() * factor, value);
@@ -78,6 +77,17 @@ __attribute__((noinline)) void finish_panel(const AttentionForward& p, const typ
     else
       store_first(lse + at, value, count - at);
   }
+  return all_live;
+}
+
+// out = O / sum.
+template <class G>
+__attribute__((noinline)) void finish_panel(const AttentionForward& p, const typename ForwardScratch<G>::Panel& panel,
+                                            int64_t batch, int64_t head, int64_t first, int64_t count) {
+  const AttentionProblem& problem = p.problem;
+  const int64_t row = padded_columns(problem.value_dim);
+  float* factors = panel.statistics->alpha;
+  finish_statistics(p, *panel.statistics, batch, head, first, count);
   for (int64_t i = 0; i < count; i++)
     if (panel.statistics->live[i] == 0.f || !panel.seen) {
       factors[i] = 0.f;
@@ -145,6 +155,7 @@ __attribute__((noinline)) int64_t forward_task(const AttentionForward& p, int64_
   const ForwardTask task(p, number);
   const int panels = static_cast<int>(ceil_div(task.end - task.first, kPanel));
   const ScoreScale scale = score_scale(problem.scale);
+  const bool one_block = task.range.end - task.range.begin <= kKeyBlock && can_finish(problem.value_dim);
   int64_t next_number = -1;
 
   for (int i = 0; i < panels; i++) {
@@ -153,7 +164,7 @@ __attribute__((noinline)) int64_t forward_task(const AttentionForward& p, int64_
     panel.query.pack(problem.dtype, head_rows(p.query, problem.dtype, task.batch, task.head, first),
                      min_of(kPanel, task.end - first), scale.sign);
     panel.statistics->reset(sink_of(problem, task.head));
-    panel.seen = false;
+    panel.seen = panel.finished = false;
   }
 
   for (int64_t first_key = task.range.begin; first_key < task.range.end; first_key += kKeyBlock) {
@@ -202,17 +213,28 @@ __attribute__((noinline)) int64_t forward_task(const AttentionForward& p, int64_
         probabilities = scratch.pairs;
       else
         probabilities = scratch.tile;
-      const auto add = !panel.seen ? add_product<G, Along::columns, Into::fresh>
-                       : rescaled  ? add_product<G, Along::columns, Into::scaled>
-                                   : add_product<G, Along::columns, Into::added>;
-      add(probabilities, values, seen.keys_of_queries(queries, 0, kKeyBlock), panel.statistics->alpha, panel.output,
-          padded_columns(problem.value_dim), prefetch);
+      const Term term = {probabilities, values, seen.keys_of_queries(queries, 0, kKeyBlock)};
+      const int64_t row = padded_columns(problem.value_dim);
+      const float* alpha = panel.statistics->alpha;
+      if (one_block && finish_statistics(p, *panel.statistics, task.batch, task.head, first, queries)) {
+        finish_terms<G, Along::columns>(problem.dtype, &term, 1,
+                                        head_rows(p.output, problem.dtype, task.batch, task.head, first), queries, 1.f,
+                                        alpha, prefetch);
+        panel.finished = true;
+      } else if (!panel.seen) {
+        multiply_terms<G, Along::columns>(&term, 1, Accumulate<Into::fresh>{panel.output, row, alpha}, prefetch);
+      } else if (rescaled) {
+        multiply_terms<G, Along::columns>(&term, 1, Accumulate<Into::scaled>{panel.output, row, alpha}, prefetch);
+      } else {
+        multiply_terms<G, Along::columns>(&term, 1, Accumulate<Into::added>{panel.output, row, alpha}, prefetch);
+      }
       panel.seen = true;
     }
   }
   for (int i = 0; i < panels; i++) {
     const int64_t first = task.first + i * kPanel;
-    finish_panel<G>(p, scratch.panels[i], task.batch, task.head, first, min_of(kPanel, task.end - first));
+    if (!scratch.panels[i].finished)
+      finish_panel<G>(p, scratch.panels[i], task.batch, task.head, first, min_of(kPanel, task.end - first));
   }
   return next_number < 0 ? take_task(queue) : next_number;
 }

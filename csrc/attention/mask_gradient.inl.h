@@ -38,6 +38,7 @@ struct MaskGradientScratch {
     const int64_t range = round_up(MaskGradientPlan(p).range_keys, kKeyBlock);
     Arena arena{start};
     panel = BackwardPanel<Single>::take(arena, p.problem, false);
+    panel.output = PackedRows<Single>::take(arena, p.problem.value_dim);
     keys = arena.take<float>(kKeyBlock * padded_columns(p.problem.head_dim));
     values = arena.take<float>(kKeyBlock * padded_columns(p.problem.value_dim));
     sums = arena.take<float>(range * kPanel);

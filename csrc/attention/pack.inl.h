@@ -177,12 +177,13 @@ struct PackedRows {
 
   int64_t steps() const { return ceil_div(columns, G::kPack); }
 
-  // As they are, for a product that reads them in vectors; `copy_to` is room for a copy.
+  // As they are, for a product that reads them in vectors, those of several panels in turn; `copy_to` is room for a
+  // copy.
   Stretches in_vectors(int64_t count, typename G::Step* copy_to) const {
     if constexpr (G::kPaired)
-      return columns_operand<G>(DType::bf16, source, count, columns, false, copy_to);
+      return columns_operand<G>(DType::bf16, source, count, columns, true, copy_to);
     else
-      return columns_operand<G>(DType::f32, {reinterpret_cast<const char*>(rows), row * 4}, count, columns, false,
+      return columns_operand<G>(DType::f32, {reinterpret_cast<const char*>(rows), row * 4}, count, columns, true,
                                 copy_to);
   }
 

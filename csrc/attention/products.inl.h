@@ -43,34 +43,32 @@ FASTATTN_INLINE int64_t stretch_width(int64_t columns) {
 
 // How a product goes through a tile (key, kPanel): its columns (queries) or its rows (keys) are the rows of the result.
 enum class Along { columns, rows };
-// What becomes of the accumulator: replaced, added to, or added to after alpha[row] has scaled it.
-enum class Into { fresh, added, scaled };
 
-// C[row] (+)= sum over k of A[row][k] * B[k] for the rows of the box and kWide vectors of columns, as kInto says.
-// The block is summed by itself before it joins C: two short sums round less than
-// one long one.
-template <class G, Along kAlong, Into kInto, int kWide>
-__attribute__((noinline)) void add_product_of(const char* a, const typename G::Step* b, int64_t b_row, const Band& band,
-                                              const Band::Box& box, const float* alpha, float* c, int64_t c_row,
-                                              Prefetch& prefetch) {
-  // Queries of one vector: all that its range of keys has been written for.
-  constexpr int kRows = kAlong == Along::columns && tile_rows(kWide) > kLanes ? kLanes : tile_rows(kWide);
-  constexpr int64_t kWord = sizeof(typename G::Step);
-  constexpr int64_t kRow = kAlong == Along::columns ? kWord : kPanel / G::kPack * kWord;
-  constexpr int64_t kStep = kAlong == Along::columns ? kPanel * kWord : kWord;
-  for (int64_t row = box.begin; row < box.end; row += kRows) {
-    prefetch.step();
-    // Gradients of keys are in a far cache, and the product takes about as long as it takes them to come.
-    if constexpr (kAlong == Along::rows) FASTATTN_UNROLL for (int m = 0; m < kRows; m++) {
-        FASTATTN_UNROLL for (int n = 0; n < kWide; n++) __builtin_prefetch(c + (row + m) * c_row + n * kLanes, 1, 3);
-      }
-    const int64_t begin = band.from(box, row) / G::kPack;
-    const int64_t end = ceil_div(band.to(box, row, kRows), G::kPack);
-    Tile<kRows, kWide> tile;
-    clear(tile);
-    const char* left = a + row * kRow + begin * kStep;
-    const typename G::Step* right = b + begin * b_row;
-    multiply<G, 0>(tile, left, kRow, kStep, right, b_row, end - begin);
+// One product: the tile, what it is multiplied by, and where it is not zero.
+struct Term {
+  const void* tile;
+  Stretches right;
+  Band band;
+};
+
+// What becomes of finished sums: an accumulator is replaced, added to, or added to after alpha[row] has scaled it.
+enum class Into { fresh, added, scaled };
+template <Into kInto>
+struct Accumulate {
+  float* c;
+  int64_t c_row;
+  const float* alpha;
+
+  Accumulate columns_from(int64_t column) const { return {c + column, c_row, alpha}; }
+  // Accumulators may be in a far cache, and a product takes about as long as it takes them to come.
+  template <int kRows, int kWide>
+  FASTATTN_INLINE void expect(int64_t row) const {
+    FASTATTN_UNROLL for (int m = 0; m < kRows; m++) {
+      FASTATTN_UNROLL for (int n = 0; n < kWide; n++) __builtin_prefetch(c + (row + m) * c_row + n * kLanes, 1, 3);
+    }
+  }
+  template <int kRows, int kWide>
+  FASTATTN_INLINE void operator()(int64_t row, const Tile<kRows, kWide>& tile) const {
     FASTATTN_UNROLL for (int m = 0; m < kRows; m++) {
       float* p = c + (row + m) * c_row;
       FASTATTN_UNROLL for (int n = 0; n < kWide; n++) {
@@ -83,21 +81,98 @@ __attribute__((noinline)) void add_product_of(const char* a, const typename G::S
       }
     }
   }
+};
+
+// Or they are all there is: times `factor`, or each row times its own, they are the result, of which there are `rows`.
+template <class T>
+struct Finish {
+  T* c;
+  int64_t c_row, rows;
+  float factor;
+  const float* factors;
+
+  Finish columns_from(int64_t column) const { return {c + column, c_row, rows, factor, factors}; }
+  template <int kRows, int kWide>
+  FASTATTN_INLINE void expect(int64_t) const {}
+  template <int kRows, int kWide>
+  FASTATTN_INLINE void operator()(int64_t row, const Tile<kRows, kWide>& tile) const {
+    FASTATTN_UNROLL for (int m = 0; m < kRows; m++) {
+      if (row + m >= rows) return;
+      T* p = c + (row + m) * c_row;
+      const F32 scale = splat(factors == nullptr ? factor : factors[row + m]);
+      FASTATTN_UNROLL for (int n = 0; n < kWide; n++) store(p + n * kLanes, tile.c[m][n] * scale);
+    }
+  }
+};
+
+// The rows of one box of each of the terms: the sum over the terms of sums over k of tile[row][k] * right[k], for kWide
+// vectors of columns of the stretch number `stretch`. What is summed here is summed by itself before it joins an
+// accumulator: two short sums round less than one long one.
+template <class G, Along kAlong, int kWide, class Sink>
+__attribute__((noinline)) void multiply_box(const Term* terms, int count, int which_box, int64_t stretch,
+                                            const Sink& into, Prefetch& prefetch) {
+  // Queries of one vector: all that its range of keys has been written for.
+  constexpr int kRows = kAlong == Along::columns && tile_rows(kWide) > kLanes ? kLanes : tile_rows(kWide);
+  constexpr int64_t kWord = sizeof(typename G::Step);
+  constexpr int64_t kRow = kAlong == Along::columns ? kWord : kPanel / G::kPack * kWord;
+  constexpr int64_t kStep = kAlong == Along::columns ? kPanel * kWord : kWord;
+  int64_t first = terms[0].band.boxes[which_box].begin, last = terms[0].band.boxes[which_box].end;
+  for (int i = 1; i < count; i++) {
+    first = min_of(first, terms[i].band.boxes[which_box].begin);
+    last = max_of(last, terms[i].band.boxes[which_box].end);
+  }
+  for (int64_t row = first; row < last; row += kRows) {
+    prefetch.step();
+    if constexpr (kAlong == Along::rows) into.template expect<kRows, kWide>(row);
+    Tile<kRows, kWide> tile;
+    clear(tile);
+    for (int i = 0; i < count; i++) {
+      const Band& band = terms[i].band;
+      const Band::Box& box = band.boxes[which_box];
+      if (row < box.begin || row >= box.end) continue;
+      const int64_t begin = band.from(box, row) / G::kPack;
+      const int64_t end = ceil_div(band.to(box, row, kRows), G::kPack);
+      const int64_t right_row = terms[i].right.row / kWord;
+      const char* left = static_cast<const char*>(terms[i].tile) + row * kRow + begin * kStep;
+      const auto* right =
+          reinterpret_cast<const typename G::Step*>(terms[i].right.data + stretch * terms[i].right.next) +
+          begin * right_row;
+      multiply<G, 0>(tile, left, kRow, kStep, right, right_row, end - begin);
+    }
+    into(row, tile);
+  }
 }
 
-// The same for a whole band and any number of columns.
-template <class G, Along kAlong, Into kInto>
-FASTATTN_INLINE void add_product(const void* a, const Stretches& b, const Band& band, const float* alpha, float* c,
-                                 int64_t c_row, Prefetch& prefetch) {
-  for (int64_t first = 0; first < b.columns; first += b.width) {
-    const auto* right = reinterpret_cast<const typename G::Step*>(b.data + first / b.width * b.next);
-    const int64_t right_row = b.row / static_cast<int64_t>(sizeof(typename G::Step));
-    with_width(static_cast<int>(ceil_div(min_of(b.width, b.columns - first), kLanes)), [&](auto width) {
-      for (int i = 0; i < band.count; i++)
-        add_product_of<G, kAlong, kInto, width.value>(static_cast<const char*>(a), right, right_row, band,
-                                                      band.boxes[i], alpha, c + first, c_row, prefetch);
+// All rows and columns. Several terms go together if each has one box, and all the same stretches.
+template <class G, Along kAlong, class Sink>
+FASTATTN_INLINE void multiply_terms(const Term* terms, int count, const Sink& into, Prefetch& prefetch) {
+  const Stretches& right = terms[0].right;
+  for (int64_t first = 0; first < right.columns; first += right.width)
+    with_width(static_cast<int>(ceil_div(min_of(right.width, right.columns - first), kLanes)), [&](auto width) {
+      for (int i = 0; i < terms[0].band.count; i++)
+        multiply_box<G, kAlong, width.value>(terms, count, i, first / right.width, into.columns_from(first), prefetch);
     });
-  }
+}
+
+// Results can be stored as they are finished if they end where registers end.
+FASTATTN_INLINE bool can_finish(int64_t columns) { return columns % kLanes == 0; }
+
+template <class G, Along kAlong>
+FASTATTN_INLINE void finish_terms(DType dtype, const Term* terms, int count, Operand rows, int64_t row_count,
+                                  float factor, const float* factors, Prefetch& prefetch) {
+  const auto finish = [&](auto into) {
+    into = {reinterpret_cast<decltype(into.c)>(const_cast<char*>(rows.data)),
+            rows.row / static_cast<int64_t>(sizeof(*into.c)), row_count, factor, factors};
+    multiply_terms<G, kAlong>(terms, count, into, prefetch);
+  };
+  if constexpr (G::kPaired)
+    finish(Finish<bf16>{});
+  else if (dtype == DType::f32)
+    finish(Finish<float>{});
+  else if (dtype == DType::bf16)
+    finish(Finish<bf16>{});
+  else
+    finish(Finish<f16>{});
 }
 
 }  // namespace

@@ -21,20 +21,29 @@ FASTATTN_INLINE ScoreScale score_scale(float scale) {
   return scale > 0.f ? ScoreScale{1.f, scale} : ScoreScale{-1.f, -scale};
 }
 
-// exp of several vectors, as exp2_each: e^x for x < 87, 0 from about -87 down, else as good as exp.
+// e^x of several vectors, as exp2_each: for x < 87, 0 from about -87 down, else as good as exp.
 template <int kCount>
 FASTATTN_INLINE void exp_each(F32 (&x)[kCount]) {
-  static constexpr float kTerms[] = {
-      1.38146132608e-3f, 8.36870982417e-3f, 4.16683873613e-2f, 0.166665206898f, 0.499999934517f, 1.f, 1.f};
+  // Minimax for the quarter or the eighth of the range that a table of 16 or 8 powers leaves.
+  static constexpr float kTerms[] = {kSteps == 16 ? 0.166667178f : 0.166668579f,
+                                     kSteps == 16 ? 0.500016153f : 0.500064492f,
+                                     1.f,
+                                     kLog2e,
+                                     kStepShift,
+                                     kLn2,
+                                     -150.f};
   const float* c = kTerms;
   asm volatile("" : "+r"(c));  // nobody knows what it points to
-  F32 n[kCount], p[kCount];
-  FASTATTN_UNROLL for (int i = 0; i < kCount; i++) x[i] = reduce_by_ln2(max(splat(-150.f), x[i]), n[i]);
-  FASTATTN_UNROLL for (int i = 0; i < kCount; i++) p[i] = fma(splat(c[0]), x[i], splat(c[1]));
-  FASTATTN_UNROLL for (int k = 2; k < 7; k++) {
-    FASTATTN_UNROLL for (int i = 0; i < kCount; i++) p[i] = fma(p[i], x[i], splat(c[k]));
+  F32 power[kCount], p[kCount];
+  FASTATTN_UNROLL for (int i = 0; i < kCount; i++) {
+    x[i] = max(splat(c[6]), x[i]);
+    const F32 sum = fma(x[i], splat(c[3]), splat(c[4])), m = sum - splat(c[4]);
+    x[i] = without_ln2(x[i], m);
+    power[i] = step_power(sum, m);
   }
-  FASTATTN_UNROLL for (int i = 0; i < kCount; i++) x[i] = scale2_small(p[i], n[i]);
+  FASTATTN_UNROLL for (int i = 0; i < kCount; i++) p[i] = fma(splat(c[0]), x[i], splat(c[1]));
+  FASTATTN_UNROLL for (int i = 0; i < kCount; i++) p[i] = fma(p[i], x[i], splat(c[2]));
+  FASTATTN_UNROLL for (int i = 0; i < kCount; i++) x[i] = fma(power[i] * x[i], p[i], power[i]);
 }
 
 // exp(unit * x - shift), or of finished scores exp(x - shift). fp32 scores and their maximum lie on one grid, and the
@@ -46,7 +55,7 @@ struct Relative {
   explicit FASTATTN_INLINE Relative(float score_unit) : unit(splat(score_unit * kBase)) {}
   static FASTATTN_INLINE F32 shift(F32 natural) { return natural * splat(kBase); }
   FASTATTN_INLINE F32 take(F32 x, F32 shift) const { return kFinished ? x - shift : fms(x, unit, shift); }
-  template <int kDegree, int kCount>  // of the polynomial for bf16
+  template <bool kCoarse, int kCount>  // kCoarse: as bf16 needs it
   static FASTATTN_INLINE void raise(F32 (&x)[kCount]) {
     if constexpr (!G::kPaired) {
       exp_each(x);
@@ -54,12 +63,15 @@ struct Relative {
       if constexpr (kFinished) {
         FASTATTN_UNROLL for (int i = 0; i < kCount; i++) x[i] = x[i] * splat(kLog2e);
       }
-      exp2_each<kDegree>(x);
+      if constexpr (kCoarse)
+        exp2_coarse_each(x);
+      else
+        exp2_each(x);
     }
   }
 };
-constexpr int kDegreeOfSums = 5;      // the sum goes into lse, which is fp32 whatever the inputs are
-constexpr int kDegreeOfProducts = 3;  // of probabilities that are only rounded to bf16
+constexpr bool kForSums = false;     // the sum goes into lse, which is fp32 whatever the inputs are
+constexpr bool kForProducts = true;  // probabilities that are only rounded to bf16
 
 // Per query of a panel.
 struct Statistics {
@@ -159,7 +171,7 @@ struct Exponentiation {
     F32 p[G::kPack];
     FASTATTN_UNROLL for (int i = 0; i < G::kPack; i++) p[i] =
         relative.take(load(scores + (m * G::kPack + i) * kPanel + n * kLanes), load(statistics->taken + n * kLanes));
-    relative.template raise<kDegreeOfSums>(p);
+    relative.template raise<kForSums>(p);
     F32 sum = load(statistics->part + n * kLanes);
     FASTATTN_UNROLL for (int i = 0; i < G::kPack; i++) {
       sum = sum + p[i];
@@ -250,7 +262,7 @@ __attribute__((noinline)) void exponentiate_rows(float* tile, typename G::Step* 
       FASTATTN_UNROLL for (int n = 0; n < kWide; n++) p[m * kWide + n] =
           relative.take(load(tile + (row + m) * kPanel + offset + n * kLanes), shift[n]);
     }
-    relative.template raise<kDegreeOfSums>(p);
+    relative.template raise<kForSums>(p);
     FASTATTN_UNROLL for (int m = 0; m < G::kPack; m++) {
       FASTATTN_UNROLL for (int n = 0; n < kWide; n++) {
         part[n] = part[n] + p[m * kWide + n];

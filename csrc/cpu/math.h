@@ -41,28 +41,47 @@ FASTATTN_INLINE F32 exp2(F32 x) {
 
 // The same of several vectors, for x < 126 and 0 from about -125 down: step by step for all of them, which puts chains
 // of dependent products side by side. The coefficients stay in memory, for loops that have no register to spare.
-template <int Degree, int kCount>
-FASTATTN_INLINE void exp2_each(F32 (&x)[kCount]) {
-  static_assert(Degree == 3 || Degree == 5, "exp2_each has polynomials of degree 3 and 5");
-  static constexpr float kFine[] = {1.32647273e-03f, 9.67151299e-03f, 5.55073358e-02f, 2.40222424e-01f, kLn2, 1.f};
-  static constexpr float kCoarse[] = {0.055171493f, 0.242611109f, 0.693261018f, 0.999928075f};
-  const float* c = Degree == 5 ? kFine : kCoarse;
+template <int kCount>
+FASTATTN_INLINE void exp2_coarse_each(F32 (&x)[kCount]) {
+  static constexpr float kTerms[] = {0.055171493f, 0.242611109f, 0.693261018f, 0.999928075f};
+  const float* c = kTerms;
   asm volatile("" : "+r"(c));  // nobody knows what it points to
   F32 n[kCount], p[kCount];
   FASTATTN_UNROLL for (int i = 0; i < kCount; i++) n[i] = round_nearest(x[i]);
   FASTATTN_UNROLL for (int i = 0; i < kCount; i++) x[i] = x[i] - n[i];
   FASTATTN_UNROLL for (int i = 0; i < kCount; i++) p[i] = fma(splat(c[0]), x[i], splat(c[1]));
-  FASTATTN_UNROLL for (int k = 2; k <= Degree; k++) {
+  FASTATTN_UNROLL for (int k = 2; k <= 3; k++) {
     FASTATTN_UNROLL for (int i = 0; i < kCount; i++) p[i] = fma(p[i], x[i], splat(c[k]));
   }
   FASTATTN_UNROLL for (int i = 0; i < kCount; i++) x[i] = scale2_small(p[i], n[i]);
 }
 
+// The same with a relative error below 6e-7, 1 at 0: powers of the nearest sixteenth from a table, and a polynomial for
+// the rest that is two products shorter for it.
+template <int kCount>
+FASTATTN_INLINE void exp2_each(F32 (&x)[kCount]) {
+  static constexpr float kTerms[] = {0.240226433f, 0.693187714f, kStepShift, -200.f};
+  const float* c = kTerms;
+  asm volatile("" : "+r"(c));  // nobody knows what it points to
+  F32 power[kCount], p[kCount];
+  FASTATTN_UNROLL for (int i = 0; i < kCount; i++) {
+    x[i] = max(splat(c[3]), x[i]);
+    const F32 sum = x[i] + splat(c[2]), m = sum - splat(c[2]);
+    x[i] = x[i] - m;
+    power[i] = step_power(sum, m);
+  }
+  FASTATTN_UNROLL for (int i = 0; i < kCount; i++) p[i] = fma(splat(c[0]), x[i], splat(c[1]));
+  FASTATTN_UNROLL for (int i = 0; i < kCount; i++) x[i] = fma(power[i] * x[i], p[i], power[i]);
+}
+
 // x = n ln2 + r with |r| <= ln2 / 2. Cody-Waite reduction by one fma: ln2 as a float is off by no more than 1.9e-9.
+FASTATTN_INLINE F32 without_ln2(F32 x, F32 n) {
+  if constexpr (kFusedFma) return fnma(n, splat(kLn2), x);
+  return (x - n * splat(0.693359375f)) + n * splat(2.12194440e-4f);  // the first part so short that it is exact
+}
 FASTATTN_INLINE F32 reduce_by_ln2(F32 x, F32& n) {
   n = round_nearest(x * splat(kLog2e));
-  if constexpr (kFusedFma) return fma(n, splat(-kLn2), x);
-  return (x - n * splat(0.693359375f)) + n * splat(2.12194440e-4f);  // the first part so short that it is exact
+  return without_ln2(x, n);
 }
 
 // e^x for x <= 88: relative error below 1.0e-7 for |x| <= 10, below 3.1e-7 wherever the result is normal. 0 from -104

@@ -187,6 +187,14 @@ void powers() {
   lanes("scale2_small of NaN", scale2_small(splat(kNaN), splat(kNaN)), [](int) { return kNaN; });
   lanes("scale2 of -inf", scale2(splat(kNaN), splat(-kInfinity)), [](int) { return 0.f; });
   lanes("scale2 of NaN", scale2(splat(kNaN), splat(kNaN)), [](int) { return kNaN; });
+  for (int n = -200 * kSteps; n < 127 * kSteps; n++) {
+    const float m = static_cast<float>(n) / kSteps;
+    const double expected = std::exp2(static_cast<double>(m));
+    const float found = floats_of(step_power(splat(m) + splat(kStepShift), splat(m)))[0];
+    const double error = std::fabs(found - expected);
+    expect(error <= 6e-8 * expected + 1.5e-45 || (m < -125.f && found == 0.f), "step_power");
+    lanes("step_power", step_power(splat(m) + splat(kStepShift), splat(m)), [&](int) { return found; });
+  }
   for (int n = -126; n < 128; n++) {
     const float m = 1.f + static_cast<float>(random_word() % 8192) / 8192.f;
     F32 mantissa;

@@ -102,6 +102,17 @@ FASTATTN_INLINE F32 scale2_small(F32 x, F32 n) {
   const __m256 dead = _mm256_cmp_ps(n.v, _mm256_set1_ps(-125.f), _CMP_LT_OQ);
   return {_mm256_andnot_ps(dead, _mm256_castsi256_ps(y))};
 }
+constexpr int kSteps = 8;
+FASTATTN_INLINE F32 step_power(F32 s, F32 m) {
+  // Less what the lowest bits of the shifted sum will add to them.
+  alignas(32) static const int32_t powers[kSteps] = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
+                                                     0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
+  const __m256i sum = _mm256_castps_si256(s.v);
+  const __m256i power = _mm256_permutevar8x32_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(powers)), sum);
+  const __m256i y = _mm256_add_epi32(power, _mm256_slli_epi32(sum, 20));
+  const __m256 dead = _mm256_cmp_ps(m.v, _mm256_set1_ps(-125.f), _CMP_LT_OQ);
+  return {_mm256_andnot_ps(dead, _mm256_castsi256_ps(y))};
+}
 FASTATTN_INLINE F32 split_exponent(F32 x, F32& mantissa) {
   const __m256i u = _mm256_castps_si256(x.v);
   const __m256i fraction = _mm256_and_si256(u, _mm256_set1_epi32(0x7fffff));

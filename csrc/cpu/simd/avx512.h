@@ -34,6 +34,13 @@ FASTATTN_INLINE F32 sqrt(F32 a) { return {_mm512_sqrt_ps(a.v)}; }
 FASTATTN_INLINE F32 round_nearest(F32 a) { return {_mm512_roundscale_ps(a.v, 8)}; }
 FASTATTN_INLINE F32 scale2(F32 x, F32 n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 FASTATTN_INLINE F32 scale2_small(F32 x, F32 n) { return scale2(x, n); }
+constexpr int kSteps = 16;
+FASTATTN_INLINE F32 step_power(F32 s, F32 m) {
+  alignas(64) static const float powers[kSteps] = {
+      1.f,         1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f, 1.29683955f, 1.35425555f,
+      1.41421356f, 1.47682615f, 1.5422108f,  1.61049029f, 1.68179283f, 1.75625216f, 1.8340081f,  1.91520658f};
+  return scale2({_mm512_permutexvar_ps(_mm512_castps_si512(s.v), _mm512_load_ps(powers))}, m);
+}
 FASTATTN_INLINE F32 split_exponent(F32 x, F32& mantissa) {
   mantissa.v = _mm512_getmant_ps(x.v, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero);
   return {_mm512_getexp_ps(x.v)};

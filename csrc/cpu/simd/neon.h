@@ -89,6 +89,21 @@ FASTATTN_INLINE F32 scale2_small(F32 x, F32 n) {
   const int32x4_t y = vaddq_s32(vreinterpretq_s32_f32(x.v), vshlq_n_s32(whole, 23));
   return select(n < splat(-125.f), zero(), F32{vreinterpretq_f32_s32(y)});
 }
+constexpr int kSteps = 16;
+FASTATTN_INLINE F32 step_power(F32 s, F32 m) {
+  // Less what the lowest bits of the shifted sum will add to them.
+  alignas(16) static const uint32_t powers[kSteps] = {
+      0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
+      0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
+  const auto* bytes = reinterpret_cast<const uint8_t*>(powers);
+  const uint8x16x4_t table = {{vld1q_u8(bytes), vld1q_u8(bytes + 16), vld1q_u8(bytes + 32), vld1q_u8(bytes + 48)}};
+  const uint32x4_t sum = vreinterpretq_u32_f32(s.v);
+  // The four bytes of each lane's element.
+  const uint32x4_t at = vmlaq_n_u32(vdupq_n_u32(0x03020100), vandq_u32(sum, vdupq_n_u32(kSteps - 1)), 0x04040404);
+  const uint32x4_t power = vreinterpretq_u32_u8(vqtbl4q_u8(table, vreinterpretq_u8_u32(at)));
+  const F32 y = {vreinterpretq_f32_u32(vaddq_u32(power, vshlq_n_u32(sum, 19)))};
+  return select(m < splat(-125.f), zero(), y);
+}
 FASTATTN_INLINE F32 split_exponent(F32 x, F32& mantissa) {
   const uint32x4_t u = vreinterpretq_u32_f32(x.v);
   const uint32x4_t unit = vorrq_u32(vandq_u32(u, vdupq_n_u32(0x7fffff)), vdupq_n_u32(0x3f800000));

@@ -96,6 +96,16 @@ FASTATTN_INLINE F32 scale2_small(F32 x, F32 n) {
   const Ints whole = __builtin_convertvector(max(splat(-126.f), number).v, Ints);
   return select(number < splat(-125.f), zero(), F32{(Floats)((Ints)x.v + (whole << 23))});
 }
+constexpr int kSteps = 16;
+FASTATTN_INLINE F32 step_power(F32 s, F32 m) {
+  // Less what the lowest bits of the shifted sum will add to them.
+  static const uint32_t powers[kSteps] = {0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532,
+                                          0x3f75fed7, 0x3f75583f, 0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c,
+                                          0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
+  const Words sum = (Words)s.v, at = sum & (kSteps - 1u);
+  const Words power = {powers[at[0]], powers[at[1]], powers[at[2]], powers[at[3]]};
+  return select(m < splat(-125.f), zero(), F32{(Floats)(power + (sum << 19))});
+}
 FASTATTN_INLINE F32 split_exponent(F32 x, F32& mantissa) {
   const Words bits = (Words)x.v;
   mantissa.v = (Floats)((bits & 0x7fffffu) | 0x3f800000u) + x.v * 0.f;

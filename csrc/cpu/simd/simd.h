@@ -11,6 +11,9 @@
 //   select(m, a, b)            m ? a : b
 //   scale2(x, n)               x * 2^n for integral n of any size; n = -inf gives 0
 //   scale2_small(x, n)         the same for 1/2 <= x < 2 and n < 127, quicker where it may give 0 for n < -125
+//   step_power(s, m)           2^m for m a multiple of 1 / kSteps and below 127, where s is the sum m + kStepShift; 0
+//   where
+//                              m < -125
 //   split_exponent(x, m)       x = m * 2^result with 1 <= m < 2, for positive normal x; NaN gives m = NaN
 //   add_moments(p, s, q)       adds 2*kLanes bf16 to s and their squares to q; which lane gets which does not matter
 //   interleave(a, b)           a0 b0 a1 b1 ... in a, the rest in b
@@ -60,6 +63,9 @@ FASTATTN_INLINE int64_t take_task(TaskQueue& queue) { return __atomic_fetch_add(
 FASTATTN_INLINE bool finish_task(TaskQueue& queue) {
   return __atomic_add_fetch(&queue.finished, 1, __ATOMIC_ACQ_REL) == queue.total;
 }
+
+// Sums with it are rounded to multiples of 1 / kSteps, and end in their number of steps.
+constexpr float kStepShift = 12582912.f / kSteps;
 
 FASTATTN_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTATTN_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
