@@ -93,12 +93,11 @@ __attribute__((noinline)) void gradient_rows(Operand keys, Operand values, const
   F32 lse[kWide];
   FASTATTN_UNROLL for (int n = 0; n < kWide; n++) lse[n] = relative.shift(load(saved.lse + offset + n * kLanes));
   for (int64_t row = range.begin; row < range.end; row += kRows) {
-    prefetch.step();
     Tile<kRows, kWide> p, d;
     clear(p);
     const char* left = keys.data + row * keys.row;
     const typename G::Step* right = query.transposed + offset;
-    multiply<G, 0>(p, left, keys.row, sizeof(typename G::Step), right, kPanel, query.steps());
+    multiply_asking<G, 0>(p, left, keys.row, sizeof(typename G::Step), right, kPanel, query.steps(), prefetch);
     FASTATTN_UNROLL for (int m = 0; m < kRows; m++) {
       Mask visible[kWide];
       FASTATTN_UNROLL for (int n = 0; n < kWide; n++) {
@@ -118,7 +117,7 @@ __attribute__((noinline)) void gradient_rows(Operand keys, Operand values, const
     clear(d);
     left = values.data + row * values.row;
     right = grad.transposed + offset;
-    multiply<G, 0>(d, left, values.row, sizeof(typename G::Step), right, kPanel, grad.steps());
+    multiply_asking<G, 0>(d, left, values.row, sizeof(typename G::Step), right, kPanel, grad.steps(), prefetch);
     FASTATTN_UNROLL for (int m = 0; m < kRows; m++) {
       FASTATTN_UNROLL for (int n = 0; n < kWide; n++) {
         const int64_t lane = offset + n * kLanes, at = (row + m) * kPanel + lane;

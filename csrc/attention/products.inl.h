@@ -122,7 +122,6 @@ __attribute__((noinline)) void multiply_box(const Term* terms, int count, int wh
     last = max_of(last, terms[i].band.boxes[which_box].end);
   }
   for (int64_t row = first; row < last; row += kRows) {
-    prefetch.step();
     if constexpr (kAlong == Along::rows) into.template expect<kRows, kWide>(row);
     Tile<kRows, kWide> tile;
     clear(tile);
@@ -137,7 +136,7 @@ __attribute__((noinline)) void multiply_box(const Term* terms, int count, int wh
       const auto* right =
           reinterpret_cast<const typename G::Step*>(terms[i].right.data + stretch * terms[i].right.next) +
           begin * right_row;
-      multiply<G, 0>(tile, left, kRow, kStep, right, right_row, end - begin);
+      multiply_asking<G, 0>(tile, left, kRow, kStep, right, right_row, end - begin, prefetch);
     }
     into(row, tile);
   }

@@ -127,12 +127,11 @@ __attribute__((noinline)) void score_rows(Operand keys, const typename G::Step* 
     for (int n = 0; n < kWide; n++) store(statistics.live + offset + n * kLanes, splat(1.f));
   }
   for (int64_t row = range.begin; row < range.end; row += kRows) {
-    prefetch.step();
     Tile<kRows, kWide> s;
     clear(s);
     const char* left = keys.data + row * keys.row;
     const typename G::Step* right = query + offset;
-    multiply<G, 0>(s, left, keys.row, sizeof(typename G::Step), right, kPanel, steps);
+    multiply_asking<G, 0>(s, left, keys.row, sizeof(typename G::Step), right, kPanel, steps, prefetch);
     FASTATTN_UNROLL for (int n = 0; n < kWide; n++) {
       const int64_t lane = offset + n * kLanes;
       F32 largest = load(statistics.block + lane), live = load(statistics.live + lane);
@@ -222,7 +221,7 @@ __attribute__((noinline)) void probability_rows(Operand keys, const typename G::
     const char* left = keys.data + row * keys.row;
     const typename G::Step* right = query + offset;
     if (row == range.begin) {
-      multiply<G, 0>(s, left, keys.row, kStep, right, kPanel, steps);
+      multiply_asking<G, 0>(s, left, keys.row, kStep, right, kPanel, steps, prefetch);
     } else {
       multiply_among<G, kUnits>(s, left, keys.row, kStep, right, kPanel, steps, raise);
       raise.template next<kRows, kWide>();
