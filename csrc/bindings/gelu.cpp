@@ -2,6 +2,7 @@
 #include <tuple>
 
 #include "rows.h"
+#include "streaming.h"
 
 namespace fastattn {
 namespace {
@@ -38,6 +39,7 @@ Tensor gelu_forward(Tensor input, std::optional<Tensor> bias, bool tanh) {
   p.dtype = dtype_of(input);
   p.bias_dtype = bias ? dtype_of(*bias) : DType::f32;
   p.tanh = tanh;
+  p.streaming = worth_streaming(rows * columns * 2, input.scalar_type());
   launch(kernels().gelu->forward, p, static_cast<double>(rows * columns) * 0.2);
   return output;
 }

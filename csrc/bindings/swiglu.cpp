@@ -2,6 +2,7 @@
 #include <tuple>
 
 #include "rows.h"
+#include "streaming.h"
 
 namespace fastattn {
 namespace {
@@ -36,6 +37,7 @@ Tensor swiglu_forward(Tensor gate, Tensor up) {
   p.gate_stride = g.stride;
   p.up_stride = u.stride;
   p.dtype = dtype_of(gate);
+  p.streaming = worth_streaming(rows * columns * 3, gate.scalar_type());
   launch(kernels().swiglu->forward, p, static_cast<double>(rows * columns) * 0.3);
   return output;
 }
@@ -62,6 +64,7 @@ std::tuple<Tensor, Tensor> swiglu_backward(Tensor grad_output, Tensor gate, Tens
   p.gate_stride = g.stride;
   p.up_stride = u.stride;
   p.dtype = dtype_of(gate);
+  p.streaming = worth_streaming(rows * columns * 5, gate.scalar_type());
   launch(kernels().swiglu->backward, p, static_cast<double>(rows * columns) * 0.5);
   return {grad_gate, grad_up};
 }

@@ -109,45 +109,34 @@ void cross_entropy_reduce(const CrossEntropyForward& p) {
   if (p.reduction == Reduction::sum) *p.loss = static_cast<float>(loss);
 }
 
-// Two rows at a time: while the exponentials of one are summed up, the maximum of the next is found.
+// In two stages: the maximum of a row is found, its exponentials are summed up.
 template <class T>
 class CrossEntropyRows {
  public:
-  explicit CrossEntropyRows(const CrossEntropyForward& p) : p_(p) {}
+  struct Row {
+    int64_t index;
+    F32x2 tops, sums;
+    float top;
+  };
 
-  void run(TaskQueue& queue) {
-    const int64_t rows_per_task = cross_entropy_rows_per_task(p_.columns);
-    RowsOfTasks rows(queue, p_.rows, rows_per_task);
-    Row reading{rows.next()}, computing;
-    while (reading.index >= 0 || computing.index >= 0) {
-      if (reading.index >= 0 && computing.index >= 0)
-        sweep<true, true>(reading, computing);
-      else if (reading.index >= 0)
-        sweep<true, false>(reading, computing);
-      else
-        sweep<false, true>(reading, computing);
-      if (computing.index >= 0) {
-        const int64_t done = computing.index + 1;
-        cross_entropy_forward_row<T, T>(p_, computing.index, input(computing), {computing.top, computing.sum});
-        if ((done % rows_per_task == 0 || done == p_.rows) && finish_task(queue)) cross_entropy_reduce(p_);
-      }
-      computing = reading;
-      reading.index = reading.index >= 0 ? rows.next() : -1;
-    }
+  CrossEntropyRows(const CrossEntropyForward& p, TaskQueue& queue) : p_(p), queue_(queue) {}
+
+  void run() {
+    constexpr int64_t kLag = 1;  // rows are long
+    Stages<2, CrossEntropyRows>(*this).run(RowsOfTasks(queue_, p_.rows, rows_per_task_), kLag);
   }
 
- private:
-  static constexpr int64_t kChunk = 4096;  // columns whose exponentials are summed up together: rounds less
-  static constexpr int64_t kAhead = kAheadBytes / sizeof(T);
+  FASTATTN_INLINE void enter(int, Row& row) const { row.top = reduce_max(row.tops); }
+  void leave(const Row& row) const {
+    cross_entropy_forward_row<T, T>(p_, row.index, input(row), {row.top, reduce_add(row.sums)});
+    const int64_t done = row.index + 1;
+    if ((done % rows_per_task_ == 0 || done == p_.rows) && finish_task(queue_)) cross_entropy_reduce(p_);
+  }
 
-  struct Row {
-    int64_t index = -1;
-    float top = 0.f, sum = 0.f;
-  };
-  const T* input(const Row& row) const { return static_cast<const T*>(p_.input) + row.index * p_.input_stride; }
-
-  template <bool Read, bool Compute>
-  __attribute__((noinline)) void sweep(Row& reading, Row& computing) const {
+  template <int Live>
+  __attribute__((noinline)) void sweep(Row* const (&rows)[2]) const {
+    constexpr bool Read = Live & 1, Compute = Live & 2;
+    Row &reading = *rows[0], &computing = *rows[1];
     const T *const x = Read ? input(reading) : nullptr, *const found = Compute ? input(computing) : nullptr;
     const F32x2 top = splat2(computing.top);
     F32x2 tops[2] = {splat2(kLowest), splat2(kLowest)}, total = splat2(0.f);
@@ -166,16 +155,24 @@ class CrossEntropyRows {
       });
       total = total + (sums[0] + sums[1]);
     }
-    if constexpr (Read) reading.top = reduce_max(max(tops[0], tops[1]));
-    if constexpr (Compute) computing.sum = reduce_add(total);
+    if constexpr (Read) reading.tops = max(tops[0], tops[1]);
+    if constexpr (Compute) computing.sums = total;
   }
 
+ private:
+  static constexpr int64_t kChunk = 4096;  // columns whose exponentials are summed up together: rounds less
+  static constexpr int64_t kAhead = kAheadBytes / sizeof(T);
+
+  const T* input(const Row& row) const { return static_cast<const T*>(p_.input) + row.index * p_.input_stride; }
+
   const CrossEntropyForward& p_;
+  TaskQueue& queue_;
+  const int64_t rows_per_task_ = cross_entropy_rows_per_task(p_.columns);
 };
 
 template <class T>
 void cross_entropy_forward(const CrossEntropyForward& p, TaskQueue& queue, char* scratch) {
-  if (p.softcap == 0.f && p.rows > 0) return CrossEntropyRows<T>(p).run(queue);
+  if (p.softcap == 0.f && p.rows > 0) return CrossEntropyRows<T>(p, queue).run();
   float* const capped = reinterpret_cast<float*>(scratch);
   const int64_t rows_per_task = cross_entropy_rows_per_task(p.columns);
   for (int64_t task; (task = take_task(queue)) < queue.total;) {

@@ -4,6 +4,7 @@
 #include "../cpu/activation.h"
 #include "../cpu/elementwise.h"
 #include "../cpu/pipeline.h"
+#include "../cpu/streaming.h"
 #include "params.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -28,13 +29,15 @@ FASTATTN_INLINE F32x2 gelu_derivative(F32x2 x) {
 template <class T, class B, bool Tanh>
 void gelu_forward(const GeluForward& p, TaskQueue& queue) {
   const B* const bias = static_cast<const B*>(p.bias);
-  for_pieces({p.rows, p.columns}, queue, [&](int64_t row, int64_t column, int64_t columns) FASTATTN_LAMBDA {
-    const T* const x = static_cast<const T*>(p.input) + row * p.input_stride + column;
-    T* const y = static_cast<T*>(p.output) + row * p.columns + column;
-    for_columns<2>(columns, [&](int64_t c, int, auto where) FASTATTN_LAMBDA {
-      prefetch_pair(x + c + kAheadBytes / static_cast<int64_t>(sizeof(T)));
-      const F32x2 v = add_bias(get(x + c, Cheapest{}, where), x, bias, column + c, where);
-      put(y + c, gelu<Tanh, kFine<T>>(v), Cheapest{}, where);
+  with_streaming(p.streaming && fit_for_streaming<T>(p.output, p.columns), [&](auto stream) FASTATTN_LAMBDA {
+    for_pieces({p.rows, p.columns}, queue, [&](int64_t row, int64_t column, int64_t columns) FASTATTN_LAMBDA {
+      const T* const x = static_cast<const T*>(p.input) + row * p.input_stride + column;
+      T* const y = static_cast<T*>(p.output) + row * p.columns + column;
+      for_columns<2>(columns, [&](int64_t c, int, auto where) FASTATTN_LAMBDA {
+        prefetch_pair(x + c + kAheadBytes / static_cast<int64_t>(sizeof(T)));
+        const F32x2 v = add_bias(get(x + c, Cheapest{}, where), x, bias, column + c, where);
+        put_result<decltype(stream)::value>(y + c, gelu<Tanh, kFine<T>>(v), where);
+      });
     });
   });
 }

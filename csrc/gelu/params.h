@@ -14,6 +14,7 @@ struct GeluForward {
   DType dtype;
   DType bias_dtype;  // f32 or dtype
   bool tanh;
+  bool streaming;  // results had better not go through the caches
 };
 
 struct GeluBackward {

@@ -133,7 +133,6 @@ class NormBackwardRows {
           d = d * slope;
         F32x2 total = fma(get(done_dy + c, Cheapest{}, where) * scale, w, d);
         if (ds != nullptr) total = total + get(ds + c, Cheapest{}, where);
-        if constexpr (!Streaming) prefetch_to_write(out + c);
         put_result<Streaming>(out + c, total, where);
         if constexpr (Apart) {
           if (dropout)

@@ -149,7 +149,6 @@ class NormForwardRows {
           out = fma(fma(out - middle, scale, offset), w, get(bias + c, Natural{}, where));
         else
           out = out * scale * w;
-        if constexpr (!Streaming) prefetch_to_write(y + c);
         put_result<Streaming>(y + c, out, where);
       }
     });

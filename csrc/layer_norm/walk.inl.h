@@ -19,7 +19,6 @@ constexpr int64_t kBlockRows = 4;
 constexpr int64_t kSegment = 1024;           // columns
 constexpr int64_t kBlockBytes = 64 << 10;    // of rows, per tensor read: a block is read again, from the second cache
 constexpr int64_t kPrefetchBytes = 4 << 10;  // memory is asked for what comes so much later
-constexpr int64_t kWriteAhead = 2 << 10;     // bytes; stores wait in line for the first of them that misses the caches
 
 FASTATTN_INLINE int64_t rows_of_block(int64_t columns, int64_t element) {
   return max_of(1, min_of(kBlockRows, kBlockBytes / max_of(columns * element, 1)));
@@ -186,13 +185,6 @@ FASTATTN_INLINE void put_like(I* p, F32x2 x, Where where) {
     put(p, x, Cheapest{}, where);
   else
     put(p, x, Natural{}, where);
-}
-
-// Asks for kPair columns that will be written.
-template <class T>
-FASTATTN_INLINE void prefetch_to_write(T* p) {
-  FASTATTN_UNROLL for (int64_t byte = 0; byte < kPair * static_cast<int64_t>(sizeof(T)); byte += 64)
-      __builtin_prefetch(reinterpret_cast<char*>(p) + kWriteAhead + byte, 1);
 }
 
 // What dropout multiplies the elements of a segment by: keep_scale or 0. Counter (offset, row / 2^32, row, column / 4),

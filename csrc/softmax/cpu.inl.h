@@ -19,6 +19,13 @@ constexpr int64_t kSoftmaxTaskElements = 16384;
 constexpr int kSoftmaxWidth = kLanes >= 8 ? kRegisters / 8 : 1;  // pairs of registers across `inner`
 constexpr int64_t kSoftmaxChunk = 64;  // columns summed up together when `inner` is in the lanes
 
+// 2^-24 more or less does not matter to a result of 8 or 11 bits.
+template <class T>
+constexpr bool kNarrow = sizeof(T) < sizeof(float);
+
+// Rows between the stages of one: 2 for short ones only, which then stay in the first cache with their exponentials.
+FASTATTN_INLINE int64_t softmax_lag(int64_t columns) { return columns <= 1024 ? 2 : 1; }
+
 template <class A, class B>
 struct OrderOf {
   using type = Natural;
@@ -35,8 +42,8 @@ constexpr bool kIsCheapest<Cheapest> = true;
 // In Order, past the caches where Order is that of Cheapest loads of a T.
 template <bool Streaming, class Order, class T, class Where>
 FASTATTN_INLINE void put_row(T* p, F32x2 x, Order order, Where where) {
-  if constexpr (Streaming && (!kOwnOrder<T> || kIsCheapest<Order>))
-    put_result<true>(p, x, where);
+  if constexpr (!kOwnOrder<T> || kIsCheapest<Order>)
+    put_result<Streaming>(p, x, where);
   else
     put(p, x, order, where);
 }
@@ -51,51 +58,45 @@ FASTATTN_INLINE F32x2 softmax_exp(const bf16* kind, F32x2 x) {
   return Log ? exp_for(kind, x) : exp2<3>(x * splat2(kLog2e));
 }
 
-// Three rows at a time: while results of one are written, the exponentials of the next are computed and the maximum of
-// the one after it is found. So reading, computing and writing go on together and evenly, and the reductions at the
-// ends of rows wait for each other once.
+// In three stages: the maximum of a row is found, its exponentials are computed, its results are written.
 template <class In, class Out, bool Log, bool Streaming>
 class SoftmaxRows {
  public:
-  // kept: scratch of a row, for the exponentials; not for Log
+  struct Row {
+    int64_t index;
+    F32x2 tops, sums;
+    float top, sum;
+    float* kept;  // the exponentials
+  };
+
+  // kept: scratch of softmax_lag(columns) rows; not for Log
   SoftmaxRows(const SoftmaxForward& p, float* kept) : p_(p), kept_(kept) {}
 
   void run(TaskQueue& queue, int64_t rows_per_task) {
-    RowsOfTasks rows(queue, p_.outer, rows_per_task);
-    Row reading{rows.next()}, computing, writing;
-    while (reading.index >= 0 || computing.index >= 0 || writing.index >= 0) {
-      if (reading.index >= 0 && computing.index >= 0 && writing.index >= 0) {
-        sweep<true, true, true>(reading, computing, writing);
-      } else {
-        if (writing.index >= 0) sweep<false, false, true>(reading, computing, writing);
-        if (computing.index >= 0) sweep<false, true, false>(reading, computing, writing);
-        if (reading.index >= 0) sweep<true, false, false>(reading, computing, writing);
-      }
-      writing = computing;
-      computing = reading;
-      reading.index = reading.index >= 0 ? rows.next() : -1;
-    }
+    Stages<3, SoftmaxRows>(*this).run(RowsOfTasks(queue, p_.outer, rows_per_task), softmax_lag(p_.columns));
   }
 
- private:
-  using Order = typename OrderOf<In, Out>::type;
-  static constexpr const Out* kKind = nullptr;
-  static constexpr int64_t kChunk = 4096;  // columns whose exponentials are summed up together: rounds less
-  static constexpr int64_t kAhead = kAheadBytes / sizeof(In);
+  FASTATTN_INLINE void enter(int stage, Row& row) {
+    if (stage == 1) {
+      row.top = reduce_max(row.tops);
+      // Where the row lies that is written meanwhile: what is there is read before it is overwritten.
+      row.kept = kept_ + computed_++ % softmax_lag(p_.columns) * round_up(p_.columns, kPair);
+    } else {
+      row.sum = reduce_add(row.sums);
+    }
+  }
+  void leave(const Row&) const {}
 
-  struct Row {
-    int64_t index = -1;
-    float top = 0.f, sum = 0.f;
-  };
-  const In* input(const Row& row) const { return static_cast<const In*>(p_.input) + row.index * p_.input_stride; }
-
-  template <bool Read, bool Compute, bool Write>
-  __attribute__((noinline)) void sweep(Row& reading, Row& computing, const Row& writing) const {
+  template <int Live>
+  __attribute__((noinline)) void sweep(Row* const (&rows)[3]) const {
+    constexpr bool Read = Live & 1, Compute = Live & 2, Write = Live & 4;
+    Row &reading = *rows[0], &computing = *rows[1];
+    const Row& writing = *rows[2];
     const In* const x = Read ? input(reading) : nullptr;
     const In* const found = Compute ? input(computing) : nullptr;
     const In* const done = Log && Write ? input(writing) : nullptr;
     Out* const y = Write ? static_cast<Out*>(p_.output) + writing.index * p_.columns : nullptr;
-    float* const kept = kept_;
+    float* const kept = Compute ? computing.kept : writing.kept;
     F32x2 tops[2] = {splat2(-kInf), splat2(-kInf)}, total = splat2(0.f);
     const F32x2 top = splat2(computing.top), top_of_done = splat2(writing.top);
     const Reciprocal r = reciprocal(writing.sum);
@@ -113,7 +114,7 @@ class SoftmaxRows {
             put_row<Streaming>(y + c, (get(done + c, Order{}, where) - top_of_done) - log_sum, Order{}, where);
           } else {
             const F32x2 e = get(kept + c, Natural{}, where);
-            put_row<Streaming>(y + c, fma(e, hi, e * lo), Order{}, where);
+            put_row<Streaming>(y + c, kNarrow<Out> ? e * hi : fma(e, hi, e * lo), Order{}, where);
           }
         }
         if constexpr (Compute) {
@@ -124,12 +125,21 @@ class SoftmaxRows {
       });
       total = total + (sums[0] + sums[1]);
     }
-    if constexpr (Read) reading.top = reduce_max(max(tops[0], tops[1]));
-    if constexpr (Compute) computing.sum = reduce_add(total);
+    if constexpr (Read) reading.tops = max(tops[0], tops[1]);
+    if constexpr (Compute) computing.sums = total;
   }
+
+ private:
+  using Order = typename OrderOf<In, Out>::type;
+  static constexpr const Out* kKind = nullptr;
+  static constexpr int64_t kChunk = 4096;  // columns whose exponentials are summed up together: rounds less
+  static constexpr int64_t kAhead = kAheadBytes / sizeof(In);
+
+  const In* input(const Row& row) const { return static_cast<const In*>(p_.input) + row.index * p_.input_stride; }
 
   const SoftmaxForward& p_;
   float* const kept_;
+  int64_t computed_ = 0;  // rows
 };
 
 // A row too long for its exponentials to be kept: they are computed again.
@@ -214,42 +224,30 @@ FASTATTN_INLINE F32x2 softmax_gradient(F32x2 g, F32x2 y, F32x2 sum) {
     return y * (g - sum);
 }
 
-// Two rows at a time: while the gradient of one is written, the sum of the next is taken.
+// In two stages: the sum over a row is taken, its gradient is written.
 template <class G, class In, bool Log, bool Streaming>
 class SoftmaxBackwardRows {
  public:
+  struct Row {
+    int64_t index;
+    float sum;
+  };
+
   explicit SoftmaxBackwardRows(const SoftmaxBackward& p) : p_(p) {}
 
   void run(TaskQueue& queue, int64_t rows_per_task) {
-    RowsOfTasks rows(queue, p_.outer, rows_per_task);
-    Row reading{rows.next()}, writing;
-    while (reading.index >= 0 || writing.index >= 0) {
-      if (reading.index >= 0 && writing.index >= 0)
-        sweep<true, true>(reading, writing);
-      else if (reading.index >= 0)
-        sweep<true, false>(reading, writing);
-      else
-        sweep<false, true>(reading, writing);
-      writing = reading;
-      reading.index = reading.index >= 0 ? rows.next() : -1;
-    }
+    constexpr int64_t kLag = 1;  // two operands: more rows would not fit into the first cache
+    Stages<2, SoftmaxBackwardRows>(*this).run(RowsOfTasks(queue, p_.outer, rows_per_task), kLag);
   }
 
- private:
-  using Order = typename OrderOf<G, In>::type;
-  static constexpr int64_t kAhead = kAheadBytes / sizeof(G);
+  void enter(int, const Row&) const {}
+  void leave(const Row&) const {}
 
-  struct Row {
-    int64_t index = -1;
-    float sum = 0.f;
-  };
-  const G* gradient(const Row& row) const {
-    return static_cast<const G*>(p_.grad_output) + row.index * p_.grad_output_stride;
-  }
-  const G* output(const Row& row) const { return static_cast<const G*>(p_.output) + row.index * p_.output_stride; }
-
-  template <bool Read, bool Write>
-  __attribute__((noinline)) void sweep(Row& reading, const Row& writing) const {
+  template <int Live>
+  __attribute__((noinline)) void sweep(Row* const (&rows)[2]) const {
+    constexpr bool Read = Live & 1, Write = Live & 2;
+    Row& reading = *rows[0];
+    const Row& writing = *rows[1];
     const G *const dy = Read ? gradient(reading) : nullptr, *const y = Read ? output(reading) : nullptr;
     const G *const done_dy = Write ? gradient(writing) : nullptr, *const done_y = Write ? output(writing) : nullptr;
     In* const dx = Write ? static_cast<In*>(p_.grad_input) + writing.index * p_.columns : nullptr;
@@ -269,6 +267,15 @@ class SoftmaxBackwardRows {
     });
     if constexpr (Read) reading.sum = reduce_add(sums[0] + sums[1]);
   }
+
+ private:
+  using Order = typename OrderOf<G, In>::type;
+  static constexpr int64_t kAhead = kAheadBytes / sizeof(G);
+
+  const G* gradient(const Row& row) const {
+    return static_cast<const G*>(p_.grad_output) + row.index * p_.grad_output_stride;
+  }
+  const G* output(const Row& row) const { return static_cast<const G*>(p_.output) + row.index * p_.output_stride; }
 
   const SoftmaxBackward& p_;
 };
@@ -431,7 +438,7 @@ int64_t softmax_forward_tasks(const SoftmaxForward& p) {
 int64_t softmax_forward_scratch(const SoftmaxForward& p) {
   const bool kept = !p.log && p.columns <= kSoftmaxLongRow;
   const bool needed = p.inner == 1 && (kept || softmax_is_masked(p));
-  return needed ? round_up(p.columns, kPair) * static_cast<int64_t>(sizeof(float)) : 0;
+  return needed ? softmax_lag(p.columns) * round_up(p.columns, kPair) * static_cast<int64_t>(sizeof(float)) : 0;
 }
 int64_t softmax_backward_tasks(const SoftmaxBackward& p) {
   if (p.columns == 0) return 0;

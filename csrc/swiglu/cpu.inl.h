@@ -2,38 +2,55 @@
 #pragma once
 #include "../cpu/activation.h"
 #include "../cpu/elementwise.h"
+#include "../cpu/pipeline.h"
+#include "../cpu/streaming.h"
 #include "params.h"
 
 namespace fastattn::FASTATTN_ISA {
 namespace {
 
 template <class T>
+constexpr int64_t kSwigluAhead = kAheadBytes / sizeof(T);
+
+template <class T>
 void swiglu_forward(const SwigluForward& p, TaskQueue& queue) {
-  for_pieces({p.rows, p.columns}, queue, [&](int64_t row, int64_t column, int64_t columns) FASTATTN_LAMBDA {
-    const T* const gate = static_cast<const T*>(p.gate) + row * p.gate_stride + column;
-    const T* const up = static_cast<const T*>(p.up) + row * p.up_stride + column;
-    T* const y = static_cast<T*>(p.output) + row * p.columns + column;
-    for_columns<2>(columns, [&](int64_t c, int, auto where) FASTATTN_LAMBDA {
-      const F32x2 g = get(gate + c, Cheapest{}, where), u = get(up + c, Cheapest{}, where);
-      put(y + c, F32x2{silu<kFine<T>>(g.a), silu<kFine<T>>(g.b)} * u, Cheapest{}, where);
+  with_streaming(p.streaming && fit_for_streaming<T>(p.output, p.columns), [&](auto stream) FASTATTN_LAMBDA {
+    for_pieces({p.rows, p.columns}, queue, [&](int64_t row, int64_t column, int64_t columns) FASTATTN_LAMBDA {
+      const T* const gate = static_cast<const T*>(p.gate) + row * p.gate_stride + column;
+      const T* const up = static_cast<const T*>(p.up) + row * p.up_stride + column;
+      T* const y = static_cast<T*>(p.output) + row * p.columns + column;
+      for_columns<2>(columns, [&](int64_t c, int, auto where) FASTATTN_LAMBDA {
+        prefetch_pair(gate + c + kSwigluAhead<T>);
+        prefetch_pair(up + c + kSwigluAhead<T>);
+        const F32x2 g = get(gate + c, Cheapest{}, where), u = get(up + c, Cheapest{}, where);
+        put_result<decltype(stream)::value>(y + c, F32x2{silu<kFine<T>>(g.a), silu<kFine<T>>(g.b)} * u, where);
+      });
     });
   });
 }
 
 template <class T>
 void swiglu_backward(const SwigluBackward& p, TaskQueue& queue) {
-  for_pieces({p.rows, p.columns}, queue, [&](int64_t row, int64_t column, int64_t columns) FASTATTN_LAMBDA {
-    const T* const dy = static_cast<const T*>(p.grad_output) + row * p.grad_output_stride + column;
-    const T* const gate = static_cast<const T*>(p.gate) + row * p.gate_stride + column;
-    const T* const up = static_cast<const T*>(p.up) + row * p.up_stride + column;
-    T* const grad_gate = static_cast<T*>(p.grad_gate) + row * p.columns + column;
-    T* const grad_up = static_cast<T*>(p.grad_up) + row * p.columns + column;
-    for_columns<1>(columns, [&](int64_t c, int, auto where) FASTATTN_LAMBDA {
-      const F32x2 d = get(dy + c, Cheapest{}, where), x = get(gate + c, Cheapest{}, where);
-      const SiluWithDerivative a = silu_with_derivative<kFine<T>>(x.a), b = silu_with_derivative<kFine<T>>(x.b);
-      put(grad_up + c, d * F32x2{a.value, b.value}, Cheapest{}, where);
-      const F32x2 slope = {a.derivative, b.derivative};
-      put(grad_gate + c, d * get(up + c, Cheapest{}, where) * slope, Cheapest{}, where);
+  const bool streaming =
+      p.streaming && fit_for_streaming<T>(p.grad_gate, p.columns) && fit_for_streaming<T>(p.grad_up, p.columns);
+  with_streaming(streaming, [&](auto stream) FASTATTN_LAMBDA {
+    constexpr bool kStreaming = decltype(stream)::value;
+    for_pieces({p.rows, p.columns}, queue, [&](int64_t row, int64_t column, int64_t columns) FASTATTN_LAMBDA {
+      const T* const dy = static_cast<const T*>(p.grad_output) + row * p.grad_output_stride + column;
+      const T* const gate = static_cast<const T*>(p.gate) + row * p.gate_stride + column;
+      const T* const up = static_cast<const T*>(p.up) + row * p.up_stride + column;
+      T* const grad_gate = static_cast<T*>(p.grad_gate) + row * p.columns + column;
+      T* const grad_up = static_cast<T*>(p.grad_up) + row * p.columns + column;
+      for_columns<1>(columns, [&](int64_t c, int, auto where) FASTATTN_LAMBDA {
+        prefetch_pair(dy + c + kSwigluAhead<T>);
+        prefetch_pair(gate + c + kSwigluAhead<T>);
+        prefetch_pair(up + c + kSwigluAhead<T>);
+        const F32x2 d = get(dy + c, Cheapest{}, where), x = get(gate + c, Cheapest{}, where);
+        const SiluWithDerivative a = silu_with_derivative<kFine<T>>(x.a), b = silu_with_derivative<kFine<T>>(x.b);
+        put_result<kStreaming>(grad_up + c, d * F32x2{a.value, b.value}, where);
+        const F32x2 slope = {a.derivative, b.derivative};
+        put_result<kStreaming>(grad_gate + c, d * get(up + c, Cheapest{}, where) * slope, where);
+      });
     });
   });
 }

@@ -13,6 +13,7 @@ struct SwigluForward {
   int64_t gate_stride;
   int64_t up_stride;
   DType dtype;
+  bool streaming;  // results had better not go through the caches
 };
 
 struct SwigluBackward {
@@ -27,6 +28,7 @@ struct SwigluBackward {
   int64_t gate_stride;
   int64_t up_stride;
   DType dtype;
+  bool streaming;  // results had better not go through the caches
 };
 
 struct SwigluKernels {
