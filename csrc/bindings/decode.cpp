@@ -131,7 +131,6 @@ int64_t split_keys_of(int64_t rows, int64_t longest, int64_t num_splits) {
     const int64_t each = (std::max<int64_t>(longest, 1) + num_splits - 1) / num_splits;
     return round_up(each, kDecodeChunk);
   }
-  if (rows <= 4) return kDecodeChunk;
   if (rows <= kDecodeRows) return 4 * kDecodeChunk;
   return rows <= 256 ? 8 * kDecodeChunk : round_up(kMostKeys, kDecodeChunk);
 }
@@ -212,9 +211,7 @@ std::tuple<Tensor, Tensor> decode_forward(Tensor query, Tensor key_cache, Tensor
   double keys = 0;
   for (const DecodeSequence& sequence : places.sequences) keys += static_cast<double>(sequence.end - sequence.begin);
   const double bytes = keys * static_cast<double>(p.kv_heads * (p.head_dim + p.value_dim) * element);
-  // The hardware follows rows one behind the other by itself, but not far enough ahead for memory.
-  p.foreseen = p.page_size == 0 && p.key.slot == p.head_dim && p.value.slot == p.value_dim &&
-               bytes < static_cast<double>(last_cache() / 2);
+  p.foreseen = p.page_size == 0 && p.key.slot == p.head_dim && p.value.slot == p.value_dim;
   p.split_keys = split_keys_of(rows, places.longest, num_splits);
   p.splits = std::max<int64_t>(1, (places.longest + p.split_keys - 1) / p.split_keys);
   std::optional<Tensor> partial;

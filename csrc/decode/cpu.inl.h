@@ -12,6 +12,7 @@
 namespace fastattn::FASTATTN_ISA {
 namespace {
 
+constexpr int64_t kStreamedRows = 2;  // with more, products take so long that what comes next must be asked for earlier
 constexpr int64_t kScoreRow = kDecodeChunk + 16;  // rows of scores do not fall into the same cache sets
 
 struct DecodeTask {
@@ -31,21 +32,22 @@ struct Places {
 // What a worker keeps while it is at a task.
 template <class A>
 struct DecodeRoom {
-  typename A::Query* query;  // [head][row][column]
+  typename A::Query* query;  // [head][row][column], or tiles of rows side by side
   float* scores;             // [head][row][key]
   float* sums;               // [head][row][column]
   float* max;                // [head][row]
   float* total;
   Places keys, values;
   int64_t* next;  // room for the first keys of the chunk to come
-  int64_t query_row, sums_row;
+  int64_t query_row, query_head, sums_row;
 
   DecodeRoom(const DecodeForward& p, Arena& arena) {
     const int64_t group = p.heads / p.kv_heads;
-    const int64_t rows = p.heads_per_task * min_of(group * p.queries, kDecodeRows);
+    const int64_t rows_of_head = min_of(group * p.queries, kDecodeRows), rows = p.heads_per_task * rows_of_head;
     query_row = round_up(p.head_dim, kPair);
+    query_head = round_up(rows_of_head, kSlots) * query_row;
     sums_row = round_up(p.value_dim, kPair);
-    query = arena.take<typename A::Query>(rows * query_row);
+    query = arena.take<typename A::Query>(p.heads_per_task * query_head);
     scores = arena.take<float>(rows * kScoreRow);
     sums = arena.take<float>(rows * sums_row);
     max = arena.take<float>(rows);
@@ -103,17 +105,19 @@ FASTATTN_INLINE void fill_even(const DecodeCache& cache, int64_t element, int64_
 
 // Where the slots of keys begin .. begin + count - 1 are, of one head; behind the last one it is repeated up to a
 // multiple of kLanes, so that groups of rows need no end of their own.
-FASTATTN_INLINE Rows find_rows(const DecodeForward& p, const DecodeCache& cache, int64_t element, int64_t batch,
-                               int64_t head, int64_t begin, int64_t count, const int64_t* even, int64_t* odd) {
+FASTATTN_INLINE void find_rows(const DecodeForward& p, const DecodeCache& cache, int64_t element, int64_t batch,
+                               int64_t head, int64_t begin, int64_t count, const int64_t* even, int64_t* odd,
+                               Rows& rows) {
   const DecodeSequence& sequence = p.sequences[batch];
   const char* const data = static_cast<const char*>(cache.data) + head * cache.head * element;
   const int64_t slot_bytes = cache.slot * element, row_bytes = cache.row * element;
   const int64_t slot = sequence.begin + begin;
   if (p.page_size == 0) {
-    const char* const base = data + sequence.cache_row * row_bytes + slot * slot_bytes;
-    if (count % kLanes == 0) return {even, base};
+    rows = {even, data + sequence.cache_row * row_bytes + slot * slot_bytes};
+    if (count % kLanes == 0) return;
     for (int64_t j = 0; j < round_up(count, kLanes); j++) odd[j] = even[min_of(j, count - 1)];
-    return {odd, base};
+    rows.at = odd;
+    return;
   }
   int64_t page = slot / p.page_size, within = slot - page * p.page_size;
   for (int64_t j = 0; j < count; page++, within = 0) {
@@ -123,7 +127,17 @@ FASTATTN_INLINE Rows find_rows(const DecodeForward& p, const DecodeCache& cache,
     j += here;
   }
   for (int64_t j = count; j % kLanes != 0; j++) odd[j] = odd[count - 1];
-  return {odd, data};
+  rows = {odd, data};
+}
+
+// The same of rows one right behind the other; behind the last one is nothing.
+template <int64_t kBytes>
+FASTATTN_INLINE void find_rows(const DecodeForward& p, const DecodeCache& cache, int64_t element, int64_t batch,
+                               int64_t head, int64_t begin, int64_t, const int64_t*, int64_t*,
+                               TightRows<kBytes>& rows) {
+  const DecodeSequence& sequence = p.sequences[batch];
+  rows.base = static_cast<const char*>(cache.data) +
+              (head * cache.head + sequence.cache_row * cache.row + (sequence.begin + begin) * cache.slot) * element;
 }
 
 // Scores to weights: scale, softcap, bias, window, exponentials relative to the maximum so far.
@@ -184,28 +198,86 @@ void weigh_scores(const DecodeForward& p, int64_t query, int64_t head, int64_t b
   max_so_far = now;
 }
 
-// The first tile of rows fetches; the others find everything in cache.
-template <class A, int64_t kColumns>
-void score_block(const DecodeRoom<A>& room, int64_t head, int64_t rows, int64_t j, int64_t count, const Rows& keys,
-                 int64_t columns, Ahead ahead) {
-  for_row_tiles(rows, [&](int64_t row, auto tile) FASTATTN_LAMBDA {
-    const int64_t at = head * rows + row;
-    score_rows<A, decltype(tile)::value, kColumns>(room.query + at * room.query_row, room.query_row, keys, count,
-                                                   columns, room.scores + at * kScoreRow + j, kScoreRow, ahead);
-    ahead.count = 0;
-  });
+// Rows of query that one pass over the keys takes.
+FASTATTN_INLINE int64_t score_tile(int64_t rows, int64_t row, int64_t columns) {
+  const int64_t side_by_side = slots_taken(rows, row, columns);
+  return side_by_side > 0 ? side_by_side : min_of(rows - row, kScoreTile);
+}
+
+// `count` is a multiple of kLanes, or what is behind the last row is a row, too.
+template <class A, int64_t kColumns, class Rows>
+void score_whole(const DecodeRoom<A>& room, int64_t head, int64_t rows, int64_t j, int64_t count, const Rows& keys,
+                 int64_t columns, const Ahead<Rows>& ahead) {
+  int64_t passes = 0;
+  for (int64_t row = 0; row < rows; passes++) row += score_tile(rows, row, columns);
+  for (int64_t row = 0, pass = 0, taken; row < rows; row += taken, pass++) {
+    taken = score_tile(rows, row, columns);
+    const Ahead<Rows> share = ahead.share(pass, passes);
+    const auto* const query = room.query + head * room.query_head + row * room.query_row;
+    float* const scores = room.scores + (head * rows + row) * kScoreRow + j;
+    if (slots_taken(rows, row, columns) > 0)
+      score_slots<A, kColumns>(query, taken, keys, count, columns, scores, kScoreRow, share);
+    else
+      for_row_tile<kScoreTile>(taken, [&](auto tile) FASTATTN_LAMBDA {
+        score_rows<A, decltype(tile)::value, kColumns>(query, room.query_row, keys, count, columns, scores, kScoreRow,
+                                                       share);
+      });
+  }
+}
+
+template <class A>
+FASTATTN_INLINE void pack_queries(const DecodeForward& p, const DecodeTask& task, const DecodeRoom<A>& room) {
+  using T = typename A::Element;
+  const int64_t group = p.heads / p.kv_heads, columns = p.head_dim;
+  for (int64_t h = 0; h < task.heads; h++) {
+    typename A::Query* const packed = room.query + h * room.query_head;
+    int64_t tile = 0, taken = 0;
+    for (int64_t r = 0; r < task.rows; r++) {
+      const int64_t row = task.row + r, head = (task.head + h) * group + row % group;
+      const T* const from =
+          static_cast<const T*>(p.query) + task.batch * p.query_batch + row / group * p.query_row + head * p.query_head;
+      if (r == tile + taken) {
+        tile = r;
+        taken = score_tile(task.rows, r, columns);
+      }
+      if (slots_taken(task.rows, tile, columns) == 0) {
+        for_columns<1>(columns, [&](int64_t c, int, auto where)
+                                    FASTATTN_LAMBDA { A::pack(from + c, packed + r * room.query_row + c, where); });
+        continue;
+      }
+      typename A::Query* const to = packed + tile * room.query_row;
+      for (int64_t c = 0; c < columns; c += kFour) A::pack_four(from + c, to + c * kSlots, r - tile);
+    }
+  }
 }
 
 template <class A, int64_t kColumns>
+void score_block(const DecodeRoom<A>& room, int64_t head, int64_t rows, int64_t j, int64_t count, const Rows& keys,
+                 int64_t columns, const Ahead<Rows>& ahead) {
+  score_whole<A, kColumns>(room, head, rows, j, count, keys, columns, ahead);
+}
+template <class A, int64_t kColumns, int64_t kBytes>
+void score_block(const DecodeRoom<A>& room, int64_t head, int64_t rows, int64_t j, int64_t count,
+                 const TightRows<kBytes>& keys, int64_t columns, const Ahead<TightRows<kBytes>>& ahead) {
+  const int64_t whole = count / kLanes * kLanes;
+  if (whole > 0) score_whole<A, kColumns>(room, head, rows, j, whole, keys, columns, ahead);
+  if (whole == count) return;
+  int64_t at[kLanes];
+  for (int64_t i = 0; i < kLanes; i++) at[i] = min_of(whole + i, count - 1) * kBytes;
+  const Rows rest{at, keys.base};
+  score_whole<A, kColumns>(room, head, rows, j + whole, kLanes, rest, columns, Ahead<Rows>{rest, 0, kBytes});
+}
+
+template <class A, int64_t kColumns, class Rows>
 void weigh_block(const DecodeRoom<A>& room, int64_t head, int64_t rows, int64_t j, int64_t count, const Rows& values,
-                 int64_t columns, Ahead ahead) {
+                 int64_t columns, const Ahead<Rows>& ahead) {
+  const int64_t tiles = ceil_div(rows, kDecodeTile);
   constexpr int64_t kWeightsRow = kScoreRow * static_cast<int64_t>(sizeof(float) / sizeof(typename A::Weight));
   for_row_tiles(rows, [&](int64_t row, auto tile) FASTATTN_LAMBDA {
     const int64_t at = head * rows + row;
     weigh_rows<A, decltype(tile)::value, kColumns>(
         reinterpret_cast<const typename A::Weight*>(room.scores) + at * kWeightsRow + j, kWeightsRow, values, count,
-        columns, room.sums + at * room.sums_row, room.sums_row, ahead);
-    ahead.count = 0;
+        columns, room.sums + at * room.sums_row, room.sums_row, ahead, row / kDecodeTile, tiles);
   });
 }
 
@@ -214,52 +286,62 @@ FASTATTN_INLINE int64_t block_rows(int64_t row_bytes) {
   return max_of(min_of(kDecodeBlockBytes / row_bytes / kLanes * kLanes, kDecodeBlock), kLanes);
 }
 
+// Rows that are fetched ahead of a stream: farther ahead, they are in the way of what the hardware fetches.
+FASTATTN_INLINE int64_t lead_rows(int64_t row_bytes) {
+  return max_of(min_of(kDecodeLeadBytes / row_bytes / kLanes * kLanes, kDecodeBlock), kLanes);
+}
+
 // body(block's first key, count, head, its rows, what to fetch meanwhile): blocks of the chunk, heads within blocks, so
 // that heads that lie side by side in memory are read together. After the last block comes `then`.
-template <class Body>
-FASTATTN_INLINE void for_blocks(const DecodeForward& p, int64_t count, int64_t heads, int64_t head_bytes,
-                                int64_t row_bytes, const Rows& rows, const Ahead& then, Body body) {
+template <class Rows, class Body>
+FASTATTN_INLINE void for_blocks(int64_t count, int64_t heads, int64_t head_bytes, int64_t row_bytes, const Rows& rows,
+                                const Ahead<Rows>& then, Body body) {
   const int64_t block = block_rows(row_bytes);
-  // What the hardware foresees needs no looks in between.
-  const int64_t last = p.foreseen ? max_of(round_up(count, block) - block, 0) : 0;
   for (int64_t j = 0, here; j < count; j += here) {
-    here = j < last ? last : min_of(block, count - j);
+    here = min_of(block, count - j);
     for (int64_t h = 0; h < heads; h++) {
-      Ahead ahead{rows.from(j, (h + 1) * head_bytes), p.foreseen ? 0 : here, row_bytes};
+      Ahead<Rows> ahead{rows.from(j, (h + 1) * head_bytes), here, row_bytes};
       if (h + 1 == heads) {
         const int64_t left = count - j - here;
-        ahead = left == 0 ? then : Ahead{rows.from(j + here, 0), p.foreseen ? 0 : min_of(block, left), row_bytes};
+        ahead = left == 0 ? then : Ahead<Rows>{rows.from(j + here, 0), min_of(block, left), row_bytes};
       }
       body(j, here, h, rows.from(j, h * head_bytes), ahead);
     }
   }
 }
 
-// The first rows that a task reads, asked for at the end of the one before.
-FASTATTN_INLINE Ahead first_keys(const DecodeForward& p, const DecodeTask& task, int64_t element, const int64_t* even,
-                                 int64_t* room) {
-  const int64_t bytes = p.head_dim * element;
-  const int64_t count = min_of(block_rows(bytes), task.end - task.begin);
-  if (count <= 0) return {{even, nullptr}, 0, bytes};
-  return {find_rows(p, p.key, element, task.batch, task.head, task.begin, count, even, room), count, bytes};
+// The same for one pass over rows of one head that the hardware foresees: `lead` rows ahead are fetched (0: none), and
+// towards the end `then`.
+template <class Rows, class Body>
+FASTATTN_INLINE void for_stream(int64_t count, int64_t row_bytes, int64_t lead, const Rows& rows,
+                                const Ahead<Rows>& then, Body body) {
+  const int64_t last = max_of(count - lead_rows(row_bytes), 0) / kLanes * kLanes;
+  const Ahead<Rows> ahead{rows.from(lead, 0), lead == 0 ? 0 : min_of(last, count - lead), row_bytes};
+  if (last > 0) body(0, last, 0, rows, ahead);
+  body(last, count - last, 0, rows.from(last, 0), then);
 }
 
-template <class A, int64_t kColumns>
+// The first rows that a task reads, asked for at the end of the one before.
+template <class Rows>
+FASTATTN_INLINE Ahead<Rows> first_keys(const DecodeForward& p, const DecodeTask& task, int64_t element, int64_t most,
+                                       const int64_t* even, int64_t* room) {
+  const int64_t bytes = p.head_dim * element;
+  Ahead<Rows> ahead{};
+  ahead.bytes = bytes;
+  ahead.count = max_of(min_of(most, task.end - task.begin), 0);
+  if (ahead.count > 0)
+    find_rows(p, p.key, element, task.batch, task.head, task.begin, ahead.count, even, room, ahead.rows);
+  return ahead;
+}
+
+template <class A, int64_t kColumns, class Rows>
 void decode_stretch(const DecodeForward& p, const DecodeTask& task, const DecodeTask& following,
                     const DecodeRoom<A>& room) {
   using T = typename A::Element;
   constexpr int64_t kElement = sizeof(T);
   const int64_t group = p.heads / p.kv_heads;
   const int64_t all = task.heads * task.rows;
-  for (int64_t h = 0; h < task.heads; h++) {
-    for (int64_t r = 0; r < task.rows; r++) {
-      const int64_t row = task.row + r, head = (task.head + h) * group + row % group;
-      const T* const from =
-          static_cast<const T*>(p.query) + task.batch * p.query_batch + row / group * p.query_row + head * p.query_head;
-      typename A::Query* const to = room.query + (h * task.rows + r) * room.query_row;
-      for_columns<1>(p.head_dim, [&](int64_t c, int, auto where) FASTATTN_LAMBDA { A::pack(from + c, to + c, where); });
-    }
-  }
+  pack_queries(p, task, room);
   memset(room.sums, 0, static_cast<size_t>(all * room.sums_row) * sizeof(float));
   for (int64_t i = 0; i < all; i++) {
     room.max[i] = -kInf;
@@ -267,21 +349,26 @@ void decode_stretch(const DecodeForward& p, const DecodeTask& task, const Decode
   }
   const int64_t key_head = p.key.head * kElement, value_head = p.value.head * kElement;
   const int64_t key_bytes = p.head_dim * kElement, value_bytes = p.value_dim * kElement;
+  const bool stream = p.foreseen && task.rows <= kStreamedRows;
   for (int64_t begin = task.begin, end; begin < task.end; begin = end) {
     end = min_of((begin / kDecodeChunk + 1) * kDecodeChunk, task.end);
     const int64_t count = end - begin;
-    const Rows keys = find_rows(p, p.key, kElement, task.batch, task.head, begin, count, room.keys.even, room.keys.odd);
-    const Rows values =
-        find_rows(p, p.value, kElement, task.batch, task.head, begin, count, room.values.even, room.values.odd);
+    Rows keys, values;
+    find_rows(p, p.key, kElement, task.batch, task.head, begin, count, room.keys.even, room.keys.odd, keys);
+    find_rows(p, p.value, kElement, task.batch, task.head, begin, count, room.values.even, room.values.odd, values);
     DecodeTask rest = end < task.end ? task : following;
     if (end < task.end) rest.begin = end;
-    const Ahead next = first_keys(p, rest, kElement, room.keys.even, room.next);
-
-    const Ahead first_values{values, min_of(block_rows(value_bytes), count), value_bytes};
-    for_blocks(p, count, task.heads, key_head, key_bytes, keys, first_values,
-               [&](int64_t j, int64_t here, int64_t h, const Rows& rows, const Ahead& ahead) {
-                 score_block<A, kColumns>(room, h, task.rows, j, here, rows, p.head_dim, ahead);
-               });
+    const int64_t first_rows = stream ? lead_rows(key_bytes) : block_rows(key_bytes);
+    const Ahead<Rows> next = first_keys<Rows>(p, rest, kElement, first_rows, room.keys.even, room.next);
+    const int64_t then_rows = stream ? lead_rows(value_bytes) : block_rows(value_bytes);
+    const Ahead<Rows> first_values{values, min_of(then_rows, count), value_bytes};
+    const auto score = [&](int64_t j, int64_t here, int64_t h, const Rows& rows, const Ahead<Rows>& ahead) {
+      score_block<A, kColumns>(room, h, task.rows, j, here, rows, p.head_dim, ahead);
+    };
+    if (stream)
+      for_stream(count, key_bytes, lead_rows(key_bytes), keys, first_values, score);
+    else
+      for_blocks(count, task.heads, key_head, key_bytes, keys, first_values, score);
     for (int64_t h = 0; h < task.heads; h++) {
       for (int64_t r = 0; r < task.rows; r++) {
         const int64_t i = h * task.rows + r, row = task.row + r;
@@ -290,11 +377,24 @@ void decode_stretch(const DecodeForward& p, const DecodeTask& task, const Decode
                         room.total[i]);
       }
     }
-    for_blocks(p, count, task.heads, value_head, value_bytes, values, next,
-               [&](int64_t j, int64_t here, int64_t h, const Rows& rows, const Ahead& ahead) {
-                 weigh_block<A, kColumns>(room, h, task.rows, j, here, rows, p.value_dim, ahead);
-               });
+    const auto weigh = [&](int64_t j, int64_t here, int64_t h, const Rows& rows, const Ahead<Rows>& ahead) {
+      weigh_block<A, kColumns>(room, h, task.rows, j, here, rows, p.value_dim, ahead);
+    };
+    if (stream)
+      for_stream(count, value_bytes, 0, values, next, weigh);
+    else
+      for_blocks(count, task.heads, value_head, value_bytes, values, next, weigh);
   }
+}
+
+// Rows that are foreseen need nobody to say where they are.
+template <class A, int64_t kColumns>
+FASTATTN_INLINE void decode_columns(const DecodeForward& p, const DecodeTask& task, const DecodeTask& following,
+                                    const DecodeRoom<A>& room) {
+  if (p.foreseen)
+    decode_stretch<A, kColumns, TightRows<kColumns * sizeof(typename A::Element)>>(p, task, following, room);
+  else
+    decode_stretch<A, kColumns, Rows>(p, task, following, room);
 }
 
 // sums / total and the log-sum-exp, to where they belong. A row that saw no key has total = 0.
@@ -358,11 +458,11 @@ void decode_forward(const DecodeForward& p, TaskQueue& queue, char* scratch) {
     task = following;
     more = next_task(p, queue, following);
     if (p.head_dim == 64 && p.value_dim == 64)
-      decode_stretch<A, 64>(p, task, following, room);
+      decode_columns<A, 64>(p, task, following, room);
     else if (p.head_dim == 128 && p.value_dim == 128)
-      decode_stretch<A, 128>(p, task, following, room);
+      decode_columns<A, 128>(p, task, following, room);
     else
-      decode_stretch<A, 0>(p, task, following, room);
+      decode_stretch<A, 0, Rows>(p, task, following, room);
     if (task.splits == 1) {
       for (int64_t h = 0; h < task.heads; h++) {
         for (int64_t r = 0; r < task.rows; r++) {

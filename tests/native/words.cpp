@@ -349,6 +349,38 @@ void pairs_of_registers() {
   }
 }
 
+template <class T>
+void repeated(const char* word) {
+  T four[4];
+  for (int i = 0; i < 4; i++) four[i] = stored<T>(static_cast<float>(1 << i));
+  F32 x, y;
+  repeat_four(four, x, y);
+  Lanes a = floats_of(x), b = floats_of(y);
+  for (int i = 0; i < kLanes; i++) {
+    expect(same(a[i], a[i % 2]) && same(b[i], b[i % 2]), word);
+    expect(same(a[0] + a[1] + b[0] + b[1], 15.f) && a[0] != a[1] && b[0] != b[1] && a[0] + a[1] != b[0] + b[1], word);
+  }
+}
+
+void blocks_of_lanes() {
+  repeated<float>("repeat_four of float32");
+  repeated<bf16>("repeat_four of bfloat16");
+  repeated<f16>("repeat_four of float16");
+  F32 of[4];
+  for (int i = 0; i < 4; i++) of[i] = load(random_floats().x);
+  F32 x, y;
+  sum_pairs(of[0], of[1], of[2], of[3], x, y);
+  lanes("sum_pairs", x, [&](int i) { return floats_of(of[i % 4])[i / 4 * 4] + floats_of(of[i % 4])[i / 4 * 4 + 1]; });
+  lanes("sum_pairs", y,
+        [&](int i) { return floats_of(of[i % 4])[i / 4 * 4 + 2] + floats_of(of[i % 4])[i / 4 * 4 + 3]; });
+  F32 square[kLanes / 4];
+  for (int i = 0; i < kLanes / 4; i++) square[i] = to_float(iota() + splat_int(100 * i));
+  transpose_fours(square);
+  for (int i = 0; i < kLanes / 4; i++)
+    lanes("transpose_fours", square[i],
+          [&](int lane) { return static_cast<float>(100 * (lane / 4) + 4 * i + lane % 4); });
+}
+
 #if defined(FASTATTN_HAS_DOT2)
 uint32_t pair_of(bf16 low, bf16 high) { return low.bits | uint32_t{high.bits} << 16; }
 
@@ -369,6 +401,8 @@ void pairs() {
       expect(half == (i < n ? low[i].bits : 0), "load_pairs_first");
     }
   }
+  words_of(repeat_pairs(low));
+  for (int i = 0; i < kLanes; i++) expect(words[i] == pair_of(low[i % 2 * 2], low[i % 2 * 2 + 1]), "repeat_pairs");
   words_of(zero_pairs());
   for (int i = 0; i < kLanes; i++) expect(words[i] == 0, "zero_pairs");
   words_of(splat_pair(0x3f804000u));
@@ -411,6 +445,7 @@ int run() {
   memory<bf16>("load and store of bfloat16");
   memory<f16>("load and store of float16");
   pairs_of_registers();
+  blocks_of_lanes();
 #if defined(FASTATTN_HAS_DOT2)
   pairs();
 #endif

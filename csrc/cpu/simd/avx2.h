@@ -210,6 +210,35 @@ FASTATTN_INLINE F32 join_sums(const F32* t) {
   return {_mm256_add_ps(_mm256_permute2f128_ps(t[0].v, t[1].v, 0x20), _mm256_permute2f128_ps(t[0].v, t[1].v, 0x31))};
 }
 
+FASTATTN_INLINE void sum_pairs(F32 a, F32 b, F32 c, F32 d, F32& first, F32& last) {
+  const __m256 ab = _mm256_add_ps(_mm256_shuffle_ps(a.v, b.v, 0x88), _mm256_shuffle_ps(a.v, b.v, 0xdd));
+  const __m256 cd = _mm256_add_ps(_mm256_shuffle_ps(c.v, d.v, 0x88), _mm256_shuffle_ps(c.v, d.v, 0xdd));
+  first.v = _mm256_shuffle_ps(ab, cd, 0x88);
+  last.v = _mm256_shuffle_ps(ab, cd, 0xdd);
+}
+FASTATTN_INLINE __m256i repeat_64(const void* p) {
+  return _mm256_broadcastq_epi64(_mm_loadl_epi64(static_cast<const __m128i*>(p)));
+}
+FASTATTN_INLINE void repeat_four(const float* p, F32& a, F32& b) {
+  a.v = _mm256_castsi256_ps(repeat_64(p));
+  b.v = _mm256_castsi256_ps(repeat_64(p + 2));
+}
+FASTATTN_INLINE void repeat_four(const bf16* p, F32& a, F32& b) {
+  const __m256i h = repeat_64(p);
+  a.v = _mm256_castsi256_ps(_mm256_slli_epi32(h, 16));
+  b.v = _mm256_castsi256_ps(_mm256_and_si256(h, _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u))));
+}
+FASTATTN_INLINE void repeat_four(const f16* p, F32& a, F32& b) {
+  const __m256 x = _mm256_cvtph_ps(_mm256_castsi256_si128(repeat_64(p)));
+  a.v = _mm256_castpd_ps(_mm256_movedup_pd(_mm256_castps_pd(x)));
+  b.v = _mm256_castpd_ps(_mm256_permute_pd(_mm256_castps_pd(x), 0xf));
+}
+FASTATTN_INLINE void transpose_fours(F32* t) {
+  const __m256 a = _mm256_permute2f128_ps(t[0].v, t[1].v, 0x20);
+  t[1].v = _mm256_permute2f128_ps(t[0].v, t[1].v, 0x31);
+  t[0].v = a;
+}
+
 FASTATTN_INLINE void transpose_tile(const float* s, int64_t ls, float* d, int64_t ld) {
   __m256 r[8], t[8];
   FASTATTN_UNROLL for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(s + i * ls);

@@ -152,6 +152,39 @@ FASTATTN_INLINE F32 join_sums(const F32* t) {
   return {_mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd))};
 }
 
+FASTATTN_INLINE void sum_pairs(F32 a, F32 b, F32 c, F32 d, F32& first, F32& last) {
+  const __m512 ab = _mm512_add_ps(_mm512_shuffle_ps(a.v, b.v, 0x88), _mm512_shuffle_ps(a.v, b.v, 0xdd));
+  const __m512 cd = _mm512_add_ps(_mm512_shuffle_ps(c.v, d.v, 0x88), _mm512_shuffle_ps(c.v, d.v, 0xdd));
+  first.v = _mm512_shuffle_ps(ab, cd, 0x88);
+  last.v = _mm512_shuffle_ps(ab, cd, 0xdd);
+}
+// 64 bits in all lanes: other than 128, a load alone.
+FASTATTN_INLINE __m512i repeat_64(const void* p) {
+  return _mm512_broadcastq_epi64(_mm_loadl_epi64(static_cast<const __m128i*>(p)));
+}
+FASTATTN_INLINE void repeat_four(const float* p, F32& a, F32& b) {
+  a.v = _mm512_castsi512_ps(repeat_64(p));
+  b.v = _mm512_castsi512_ps(repeat_64(p + 2));
+}
+FASTATTN_INLINE void repeat_four(const bf16* p, F32& a, F32& b) {
+  const __m512i h = repeat_64(p);
+  a.v = _mm512_castsi512_ps(_mm512_slli_epi32(h, 16));
+  b.v = _mm512_castsi512_ps(_mm512_and_si512(h, _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u))));
+}
+FASTATTN_INLINE void repeat_four(const f16* p, F32& a, F32& b) {
+  const __m512 x = _mm512_cvtph_ps(_mm512_castsi512_si256(repeat_64(p)));
+  a.v = _mm512_castpd_ps(_mm512_movedup_pd(_mm512_castps_pd(x)));
+  b.v = _mm512_castpd_ps(_mm512_permute_pd(_mm512_castps_pd(x), 0xff));
+}
+FASTATTN_INLINE void transpose_fours(F32* t) {
+  const __m512 a = _mm512_shuffle_f32x4(t[0].v, t[1].v, 0x44), b = _mm512_shuffle_f32x4(t[0].v, t[1].v, 0xee);
+  const __m512 c = _mm512_shuffle_f32x4(t[2].v, t[3].v, 0x44), d = _mm512_shuffle_f32x4(t[2].v, t[3].v, 0xee);
+  t[0].v = _mm512_shuffle_f32x4(a, c, 0x88);
+  t[1].v = _mm512_shuffle_f32x4(a, c, 0xdd);
+  t[2].v = _mm512_shuffle_f32x4(b, d, 0x88);
+  t[3].v = _mm512_shuffle_f32x4(b, d, 0xdd);
+}
+
 FASTATTN_INLINE void transpose_tile(const float* s, int64_t ls, float* d, int64_t ld) {
   __m512 r[16], t[16];
   FASTATTN_UNROLL for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_ps(s + i * ls);
@@ -195,6 +228,7 @@ FASTATTN_INLINE Pairs load_pairs(const bf16* p) { return {_mm512_loadu_si512(p)}
 FASTATTN_INLINE Pairs load_pairs_first(const bf16* p, int64_t n) {
   return {_mm512_maskz_loadu_epi16(n >= 32 ? ~__mmask32{0} : (__mmask32{1} << n) - 1, p)};
 }
+FASTATTN_INLINE Pairs repeat_pairs(const bf16* p) { return {repeat_64(p)}; }
 FASTATTN_INLINE Pairs zero_pairs() { return {_mm512_setzero_si512()}; }
 FASTATTN_INLINE void zip_rows(Pairs low, Pairs high, Pairs& a, Pairs& b) {
   a.v = _mm512_unpacklo_epi16(low.v, high.v);

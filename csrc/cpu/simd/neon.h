@@ -186,6 +186,19 @@ FASTATTN_INLINE F32 sum_four(F32 a, F32 b, F32 c, F32 d) {
 }
 FASTATTN_INLINE F32 join_sums(const F32* t) { return t[0]; }
 
+FASTATTN_INLINE void sum_pairs(F32 a, F32 b, F32 c, F32 d, F32& first, F32& last) {
+  const float32x4_t ab = vpaddq_f32(a.v, b.v), cd = vpaddq_f32(c.v, d.v);
+  first.v = vuzp1q_f32(ab, cd);
+  last.v = vuzp2q_f32(ab, cd);
+}
+template <class T>
+FASTATTN_INLINE void repeat_four(const T* p, F32& a, F32& b) {
+  const float64x2_t x = vreinterpretq_f64_f32(load(p).v);
+  a.v = vreinterpretq_f32_f64(vdupq_laneq_f64(x, 0));
+  b.v = vreinterpretq_f32_f64(vdupq_laneq_f64(x, 1));
+}
+FASTATTN_INLINE void transpose_fours(F32*) {}
+
 FASTATTN_INLINE void transpose_tile(const float* s, int64_t ls, float* d, int64_t ld) {
   const float32x4_t r0 = vld1q_f32(s), r1 = vld1q_f32(s + ls), r2 = vld1q_f32(s + 2 * ls), r3 = vld1q_f32(s + 3 * ls);
   const float64x2_t t0 = vreinterpretq_f64_f32(vtrn1q_f32(r0, r1)), t1 = vreinterpretq_f64_f32(vtrn2q_f32(r0, r1));
@@ -211,6 +224,10 @@ FASTATTN_INLINE Pairs load_pairs_first(const bf16* p, int64_t n) {
   alignas(16) bf16 some[8] = {};
   memcpy(some, p, static_cast<size_t>(n) * sizeof(bf16));
   return load_pairs(some);
+}
+FASTATTN_INLINE Pairs repeat_pairs(const bf16* p) {
+  const uint16x4_t four = vld1_u16(&p->bits);
+  return {vreinterpretq_u32_u16(vcombine_u16(four, four))};
 }
 FASTATTN_INLINE Pairs zero_pairs() { return {vdupq_n_u32(0)}; }
 FASTATTN_INLINE void zip_rows(Pairs low, Pairs high, Pairs& a, Pairs& b) {

@@ -189,6 +189,18 @@ FASTATTN_INLINE F32 sum_four(F32 a, F32 b, F32 c, F32 d) {
 }
 FASTATTN_INLINE F32 join_sums(const F32* t) { return t[0]; }
 
+FASTATTN_INLINE void sum_pairs(F32 a, F32 b, F32 c, F32 d, F32& first, F32& last) {
+  first.v = Floats{a.v[0] + a.v[1], b.v[0] + b.v[1], c.v[0] + c.v[1], d.v[0] + d.v[1]};
+  last.v = Floats{a.v[2] + a.v[3], b.v[2] + b.v[3], c.v[2] + c.v[3], d.v[2] + d.v[3]};
+}
+template <class T>
+FASTATTN_INLINE void repeat_four(const T* p, F32& a, F32& b) {
+  const F32 x = load(p);
+  a.v = Floats{x.v[0], x.v[1], x.v[0], x.v[1]};
+  b.v = Floats{x.v[2], x.v[3], x.v[2], x.v[3]};
+}
+FASTATTN_INLINE void transpose_fours(F32*) {}
+
 FASTATTN_INLINE void transpose_tile(const float* s, int64_t ls, float* d, int64_t ld) {
   for (int r = 0; r < kLanes; r++)
     for (int c = 0; c < kLanes; c++) d[c * ld + r] = s[r * ls + c];

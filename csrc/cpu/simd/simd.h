@@ -25,12 +25,17 @@
 //   sum_four(a, b, c, d)       in every block of four lanes: the sums of that block of a, b, c and d
 //   join_sums(t)               of kLanes / 4 results of sum_four: lane 4*i + j is the sum of all lanes of argument j
 //                              of t[i]
+//   repeat_four(p, a, b)       two of four elements (float, bf16, f16) in every two lanes of a, the other two in b
+//   sum_pairs(a, b, c, d, x, y)  in every block of four lanes: the sums of that block's first two lanes of a, b, c
+//                              and d in x, of its last two in y
+//   transpose_fours(t)         kLanes / 4 registers as a square of blocks of four lanes, transposed
 //   mul_wide(a, b, hi, lo)     32 x 32 -> 64 bit product of unsigned lanes (Philox)
 //
 // With FASTATTN_HAS_DOT2 (AVX512_BF16, NEON_BF16) also Pairs of bf16:
 //   dot2(acc, a, b)            acc + the products of the low and of the high halves
 //   pack_pairs(lo, hi)         lane i holds lo[i] and hi[i]; narrow_two(lo, hi): consecutive
 //   interleave_rows(lo, hi, n, out)  pairs of two rows of n elements, 2*kLanes of them, zero from n on
+//   repeat_pairs(p)            the same four bf16 in every two lanes
 //   zip_rows(low, high, a, b)  pairs of what stands in one column of two rows, in the cheapest order of columns;
 //   order_columns(a, b)        brings sums in that order back into the natural one
 //

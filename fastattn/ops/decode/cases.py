@@ -215,6 +215,7 @@ def _cases() -> Iterator[Case]:
     for splits in (1, 2, 7):
         yield Case(f"{splits} splits", _build(2, 4, 2, 1, 3000, 64, num_splits=splits, return_lse=True))
     yield Case("large scores", _build(2, 4, 2, 1, 300, 64, std=20.0))
+    yield Case("large scores, many rows", _build(2, 16, 2, 2, 300, 64, std=20.0))
     for what, sizes in {"no sequences": (0, 2, 2, 1, 5, 8), "no queries": (2, 2, 2, 0, 5, 8),
                         "no slots": (2, 2, 2, 1, 0, 8)}.items():  # fmt: skip
         yield Case(what, _build(*sizes))
