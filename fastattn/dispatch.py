@@ -63,6 +63,7 @@ _served: Counter[str] = Counter()
 # Looked up once: every call asks.
 _transforms_active = torch._C._are_functorch_transforms_active
 _grad_enabled = torch.is_grad_enabled
+_left_over = torch._C._functorch.is_functorch_wrapped_tensor
 
 LIBRARY = torch.library.Library("fastattn", "FRAGMENT")
 OPS: dict[str, Op] = {}
@@ -122,18 +123,22 @@ class Bound:
         self.forward = run = _direct(implementation.forward)
         self.backward = kernel = None if again is None else _direct(again)
         self.tensors = op.tensor_arguments(backend)
-        setup_context = op.setup_context
+        setup_context, hidden = op.setup_context, op.hidden
 
         def forward(ctx: Any, *args: Any) -> Any:
             output = run(*args)
             setup_context(ctx, args, output)
-            return output
+            return output[:-hidden] if hidden else output
 
         def backward(ctx: Any, *grads: Any) -> Any:
             return op.backward(traced if torch.is_grad_enabled() else kernel, ctx, *grads)
 
         # Old ctx style: half the overhead of setup_context in eager code.
-        self.eager = _function(op.name, forward=forward, backward=backward)
+        function = _function(op.name, forward=forward, backward=backward)
+        self.eager = function.apply
+        # What Function.apply calls outside of transforms, when no argument is left over from one: a third less.
+        self._apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+        self._hidden = (None,) * hidden
         # The twin that torch.func's transforms (grad, vmap, ...) can see through.
         self.transformed = _function(
             op.name,
@@ -141,7 +146,7 @@ class Bound:
             setup_context=op.setup_context,
             backward=functools.partial(op.backward, traced),
             generate_vmap_rule=True,
-        )
+        ).apply
 
     def __call__(self, *args: Any) -> Any:
         """The op's forward on canonical arguments, differentiable by whatever means the caller's context needs."""
@@ -158,18 +163,26 @@ class Bound:
             given = len(args)  # arguments with defaults may be left away
             for i in self.tensors:
                 if i < given and args[i] is not None and args[i].requires_grad:
-                    return self.eager(*args)
+                    return self._recorded(args)
         return self.forward(*args)
 
+    def _recorded(self, args: tuple[Any, ...]) -> Any:
+        """The forward with a node of the graph; outputs that the op hides are None."""
+        apply = self._apply
+        for value in args:
+            if isinstance(value, torch.Tensor) and _left_over(value):
+                apply = self.eager
+        return (*apply(*args), *self._hidden) if self._hidden else apply(*args)
 
-def _function(name: str, *, generate_vmap_rule: bool = False, **methods: Callable[..., Any]) -> Callable[..., Any]:
-    """`apply` of a torch.autograd.Function of these static methods, named after the op: graphs and profiles say
+
+def _function(name: str, *, generate_vmap_rule: bool = False, **methods: Callable[..., Any]) -> Any:
+    """A torch.autograd.Function of these static methods, named after the op: graphs and profiles say
     AttentionBackward."""
     members: dict[str, Any] = {key: staticmethod(method) for key, method in methods.items()}
     title = "".join(part.capitalize() for part in name.split("_"))
     members["generate_vmap_rule"] = generate_vmap_rule
     function: Any = types.new_class(title, (torch.autograd.Function,), exec_body=lambda body: body.update(members))
-    return function.apply
+    return function
 
 
 def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
@@ -193,6 +206,7 @@ class Op:
     derivative it is given a kernel that can be differentiated.
     forward_flops, backward_flops: what torch.utils.flop_counter counts for a call, a function of the schema's arguments
     with every tensor replaced by its shape. Ops that multiply matrices have both; others count nothing, as in torch.
+    hidden: how many outputs, the last ones, are for backward only; eager code that records a graph gets None for them.
     preference_class: the class of a problem, for fastattn/preference.py, of an op whose kernels are not the fastest
     everywhere; without it the order of backends.PRIORITY decides.
     An op without a backward_schema has no gradient; asking for one is an error that says what to use `instead`.
@@ -211,6 +225,7 @@ class Op:
         instead: str = "",
         forward_flops: Callable[..., int] | None = None,
         backward_flops: Callable[..., int] | None = None,
+        hidden: int = 0,
         preference_class: Callable[[Any], str] | None = None,
     ) -> None:
         self.name = name
@@ -219,6 +234,7 @@ class Op:
         self.setup_context = setup_context or _save_nothing
         self.backward = backward or _refuse_gradient(name, instead)
         self.forward_flops, self.backward_flops = forward_flops, backward_flops
+        self.hidden = hidden
         self.preference_class = preference_class
         #: The torch ops of every backend are called the op's name and one of these.
         self.suffixes = ("", "_forward") if backward_schema is None else ("", "_forward", "_backward")
@@ -323,7 +339,7 @@ class Op:
             setup_context=setup_context,
             backward=backward,
             generate_vmap_rule=True,
-        )
+        ).apply
 
     def tensor_arguments(self, backend: str) -> list[int]:
         """Places of the forward's arguments that are tensors or None."""

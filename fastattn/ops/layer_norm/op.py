@@ -114,6 +114,7 @@ OP = Op(
     backward_fake=_backward_fake,
     setup_context=_setup_context,
     backward=_backward,
+    hidden=2,
 )
 
 
@@ -218,6 +219,7 @@ ADD_OP = Op(
     backward_fake=_add_backward_fake,
     setup_context=_add_setup_context,
     backward=_add_backward,
+    hidden=2,
 )
 
 

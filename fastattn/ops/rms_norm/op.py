@@ -109,6 +109,7 @@ OP = Op(
     backward_fake=_backward_fake,
     setup_context=_setup_context,
     backward=_backward,
+    hidden=1,
 )
 
 
@@ -203,6 +204,7 @@ ADD_OP = Op(
     backward_fake=_add_backward_fake,
     setup_context=_add_setup_context,
     backward=_add_backward,
+    hidden=1,
 )
 
 
