@@ -1,6 +1,7 @@
 // Small matrix products on register tiles. Queries (or head dimensions) lie in the lanes, the other operand is
 // broadcast one element at a time from wherever it is, so that only Q^T and dO^T ever need another layout.
 #pragma once
+#include "constant.h"
 #include "simd/simd.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -102,10 +103,6 @@ FASTATTN_INLINE void multiply_among(Tile<kRows, kWide>& tile, const char* a, int
 }
 
 // Calls f with the compile-time constant that equals `count` (1 .. kVectors).
-template <int kValue>
-struct Constant {
-  static constexpr int value = kValue;
-};
 template <class F>
 FASTATTN_INLINE void with_width(int count, F f) {
   switch (count) {

@@ -3,6 +3,7 @@
 // caches otherwise, and then the line is asked for a while before: stores are done in order, and wait in line for the
 // first of them that misses.
 #pragma once
+#include "constant.h"
 #include "row.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -38,17 +39,13 @@ FASTATTN_INLINE void put_result(T* p, F32x2 x, Part part) {
 }
 
 // body(whether to stream, as a type)
-template <bool Value>
-struct Flag {
-  static constexpr bool value = Value;
-};
 template <class Body>
 FASTATTN_INLINE void with_streaming(bool streaming, Body body) {
   if (streaming) {
-    body(Flag<true>{});
+    body(Constant<true>{});
     finish_streams();
   } else {
-    body(Flag<false>{});
+    body(Constant<false>{});
   }
 }
 

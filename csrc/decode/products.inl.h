@@ -1,6 +1,7 @@
 // The two products of decoding. Keys and values are read as they lie in memory, each row once from beyond the caches;
 // the rows of query that share them (grouped heads, several queries) share every load.
 #pragma once
+#include "../cpu/constant.h"
 #include "../cpu/row.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -15,11 +16,6 @@ constexpr int64_t kFour = 4;
 constexpr int64_t kDecodeBlock = 64;  // most rows of the cache between two looks at what to fetch
 constexpr int64_t kDecodeBlockBytes = 16 << 10;
 constexpr int64_t kDecodeLeadBytes = 4 << 10;
-
-template <int kValue>
-struct Number {
-  static constexpr int value = kValue;
-};
 
 // Rows of the cache: bytes from `base` on.
 struct Rows {
@@ -337,10 +333,10 @@ __attribute__((noinline)) void weigh_rows(const typename A::Weight* weights, int
                                                              sums + c, sums_row, share, where);
     c += decltype(wide)::value * kPair;
   };
-  while (c + kWide * kPair <= columns) columns_of(Number<kWide>{}, Whole{});
-  if (kWide > 2 && c + 2 * kPair <= columns) columns_of(Number<2>{}, Whole{});
-  if (kWide > 1 && c + kPair <= columns) columns_of(Number<1>{}, Whole{});
-  if (c < columns) columns_of(Number<1>{}, Part{columns - c});
+  while (c + kWide * kPair <= columns) columns_of(Constant<kWide>{}, Whole{});
+  if (kWide > 2 && c + 2 * kPair <= columns) columns_of(Constant<2>{}, Whole{});
+  if (kWide > 1 && c + kPair <= columns) columns_of(Constant<1>{}, Whole{});
+  if (c < columns) columns_of(Constant<1>{}, Part{columns - c});
 }
 
 // Rows of query from `row` on that score_slots takes together; 0 where score_rows is the better one.
@@ -356,13 +352,13 @@ FASTATTN_INLINE void for_row_tile(int64_t rows, Body body) {
   static_assert(kMost == 2 || kMost == 4);
   switch (rows) {
     case 1:
-      return body(Number<1>{});
+      return body(Constant<1>{});
     case 2:
-      return body(Number<2>{});
+      return body(Constant<2>{});
     case 3:
-      return body(Number<kMost >= 3 ? 3 : 1>{});
+      return body(Constant<kMost >= 3 ? 3 : 1>{});
     default:
-      return body(Number<kMost>{});
+      return body(Constant<kMost>{});
   }
 }
 

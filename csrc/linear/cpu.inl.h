@@ -4,6 +4,7 @@
 // rows are float32 and in an order that only the number of rows fixes.
 #pragma once
 #include "../cpu/activation.h"
+#include "../cpu/constant.h"
 #include "../cpu/gemm.inl.h"
 #include "../cpu/row.h"
 #include "params.h"
@@ -55,21 +56,17 @@ FASTATTN_INLINE F32 activation_derivative(F32 x) {
 }
 
 // Calls f with the compile-time constant that equals `kind`.
-template <Activation kValue>
-struct ActivationConstant {
-  static constexpr Activation value = kValue;
-};
 template <class F>
 FASTATTN_INLINE void with_activation(Activation kind, F f) {
   switch (kind) {
     case Activation::gelu:
-      return f(ActivationConstant<Activation::gelu>{});
+      return f(Constant<Activation::gelu>{});
     case Activation::gelu_tanh:
-      return f(ActivationConstant<Activation::gelu_tanh>{});
+      return f(Constant<Activation::gelu_tanh>{});
     case Activation::relu:
-      return f(ActivationConstant<Activation::relu>{});
+      return f(Constant<Activation::relu>{});
     default:
-      return f(ActivationConstant<Activation::none>{});
+      return f(Constant<Activation::none>{});
   }
 }
 
