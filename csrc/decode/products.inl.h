@@ -211,17 +211,26 @@ __attribute__((noinline)) void score_rows(const typename A::Query* __restrict qu
     FASTATTN_UNROLL for (int g = 0; g < kLanes / 4; g++) {
       ahead.template fetch<kColumns * int64_t{sizeof(T)}>(j + g * 4);
       F32 sums[4][kRows];
-      // One row behind the other, as memory has them: the hardware follows best.
+      const T* keys[4];
       FASTATTN_UNROLL for (int i = 0; i < 4; i++) {
-        const T* const key = reinterpret_cast<const T*>(rows[j + g * 4 + i]);
+        keys[i] = reinterpret_cast<const T*>(rows[j + g * 4 + i]);
         FASTATTN_UNROLL for (int r = 0; r < kRows; r++) sums[i][r] = zero();
-        if constexpr (kColumns > 0) {
-          FASTATTN_UNROLL for (int64_t c = 0; c < kColumns; c += kPair)
-              A::template dot<kRows>(sums[i], query, query_row, key, c, Whole{});
-        } else {
-          int64_t c = 0;
-          for (; c + kPair <= columns; c += kPair) A::template dot<kRows>(sums[i], query, query_row, key, c, Whole{});
-          if (c < columns) A::template dot<kRows>(sums[i], query, query_row, key, c, Part{columns - c});
+      }
+      const auto add = [&](int i, int64_t c, auto where)
+                           FASTATTN_LAMBDA { A::template dot<kRows>(sums[i], query, query_row, keys[i], c, where); };
+      if constexpr (kColumns > 0 && kRows <= 2) {
+        // One row behind the other, as memory has them: the hardware follows best.
+        FASTATTN_UNROLL for (int i = 0; i < 4; i++) {
+          FASTATTN_UNROLL for (int64_t c = 0; c < kColumns; c += kPair) add(i, c, Whole{});
+        }
+      } else {
+        // Four keys share what is loaded of the queries.
+        int64_t c = 0;
+        for (; c + kPair <= columns; c += kPair) {
+          FASTATTN_UNROLL for (int i = 0; i < 4; i++) add(i, c, Whole{});
+        }
+        if (c < columns) {
+          FASTATTN_UNROLL for (int i = 0; i < 4; i++) add(i, c, Part{columns - c});
         }
       }
       FASTATTN_UNROLL for (int r = 0; r < kRows; r++) blocks[r][g] =
