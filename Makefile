@@ -18,6 +18,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/ready
 endif
 NATIVE := build/native
+INTERPRETED := tests/ops/test_conformance.py tests/gpu
 
 .PHONY: setup demo test test-all test-torch-oldest neon lint format bench clean
 setup: $(READY) $(NATIVE)
@@ -37,11 +38,14 @@ $(NATIVE): $(SOURCES) $(READY)
 demo: setup
 	$(PYTHON) -m fastattn demo --out runs/demo
 
+# The second run is of the kernels for GPUs, in Triton's interpreter, which is a mode of the whole process.
 test: setup
 	$(PYTHON) -m pytest -m "not slow"
+	TRITON_INTERPRET=1 $(PYTHON) -m pytest -m "not slow" $(INTERPRETED)
 
 test-all: setup lint test-torch-oldest
 	$(PYTHON) -m pytest
+	TRITON_INTERPRET=1 $(PYTHON) -m pytest --timeout 900 $(INTERPRETED)
 	FASTATTN_BACKEND=cpu $(PYTHON) -m pytest -m "not slow"
 
 # The same binary under the oldest torch that it supports, in an environment of its own.

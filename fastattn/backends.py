@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastattn.gpu import devices
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -74,6 +76,7 @@ BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend("cpu", ("cpu",), _probe_cpu),
+        Backend("triton", devices.served(), devices.probe),
         Backend("reference", (), lambda: None),
     )
 }
@@ -96,7 +99,7 @@ probe._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _reasons: dict[str, str | None] = {}
 
 #: The automatic choice on each device type, best first.
-PRIORITY: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference")}
+PRIORITY: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 DEFAULT_PRIORITY: tuple[str, ...] = ("reference",)
 
 

@@ -135,7 +135,7 @@ def test_every_op_refuses_in_the_same_words(call, op, skip_without_native):
     ],
 )
 def test_unknown_names_are_errors_that_list_the_known_ones(call):
-    with pytest.raises(ValueError, match=r"unknown backend 'gpu'; there are cpu, reference"):
+    with pytest.raises(ValueError, match=r"unknown backend 'gpu'; there are cpu, triton, reference"):
         call()
 
 
@@ -159,14 +159,22 @@ def attend_function():
 def test_explain_computes_nothing_and_says_who_and_why(skip_without_native, counted):
     told = explain(attend_function(), X, X, X, is_causal=True)
     assert counted() == {}
-    assert (told.op, told.backend, told.reasons) == ("attention", "cpu", {"cpu": None, "reference": None})
+    assert (told.op, told.backend, told.reasons) == (
+        "attention",
+        "cpu",
+        {"cpu": None, "triton": "serves cuda tensors, not cpu", "reference": None},
+    )
     first, problem, *verdicts = str(told).splitlines()
     assert first == "attention: cpu"
     assert problem.startswith(
         "  device=cpu, dtype=torch.float32, batch=1, heads=2, kv_heads=2, queries=5, keys=5, head_dim=8, value_dim=8,"
         " mask_dtype=None, mask_grad=False, is_causal=True, causal_alignment=top_left, dropout=False"
     )
-    assert verdicts == ["  cpu: serves it", "  reference: could serve it"]
+    assert verdicts == [
+        "  cpu: serves it",
+        "  triton: serves cuda tensors, not cpu",
+        "  reference: could serve it",
+    ]
 
 
 def test_explain_of_a_call_that_would_raise(skip_without_native):
@@ -255,7 +263,7 @@ def test_the_environment_variable_forces(skip_without_native):
 def test_an_unknown_name_in_the_environment_is_an_error_at_import():
     result = run_python("import fastattn", FASTATTN_BACKEND="gpu")
     assert result.returncode == 1
-    assert "ValueError: unknown backend 'gpu'; there are cpu, reference" in result.stderr.splitlines()[-1]
+    assert "ValueError: unknown backend 'gpu'; there are cpu, triton, reference" in result.stderr.splitlines()[-1]
 
 
 def test_an_empty_environment_variable_is_none():

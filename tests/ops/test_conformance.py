@@ -1,11 +1,15 @@
-"""Every op x backend x case x dtype: forward and gradients under the accuracy law, metadata, determinism."""
+"""Every op x backend x case x dtype: forward and gradients under the accuracy law, metadata, determinism.
+
+Triton's interpreter is a mode of the whole process: under TRITON_INTERPRET=1 these tests are of the triton backend
+alone, of core cases unless slow ones are wanted. On a machine with a GPU they are of that backend, too, on the GPU.
+"""
 
 import functools
 
 import pytest
 import torch
 
-from fastattn import numerics, testing
+from fastattn import env, numerics, testing
 from fastattn.backends import BACKENDS, probe
 from fastattn.dispatch import explain
 
@@ -17,15 +21,33 @@ def name_of(dtype):
     return str(dtype).removeprefix("torch.")
 
 
+INTERPRETING = env.interpreting()
+TESTED = ["triton"] if INTERPRETING else list(BACKENDS)
+
+
+def device_of(backend):
+    return "cuda" if backend == "triton" and not INTERPRETING and torch.cuda.is_available() else "cpu"
+
+
+def effort(case):
+    """Marks for a case: interpreted kernels take thousands of times as long."""
+    return [pytest.mark.slow] if INTERPRETING and not case.core else []
+
+
 # The backend varies fastest: the truth of a case is computed once for all of them.
 ALL = [
     pytest.param(
-        suite, case, dtype, backend, id=f"{suite.name}-{case.name.replace(' ', '_')}-{name_of(dtype)}-{backend}"
+        suite,
+        case,
+        dtype,
+        backend,
+        id=f"{suite.name}-{case.name.replace(' ', '_')}-{name_of(dtype)}-{backend}",
+        marks=effort(case),
     )
     for suite in SUITES.values()
     for dtype in DTYPES
     for case in suite.cases
-    for backend in BACKENDS
+    for backend in TESTED
 ]
 
 
@@ -33,24 +55,28 @@ ALL = [
 def report(suite_name, case_name, dtype, backend):
     suite = SUITES[suite_name]
     case = next(case for case in suite.cases if case.name == case_name)
-    return testing.examine(lambda **kwargs: suite.function(**kwargs, backend=backend), suite, case, dtype=dtype)
+    return testing.examine(
+        lambda **kwargs: suite.function(**kwargs, backend=backend), suite, case, dtype=dtype, device=device_of(backend)
+    )
 
 
 @pytest.mark.parametrize(("suite", "case", "dtype", "backend"), ALL)
 def test_case(suite, case, dtype, backend, skip_unserved):
-    skip_unserved(suite.function, suite.arguments(case, "cpu", dtype), backend)
+    skip_unserved(suite.function, suite.arguments(case, device_of(backend), dtype), backend)
     violations = report(suite.name, case.name, dtype, backend).violations
     assert not violations, "\n".join(violations)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", TESTED)
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=name_of)
 @pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES)
 def test_geometric_mean(suite, dtype, backend):
     """Over all cases of an op the error is at most 1.1 x torch's."""
     reports = []
     for case in suite.cases:
-        arguments = suite.arguments(case, "cpu", dtype)
+        if effort(case):
+            continue
+        arguments = suite.arguments(case, device_of(backend), dtype)
         if explain(suite.function, **arguments, backend=backend).reasons[backend] is None:
             reports.append(report(suite.name, case.name, dtype, backend))
     if not reports:
@@ -60,15 +86,20 @@ def test_geometric_mean(suite, dtype, backend):
 
 @pytest.mark.parametrize(
     ("suite", "case"),
-    [pytest.param(s, c, id=f"{s.name}-{c.name.replace(' ', '_')}") for s in SUITES.values() for c in s.cases],
+    [
+        pytest.param(s, c, id=f"{s.name}-{c.name.replace(' ', '_')}", marks=effort(c))
+        for s in SUITES.values()
+        for c in s.cases
+    ],
 )
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", TESTED)
 def test_metadata_is_what_the_fakes_promise(suite, case, backend):
     """dtype, shape and strides of every result; of gradients what reaches the caller."""
     dtype = torch.bfloat16
-    arguments = suite.arguments(case, "cpu", dtype)
-    if probe(backend) is not None:
-        pytest.skip(f"{backend}: {probe(backend)}")
+    arguments = suite.arguments(case, device_of(backend), dtype)
+    reason = explain(suite.function, **arguments, backend=backend).reasons[backend]
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
     promised = testing.metadata(suite, case, backend, dtype)
     found = testing.evaluate(
         lambda **kwargs: suite.function(**kwargs, backend=backend),
@@ -80,13 +111,19 @@ def test_metadata_is_what_the_fakes_promise(suite, case, backend):
     assert {name: (t.dtype, tuple(t.shape), t.stride()) for name, t in found.items()} == promised
 
 
-def test_the_cpu_backend_serves_every_case(skip_without_native):
+@pytest.mark.parametrize("backend", [name for name in TESTED if name != "reference"])
+def test_the_backend_serves_every_case(backend):
     """Float64 is the reference's; nothing else is skipped."""
+    reason = BACKENDS[backend].reason_against(device_of(backend))
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
     refused = {}
     for suite in SUITES.values():
         for case in suite.cases:
             for dtype in DTYPES[:3]:
-                why = explain(suite.function, **suite.arguments(case, "cpu", dtype), backend="cpu").reasons["cpu"]
+                why = explain(
+                    suite.function, **suite.arguments(case, device_of(backend), dtype), backend=backend
+                ).reasons[backend]
                 if why is not None:
                     refused[suite.name, case.name, name_of(dtype)] = why
     assert refused == {}

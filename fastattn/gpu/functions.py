@@ -1,0 +1,55 @@
+"""Functions that device code of several ops calls. Arithmetic is float32: kernels widen what they load."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+#: log2(e), and its inverse: exponentials of GPUs are powers of two.
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def tanh(x):
+    """To about two units in the last place, also where exp(-2 |x|) is near 1 and 1 - exp would lose digits."""
+    square = x * x  # x - x^3/3 + 2 x^5/15 - ...: below 0.4 the next term is under half a unit in the last place
+    tail = 21844.0 / 6081075.0
+    tail = tail * square - 1382.0 / 155925.0
+    tail = tail * square + 62.0 / 2835.0
+    tail = tail * square - 17.0 / 315.0
+    tail = tail * square + 2.0 / 15.0
+    tail = tail * square - 1.0 / 3.0
+    small = x + x * square * tail
+    e = tl.exp(-2.0 * tl.abs(x))
+    large = (1.0 - e) / (1.0 + e)
+    return tl.where(tl.abs(x) < 0.4, small, tl.where(x < 0.0, -large, large))
+
+
+@triton.jit
+def dropout_words(seed, offset, lane, row, group):
+    """The four words of Philox4x32-10 at counter (offset, lane, row, group) under the key `seed` (fastattn/philox.py).
+
+    seed, offset: int64 scalars. lane, row, group: integers of 32 or 64 bits that broadcast to one shape; each counts
+    modulo 2^32.
+    """
+    zero = (lane + row + group).to(tl.uint32) * 0
+    return tl.philox(
+        seed,
+        zero + offset.to(tl.uint32),
+        zero + lane.to(tl.uint32),
+        zero + row.to(tl.uint32),
+        zero + group.to(tl.uint32),
+    )
+
+
+@triton.jit
+def keep_tile(seed, offset, lane, rows, first_column, threshold, COLUMNS: tl.constexpr):
+    """Which elements dropout keeps: bool (ROWS, COLUMNS) at the given rows and columns first_column + 0 .. COLUMNS - 1.
+
+    rows: (ROWS,) integers. first_column: a multiple of 4. threshold: fastattn.philox.threshold(p), int64.
+    """
+    groups = first_column // 4 + tl.arange(0, COLUMNS // 4)
+    w0, w1, w2, w3 = dropout_words(seed, offset, lane + tl.zeros_like(rows)[:, None], rows[:, None], groups[None, :])
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [..., a, b] is word 2 a + b
+    return words.reshape(rows.shape[0], COLUMNS).to(tl.int64) >= threshold

@@ -1,0 +1,77 @@
+"""Tile sizes, warps and stages: looked up, never searched for inside a call.
+
+Every op's room holds `tuning.json`:
+
+    {"<kernel>": {"<target>": [{"dtype": "bfloat16", "dim": 128, "kind": "causal", "size": 4096, "options": {...}}]}}
+
+A kernel's entry is the one of its dtype and kind (an entry without them fits all) whose `dim` is the nearest from
+above and whose `size` is the nearest by ratio. A target without a table has that of the nearest older one of its
+vendor. What `fastattn tune` measured on this machine comes first.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastattn.gpu.devices import Target
+
+OPS = Path(__file__).parents[1] / "ops"
+Options = Mapping[str, int]
+
+
+@functools.cache
+def table(op: str) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """The committed table of an op: kernel -> target -> entries."""
+    document: dict[str, dict[str, list[dict[str, Any]]]] = json.loads((OPS / op / "tuning.json").read_text())
+    return document
+
+
+def _relative(name: str, known: Mapping[str, Any]) -> str:
+    """The target whose entries serve `name`: itself, the nearest older one of its vendor, or else the oldest."""
+    if name in known:
+        return name
+    family = "gfx" if name.startswith("gfx") else "sm_"
+    members = sorted((_generation(other), other) for other in known if other.startswith(family))
+    if not members:
+        return next(iter(known))
+    older = [other for generation, other in members if generation <= _generation(name)]
+    return older[-1] if older else members[0][1]
+
+
+def _generation(name: str) -> int:
+    """A number that grows from one generation to the next; 0 for what is no GPU."""
+    digits = name.removeprefix("sm_").removeprefix("gfx")
+    try:
+        return int(digits, 16)
+    except ValueError:
+        return 0
+
+
+@functools.lru_cache(maxsize=65536)
+def options(
+    op: str, kernel: str, target: Target, dtype: torch.dtype | None = None, dim: int = 0, kind: str = "", size: int = 1
+) -> Options:
+    """What to launch a kernel with.
+
+    dim: what a tile has to hold at least (a head dim, the columns of a row), 0 where nothing depends on it. kind: a
+    class of problems ("causal"). size: what the work grows with (a length, a number of rows).
+    """
+    known = table(op)[kernel]
+    entries = known[_relative(target.name, known)]
+    name = str(dtype).removeprefix("torch.")
+    fitting = [e for e in entries if e.get("dtype", name) == name and e.get("kind", kind) == kind]
+    if not fitting:
+        raise LookupError(f"{op}/tuning.json has no entry of {kernel} on {target.name} for {name} {kind!r}")
+    dims = sorted({e.get("dim", 0) for e in fitting})
+    wanted = next((d for d in dims if d >= dim), dims[-1])
+    fitting = [e for e in fitting if e.get("dim", 0) == wanted]
+    best = min(fitting, key=lambda e: abs(math.log(e.get("size", 1) / max(size, 1))))
+    chosen: Options = best["options"]
+    return chosen

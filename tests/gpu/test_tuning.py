@@ -1,0 +1,70 @@
+"""The look-up of tile sizes."""
+
+import json
+
+import pytest
+import torch
+
+from fastattn import ops
+from fastattn.gpu import tuning
+from fastattn.gpu.devices import KNOWN, Target
+
+
+@pytest.fixture
+def room(tmp_path, monkeypatch):
+    """An op with a table of its own."""
+
+    def write(document):
+        (tmp_path / "op").mkdir()
+        (tmp_path / "op" / "tuning.json").write_text(json.dumps(document))
+        monkeypatch.setattr(tuning, "OPS", tmp_path)
+
+    tuning.table.cache_clear()
+    tuning.options.cache_clear()
+    yield write
+    tuning.table.cache_clear()
+    tuning.options.cache_clear()
+
+
+def test_the_nearest_size_and_the_next_larger_dim(room):
+    entries = [
+        {"dtype": dtype, "dim": dim, "size": size, "options": {"SEEN": number}}
+        for number, (dtype, dim, size) in enumerate(
+            (d, e, s) for d in ("float32", "bfloat16") for e in (64, 128) for s in (128, 4096)
+        )
+    ]
+    room({"kernel": {"sm_90": entries}})
+
+    def seen(dtype, dim, size):
+        return tuning.options("op", "kernel", KNOWN["sm_90"], dtype, dim, "", size)["SEEN"]
+
+    assert seen(torch.float32, 64, 1) == 0
+    assert seen(torch.float32, 65, 700) == 2
+    assert seen(torch.float32, 65, 800) == 3
+    assert seen(torch.bfloat16, 300, 10**9) == 7
+
+
+def test_a_target_without_a_table_has_that_of_the_nearest_older_one(room):
+    room({"kernel": {n: [{"options": {"SEEN": i}}] for i, n in enumerate(("sm_80", "sm_90", "gfx942", "sm_100"))}})
+
+    def seen(name):
+        return tuning.options("op", "kernel", Target(name, 1, 1))["SEEN"]
+
+    assert [seen(n) for n in ("sm_80", "sm_86", "sm_90", "sm_103", "sm_120", "gfx942", "gfx950", "gfx90a")] == [
+        0, 0, 1, 3, 3, 2, 2, 2,
+    ]  # fmt: skip
+
+
+def test_an_unknown_kind_is_an_error(room):
+    room({"kernel": {"sm_90": [{"kind": "causal", "options": {}}]}})
+    with pytest.raises(LookupError, match=r"op/tuning.json has no entry of kernel on sm_90 for None 'full'"):
+        tuning.options("op", "kernel", KNOWN["sm_90"], None, 0, "full")
+
+
+def test_every_committed_table_serves_every_known_target():
+    paths = sorted(tuning.OPS.glob("*/tuning.json"))
+    assert paths and ops is not None
+    for path in paths:
+        for kernel, known in tuning.table(path.parent.name).items():
+            for target in KNOWN:
+                assert known[tuning._relative(target, known)], (path, kernel, target)
