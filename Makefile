@@ -18,7 +18,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/ready
 endif
 NATIVE := build/native
-INTERPRETED := tests/ops/test_conformance.py tests/gpu
+INTERPRETED := tests/ops/test_conformance.py tests/gpu tests/bench/gpu
 
 .PHONY: setup demo test test-all test-torch-oldest neon lint format bench clean
 setup: $(READY) $(NATIVE)

@@ -23,32 +23,43 @@ Arguments = dict[str, Any]
 class Sampler:
     """Draws the tensors of a case: the same values on every device and, up to rounding, in every dtype.
 
-    seed: an int, or a name to make one from. dtype: of the tensors drawn unless a draw says otherwise.
+    seed: an int, or a name to make one from. dtype: of the tensors drawn unless a draw says otherwise. there: draws on
+    the device itself, where the CPU would take too long; the values are then that device's.
     """
 
-    def __init__(self, seed: int | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        seed: int | str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        there: bool = False,
+    ) -> None:
         self.device, self.dtype = torch.device(device), dtype
         number = zlib.crc32(seed.encode()) if isinstance(seed, str) else seed
-        self.generator = torch.Generator().manual_seed(number)
+        self.generator = torch.Generator(self.device if there else "cpu").manual_seed(number)
 
     def _place(self, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
         return tensor.to(self.device, self.dtype if dtype is None else dtype)
 
+    def _draw(self, distribution: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
+        return distribution(shape, generator=self.generator, device=self.generator.device)
+
     def normal(self, *shape: int, mean: float = 0.0, std: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         """Normally distributed, rounded to the sampler's dtype or the given one."""
-        return self._place(torch.randn(shape, generator=self.generator) * std + mean, dtype)
+        return self._place(self._draw(torch.randn, shape) * std + mean, dtype)
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         """Uniform in [low, high) before rounding."""
-        return self._place(torch.rand(shape, generator=self.generator) * (high - low) + low, dtype)
+        return self._place(self._draw(torch.rand, shape) * (high - low) + low, dtype)
 
     def integers(self, *shape: int, low: int = 0, high: int, dtype: torch.dtype = torch.int64) -> Tensor:
         """Uniform integers in [low, high)."""
-        return torch.randint(low, high, shape, generator=self.generator).to(self.device, dtype)
+        drawn = torch.randint(low, high, shape, generator=self.generator, device=self.generator.device)
+        return drawn.to(self.device, dtype)
 
     def chance(self, *shape: int, p: float = 0.5) -> Tensor:
         """bool, True with probability p."""
-        return (torch.rand(shape, generator=self.generator) < p).to(self.device)
+        return (self._draw(torch.rand, shape) < p).to(self.device)
 
 
 @dataclass(frozen=True)
@@ -114,6 +125,13 @@ class Workload:
         return (self.backward_elements if backward else self.forward_elements) * dtype.itemsize
 
 
+def _placed(value: Any, device: torch.device) -> Any:
+    """Tensors that a case writes down instead of drawing them are on the CPU."""
+    if isinstance(value, tuple):
+        return tuple(_placed(part, device) for part in value)
+    return value.to(device) if isinstance(value, Tensor) and value.device.type != device.type else value
+
+
 @dataclass(frozen=True)
 class Suite:
     """A public function with its cases.
@@ -147,7 +165,8 @@ class Suite:
         self, case: Case | Workload, device: torch.device | str, dtype: torch.dtype, draw: int = 0
     ) -> Arguments:
         """The arguments of a case or workload, always the same ones."""
-        return case.build(Sampler(f"{self.name}/{case.name}/{draw}", device, dtype))
+        built = case.build(Sampler(f"{self.name}/{case.name}/{draw}", device, dtype))
+        return {name: _placed(value, torch.device(device)) for name, value in built.items()}
 
     def differentiated(self, case: Case | Workload, arguments: Arguments) -> tuple[str, ...]:
         """Names of the arguments whose gradients count."""

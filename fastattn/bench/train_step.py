@@ -108,13 +108,23 @@ class StepRow:
         return None if times is None else self.workload.tokens / times.median
 
 
-class _Side:
+class Side:
     """A model and its optimizer, from the same weights as the other side's."""
 
-    def __init__(self, workload: Workload, dtype: str, kernels: str, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        dtype: str,
+        kernels: str,
+        batches: Sequence[tuple[Tensor, Tensor]],
+        device: str = "cpu",
+        compiled: bool = False,
+    ) -> None:
         torch.manual_seed(0)
         self.config = TrainConfig(dtype=dtype)
-        self.model = GPT(replace(workload.model, kernels=kernels))
+        self.model = GPT(replace(workload.model, kernels=kernels)).to(device)
+        if compiled:
+            self.model.compile(dynamic=False)
         self.optimizer = make_optimizer(self.model, self.config)
         self.batches, self.entry = batches, Entry()
 
@@ -160,12 +170,17 @@ def run_steps(selected: Sequence[tuple[Workload, str]], settings: Settings) -> I
         torch.set_num_threads(before)
 
 
-def _run(workload: Workload, dtype: str, settings: Settings) -> StepRow:
+def random_batches(workload: Workload, device: str = "cpu") -> list[tuple[Tensor, Tensor]]:
+    """(inputs, targets) of BATCHES steps, (batch, sequence) each, the same ones at every call."""
     generator = torch.Generator().manual_seed(1)
     shape = (workload.batch, workload.sequence + 1)
     windows = [torch.randint(workload.model.vocab_size, shape, generator=generator) for _ in range(BATCHES)]
-    batches = [(w[:, :-1].contiguous(), w[:, 1:].contiguous()) for w in windows]
-    sides = {name: _Side(workload, dtype, name, batches) for name in (OURS, TORCH)}
+    return [(w[:, :-1].contiguous().to(device), w[:, 1:].contiguous().to(device)) for w in windows]
+
+
+def _run(workload: Workload, dtype: str, settings: Settings) -> StepRow:
+    batches = random_batches(workload)
+    sides = {name: Side(workload, dtype, name, batches) for name in (OURS, TORCH)}
     entries = {name: side.entry for name, side in sides.items()}
     for side in sides.values():  # allocates; the gate is this step before the times and all of them after
         side.step()

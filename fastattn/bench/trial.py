@@ -20,13 +20,20 @@ DIRECTIONS = (FORWARD, BOTH)
 class Trial:
     """One workload in one dtype: the same normally distributed inputs and output gradients for every contender."""
 
-    def __init__(self, suite: Suite, workload: Workload, dtype: torch.dtype) -> None:
+    def __init__(
+        self, suite: Suite, workload: Workload, dtype: torch.dtype, device: str = "cpu", there: bool = False
+    ) -> None:
+        """there: tensors are drawn on the device (fastattn.cases.Sampler)."""
         self.suite, self.workload, self.dtype = suite, workload, dtype
-        self.arguments = suite.arguments(workload, "cpu", dtype)
+        self.arguments = (
+            workload.build(Sampler(f"{suite.name}/{workload.name}", device, dtype, there))
+            if there
+            else suite.arguments(workload, device, dtype)
+        )
         self.differentiated = suite.differentiated(workload, self.arguments)
         with torch.no_grad():
             outputs = self._named(suite.peer(**self.arguments))
-        sampler = Sampler(f"{suite.name}/{workload.name}/gradients")
+        sampler = Sampler(f"{suite.name}/{workload.name}/gradients", device, there=there)
         self.grad_outputs = {name: sampler.normal(*t.shape, dtype=t.dtype) for name, t in outputs.items()}
 
     def _named(self, outputs: Any) -> Results:
@@ -83,7 +90,7 @@ class _Heads:
 
     def __init__(self, batch: Tensor, kv_heads: Tensor, groups: int) -> None:
         self.batch, self.kv_heads = batch, kv_heads
-        self.heads = (kv_heads[:, None] * groups + torch.arange(groups)).reshape(-1)
+        self.heads = (kv_heads[:, None] * groups + torch.arange(groups, device=kv_heads.device)).reshape(-1)
 
     def _pick(self, tensor: Tensor, heads: Tensor) -> Tensor:
         return tensor.index_select(0, self.batch).index_select(1, heads)
@@ -114,8 +121,9 @@ def _some_heads(arguments: Arguments) -> _Heads | None:
     if affordable >= batch * kv_heads:
         return None
     of_batch = min(batch, max(affordable // kv_heads, 2 if affordable >= 4 else 1))
-    return _Heads(_spread(batch, of_batch), _spread(kv_heads, max(affordable // of_batch, 1)), groups)
+    of_heads = max(affordable // of_batch, 1)
+    return _Heads(_spread(batch, of_batch, query.device), _spread(kv_heads, of_heads, query.device), groups)
 
 
-def _spread(count: int, wanted: int) -> Tensor:
-    return torch.linspace(0, count - 1, min(wanted, count)).round().long()
+def _spread(count: int, wanted: int, device: torch.device) -> Tensor:
+    return torch.linspace(0, count - 1, min(wanted, count)).round().long().to(device)

@@ -75,7 +75,7 @@ def training_step(
         group["lr"] = lr
     total = 0.0
     for inputs, targets in batches:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.dtype == "bf16"):
+        with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=config.dtype == "bf16"):
             _, loss = model(inputs, targets)
         assert loss is not None
         (loss / len(batches)).backward()

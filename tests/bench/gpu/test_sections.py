@@ -1,0 +1,25 @@
+"""The whole command at tiny sizes, kernels interpreted: everything but the times means what it says."""
+
+import json
+
+import pytest
+
+from fastattn import env
+from fastattn.bench.gpu import sections, supervisor
+
+pytestmark = pytest.mark.skipif(not env.interpreting(), reason="runs under TRITON_INTERPRET=1")
+
+
+def test_everything_runs_and_is_right(tmp_path, capsys):
+    code = supervisor.main(["--tiny", "--budget", "280", "--out", str(tmp_path), "--workers", "2"])
+    document = json.loads((tmp_path / supervisor.FILE).read_text())
+    assert code == 0, capsys.readouterr().out
+    assert {s["state"] for s in document["sections"].values()} == {"done"}
+    assert list(document["sections"]) == list(supervisor.SECTIONS) == list(sections.SECTIONS)
+    by_section = {name: [r for r in document["rows"] if r["section"] == name] for name in supervisor.SECTIONS}
+    assert all(by_section.values())
+    assert not any("skipped" in row for row in document["rows"])
+    assert document["device"]["interpreted"]
+    for row in by_section["attention"] + by_section["rows"]:
+        ours = row["contenders"]["fastattn"]
+        assert ours["errors"] and ours["forward"]["rate"] > 0 and ours["backward"]["rate"] > 0, row
