@@ -20,7 +20,7 @@ endif
 NATIVE := build/native
 INTERPRETED := tests/ops/test_conformance.py tests/gpu tests/bench/gpu
 
-.PHONY: setup demo test test-all test-torch-oldest neon lint format bench clean
+.PHONY: setup demo test test-all test-torch-oldest test-triton-oldest neon lint format bench clean
 setup: $(READY) $(NATIVE)
 
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -43,7 +43,7 @@ test: setup
 	$(PYTHON) -m pytest -m "not slow"
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest -m "not slow" $(INTERPRETED)
 
-test-all: setup lint test-torch-oldest
+test-all: setup lint test-torch-oldest test-triton-oldest
 	$(PYTHON) -m pytest
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest --timeout 900 $(INTERPRETED)
 	FASTATTN_BACKEND=cpu $(PYTHON) -m pytest -m "not slow"
@@ -53,6 +53,12 @@ test-torch-oldest: setup
 	$(PY) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "torch==2.10.0" numpy pytest pytest-timeout pytest-benchmark expecttest hypothesis
 	.venv-oldest/bin/python -m pytest tests/ops/test_conformance.py tests/test_isa.py tests/test_dispatch.py -m "not slow"
+
+# The kernels for GPUs in the interpreter of the oldest triton that they support.
+test-triton-oldest: setup
+	$(PY) -m venv .venv-triton-oldest
+	.venv-triton-oldest/bin/python -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)" triton==3.6.0 numpy pytest pytest-timeout pytest-benchmark expecttest hypothesis
+	TRITON_INTERPRET=1 .venv-triton-oldest/bin/python -m pytest -m "not slow" $(INTERPRETED)
 
 # The NEON kernels, cross-compiled, against the conformance cases in emulation: about half an hour (Debian, Ubuntu).
 neon: $(READY)
