@@ -33,12 +33,18 @@ def _keys_of(b: int, key_cache: Tensor, value_cache: Tensor, call: dict[str, Any
     return found[0], found[1]
 
 
-def _mask(queries: int, keys: int, call: dict[str, Any]) -> Tensor:
+def _places(queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Positions among the keys: of queries (Sq, 1), of keys (1, S)."""
+    i, j = torch.arange(queries, device=device), torch.arange(keys, device=device)
+    return i[:, None] + keys - queries, j[None, :]
+
+
+def _mask(queries: int, keys: int, call: dict[str, Any], device: torch.device) -> Tensor:
     """bool (Sq, S), True where a key is visible; the last query stands beside the last key."""
     left, right = call.get("window", (-1, -1))
     right = 0 if call.get("causal") else right
-    i, j = torch.arange(queries)[:, None] + keys - queries, torch.arange(keys)[None, :]
-    seen = torch.ones(queries, keys, dtype=torch.bool)
+    i, j = _places(queries, keys, device)
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=device)
     if left >= 0:
         seen &= j >= i - left
     if right >= 0:
@@ -46,13 +52,14 @@ def _mask(queries: int, keys: int, call: dict[str, Any]) -> Tensor:
     return seen
 
 
-def _bias(b: int, queries: int, keys: int, heads: int, call: dict[str, Any], dtype: torch.dtype) -> Tensor:
+def _bias(b: int, keys: int, query: Tensor, call: dict[str, Any]) -> Tensor:
     """What is added to the scores, (H, Sq, S): minus slope times distance."""
     slopes = call.get("alibi_slopes")
+    heads, queries, _ = query.shape
     if slopes is None:
-        return torch.zeros(heads, queries, keys, dtype=dtype)
-    i, j = torch.arange(queries)[:, None] + keys - queries, torch.arange(keys)[None, :]
-    return -(slopes if slopes.ndim == 1 else slopes[b]).to(dtype)[:, None, None] * (i - j).abs()
+        return query.new_zeros(heads, queries, keys)
+    i, j = _places(queries, keys, query.device)
+    return -(slopes if slopes.ndim == 1 else slopes[b]).to(query.dtype)[:, None, None] * (i - j).abs()
 
 
 def _each(attend: Callable[..., tuple[Tensor, Tensor]], query: Tensor, key_cache: Tensor, value_cache: Tensor,
@@ -78,8 +85,8 @@ def _written_out(b: int, q: Tensor, k: Tensor, v: Tensor, call: dict[str, Any]) 
     softcap = call.get("softcap", 0.0)
     if softcap > 0.0:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores + _bias(b, q.shape[1], k.shape[1], q.shape[0], call, scores.dtype)
-    seen = _mask(q.shape[1], k.shape[1], call)
+    scores = scores + _bias(b, k.shape[1], q, call)
+    seen = _mask(q.shape[1], k.shape[1], call, q.device)
     dead = ~seen.any(-1, keepdim=True)
     scores = scores.masked_fill(~seen, -torch.inf).masked_fill(dead, 0.0)
     output = torch.softmax(scores, -1).masked_fill(dead, 0.0) @ v
@@ -93,11 +100,11 @@ def definition(query: Tensor, key_cache: Tensor, value_cache: Tensor, cache_seql
 
 
 def _by_sdpa(b: int, q: Tensor, k: Tensor, v: Tensor, call: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    seen = _mask(q.shape[1], k.shape[1], call)
+    seen = _mask(q.shape[1], k.shape[1], call, q.device)
     output, lse = _written_out(b, q, k, v, call)
     if call.get("softcap", 0.0) > 0.0 or not seen.any(-1).all():
         return output, lse
-    mask = _bias(b, q.shape[1], k.shape[1], q.shape[0], call, q.dtype).masked_fill(~seen, -torch.inf)
+    mask = _bias(b, k.shape[1], q, call).masked_fill(~seen, -torch.inf)
     fused = F.scaled_dot_product_attention(q[None], k[None], v[None], mask[None], scale=call.get("scale"))
     return fused[0], lse
 

@@ -26,12 +26,12 @@ def definition(
 ) -> Tensor:
     """Rotation written down, in the dtype of x."""
     if cu_seqlens is None:
-        offsets = torch.as_tensor(seqlen_offsets).expand(x.shape[0])
-        at = offsets[:, None] + torch.arange(x.shape[1])
+        offsets = torch.as_tensor(seqlen_offsets, device=x.device).expand(x.shape[0])
+        at = offsets[:, None] + torch.arange(x.shape[1], device=x.device)
     else:
         lengths = cu_seqlens.diff()
-        offsets = torch.as_tensor(seqlen_offsets).expand(lengths.shape[0])
-        at = torch.cat([o + torch.arange(int(n)) for o, n in zip(offsets, lengths, strict=True)])
+        offsets = torch.as_tensor(seqlen_offsets, device=x.device).expand(lengths.shape[0])
+        at = torch.cat([o + torch.arange(int(n), device=x.device) for o, n in zip(offsets, lengths, strict=True)])
     c, s = (table.to(x.dtype)[at.long()].unsqueeze(-2) for table in (cos, sin))
     half, rest = cos.shape[1], x[..., 2 * cos.shape[1] :]
     if interleaved:
