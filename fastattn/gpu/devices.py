@@ -105,7 +105,8 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _triton_reason() -> str | None:
+def triton_reason() -> str | None:
+    """None when the Triton that is installed will do, else what is wrong with it."""
     try:
         triton = importlib.import_module("triton")
         importlib.import_module("triton.language")
@@ -145,11 +146,11 @@ def probe() -> str | None:
     """None when Triton kernels can run here, else the reason."""
     if env.interpreting():
         # `import triton` reads the variable; and bfloat16 products are wrong in the interpreter as it comes.
-        reason = _triton_reason()
+        reason = triton_reason()
         if reason is None:
             importlib.import_module("fastattn.testing.interpreter").repair()
         return reason
-    return _device_reason() or _triton_reason()
+    return _device_reason() or triton_reason()
 
 
 def served() -> tuple[str, ...]:
