@@ -1,11 +1,13 @@
 """RMSNorm, and RMSNorm of a sum."""
 
-from fastattn.ops.rms_norm import cpu, reference
+from fastattn.ops.rms_norm import cpu, reference, triton
 from fastattn.ops.rms_norm.op import ADD_OP, OP, add_rms_norm, rms_norm
 
 OP.implement("reference", reference.IMPLEMENTATION)
 OP.implement("cpu", cpu.IMPLEMENTATION)
+OP.implement("triton", triton.IMPLEMENTATION)
 ADD_OP.implement("reference", reference.ADD_IMPLEMENTATION)
 ADD_OP.implement("cpu", cpu.ADD_IMPLEMENTATION)
+ADD_OP.implement("triton", triton.ADD_IMPLEMENTATION)
 
 __all__ = ["ADD_OP", "OP", "add_rms_norm", "rms_norm"]
