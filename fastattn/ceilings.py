@@ -38,23 +38,33 @@ WAKE_SECONDS = 5e-4
 class KnownCpu:
     """What one core of a processor reaches when nothing disturbs it: operations per second, by instruction set.
 
-    vendor, family: as in /proc/cpuinfo. least: (multiply-adds, bf16 dot products or None); a run with less was
-    throttled or disturbed.
+    vendor, family, models: as in /proc/cpuinfo; a family has several designs, and a design several clocks.
+    least: (multiply-adds, bf16 dot products or None); a run with less was throttled or disturbed.
     """
 
     name: str
     vendor: str
     family: int
+    models: range
     least: Mapping[str, tuple[float, float | None]]
 
 
 #: Measured on virtual machines in quiet hours, less five percent.
 KNOWN_CPUS = (
     KnownCpu(
-        "AMD Zen 5",
+        "AMD Zen 5 EPYC",
         "AuthenticAMD",
         26,
+        range(0x00, 0x20),
         {"avx512_bf16": (270e9, 545e9), "avx512": (270e9, None), "avx2": (135e9, None)},
+    ),
+    # AVX-512 in two halves: no more multiply-adds than AVX2.
+    KnownCpu(
+        "AMD Zen 4 EPYC",
+        "AuthenticAMD",
+        25,
+        range(0x10, 0x20),
+        {"avx512_bf16": (112e9, 224e9), "avx512": (112e9, None), "avx2": (112e9, None)},
     ),
 )
 
@@ -239,13 +249,19 @@ class Validity:
     remark: str
 
 
+def known_cpu(vendor: str, family: int, model: int) -> KnownCpu | None:
+    """The entry of KNOWN_CPUS that is this processor's."""
+    return next(
+        (cpu for cpu in KNOWN_CPUS if (cpu.vendor, cpu.family) == (vendor, family) and model in cpu.models), None
+    )
+
+
 def validity(threads: int = 1) -> Validity | None:
     """Whether times taken in this run mean anything beyond this run; None without the native module."""
     native = _native()
     if native is None:
         return None
-    vendor, family, _ = machine.cpu_identity()
-    known = next((cpu for cpu in KNOWN_CPUS if (cpu.vendor, cpu.family) == (vendor, family)), None)
+    known = known_cpu(*machine.cpu_identity())
     least = None if known is None else known.least.get(native.cpu_isa())
     if known is None or least is None:
         return Validity(None, "the ceilings of this processor are not known: nothing to judge the run by")

@@ -22,6 +22,16 @@ ENVIRONMENT = (
 )
 
 
+#: (vendor, family) -> design -> models, as /proc/cpuinfo has them (and as Linux tells AMD's designs apart).
+DESIGNS: dict[tuple[str, int], dict[str, tuple[range, ...]]] = {
+    ("AuthenticAMD", 25): {
+        "Zen 3": (range(0x00, 0x10), range(0x20, 0x60)),
+        "Zen 4": (range(0x10, 0x20), range(0x60, 0xB0)),
+    },
+    ("AuthenticAMD", 26): {"Zen 5": (range(0x00, 0x30), range(0x40, 0x50), range(0x60, 0x80))},
+}
+
+
 def cpu_name() -> str:
     """The processor's name as the system tells it."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -42,6 +52,12 @@ def cpu_identity() -> tuple[str, int, int]:
             name, _, value = line.partition(":")
             found[name.strip()] = value.strip()
     return found.get("vendor_id", ""), int(found.get("cpu family", 0)), int(found.get("model", 0))
+
+
+def cpu_design(vendor: str, family: int, model: int) -> str | None:
+    """The design behind the numbers of cpu_identity(): virtual machines seldom name it. None: not in DESIGNS."""
+    designs = DESIGNS.get((vendor, family), {})
+    return next((name for name, models in designs.items() if any(model in part for part in models)), None)
 
 
 def cpu_vendor() -> str:

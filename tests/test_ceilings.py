@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 
-from fastattn import backends, ceilings
+from fastattn import backends, ceilings, machine
 
 REMEMBERED = (ceilings._rate, ceilings._read, ceilings._copy)
 
@@ -129,3 +129,24 @@ def test_native_copy_copies(native):
     began, ended = native.ceiling_copy(backends.cpu_isa(), source, target, 1)
     assert began <= ended
     assert (source == target).all()
+
+
+@pytest.mark.parametrize(
+    ("identity", "design", "known"),
+    [
+        (("AuthenticAMD", 25, 0x01), "Zen 3", None),  # Milan
+        (("AuthenticAMD", 25, 0x21), "Zen 3", None),  # Vermeer
+        (("AuthenticAMD", 25, 0x50), "Zen 3", None),  # Cezanne
+        (("AuthenticAMD", 25, 0x11), "Zen 4", "AMD Zen 4 EPYC"),  # Genoa
+        (("AuthenticAMD", 25, 0x61), "Zen 4", None),  # Raphael: another clock
+        (("AuthenticAMD", 25, 0xA0), "Zen 4", None),  # Bergamo: another clock
+        (("AuthenticAMD", 26, 0x02), "Zen 5", "AMD Zen 5 EPYC"),  # Turin
+        (("AuthenticAMD", 26, 0x24), "Zen 5", None),  # Strix: registers in two halves
+        (("GenuineIntel", 6, 0x8F), None, None),
+        (("", 0, 0), None, None),
+    ],
+)
+def test_designs_of_one_family_are_told_apart(identity, design, known):
+    found = ceilings.known_cpu(*identity)
+    assert machine.cpu_design(*identity) == design
+    assert (found and found.name) == known

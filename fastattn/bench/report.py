@@ -225,7 +225,9 @@ def rounded(value: Any) -> Any:
 def file_name(what: str, threads: int) -> str:
     """As in benchmarks/results: processor, what was run, threads, date."""
     vendor, family, model = machine.cpu_identity()
-    words = f"{machine.cpu_name()} {f'{vendor} {family}.{model}' if vendor else ''}"
+    design = machine.cpu_design(vendor, family, model)
+    numbers = f"{vendor} {family}.{model}" if vendor else ""
+    words = f"{machine.cpu_name()} {design.replace(' ', '') if design else numbers}"
     cpu = "-".join("".join(c if c.isalnum() or c == "." else " " for c in words.lower()).split())
     date = datetime.now(timezone.utc).date().isoformat()
     return f"{cpu}-{what.replace('_', '-')}-{threads}-thread{'s' if threads > 1 else ''}-{date}.json"

@@ -9,7 +9,7 @@ import torch
 
 import fastattn
 from fastattn import allocator, backends, ceilings, machine, testing
-from fastattn.bench import cases, contenders, measure, runner
+from fastattn.bench import cases, contenders, measure, report, runner
 from fastattn.bench.contenders import OURS, TORCH, Contender
 from fastattn.cli import main
 
@@ -197,8 +197,10 @@ def test_scaling_over_one_thread(capsys):
 
 def test_a_slow_machine_makes_an_invalid_run(capsys, monkeypatch, skip_without_native):
     isa = backends.cpu_isa()
+    vendor, family, model = machine.cpu_identity()
+    this = (vendor, family, range(model, model + 1))
     for rate, valid in ((1e15, False), (1e3, True)):
-        known = ceilings.KnownCpu("This one", *machine.cpu_identity()[:2], {isa: (rate, None)})
+        known = ceilings.KnownCpu("This one", *this, {isa: (rate, None)})
         monkeypatch.setattr(ceilings, "KNOWN_CPUS", (known,))
         arguments = ("softmax", "--shape", "6,40", "--contenders", "torch", "--min-time", "0", "--dtype", "fp32")
         _, lines, found = bench(capsys, *arguments)
@@ -214,6 +216,22 @@ def test_results_into_a_folder_are_named_by_machine_op_threads_and_date(capsys, 
     (path,) = tmp_path.iterdir()
     assert re.fullmatch(rf"[a-z0-9.-]+-log-softmax-1-thread-{found['date'][:10]}\.json", path.name), path.name
     assert json.loads(path.read_text()) == found
+
+
+@pytest.mark.parametrize(
+    ("identity", "cpu"),
+    [
+        (("AuthenticAMD", 25, 17), "amd-epyc-zen4"),
+        (("AuthenticAMD", 25, 1), "amd-epyc-zen3"),
+        (("AuthenticAMD", 26, 2), "amd-epyc-zen5"),
+        (("AuthenticAMD", 23, 49), "amd-epyc-authenticamd-23.49"),
+        (("", 0, 0), "amd-epyc"),
+    ],
+)
+def test_results_are_named_by_the_design_where_it_is_known(monkeypatch, identity, cpu):
+    monkeypatch.setattr(machine, "cpu_identity", lambda: identity)
+    monkeypatch.setattr(machine, "cpu_name", lambda: "AMD EPYC")
+    assert report.file_name("softmax", 1).startswith(f"{cpu}-softmax-1-thread-")
 
 
 def test_a_wrong_kernel_is_not_timed(capsys, monkeypatch):
