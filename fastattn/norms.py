@@ -89,13 +89,24 @@ def parameters_for(dtype: torch.dtype, *parameters: Tensor | None) -> tuple[Tens
 
 def plain_cpu(input: Tensor, shape: tuple[int, ...], *parameters: Tensor | None) -> bool:
     """Whether a call is of the commonest kind, which goes straight to the native kernel: tensors on the CPU that are
-    normalised over `shape`."""
-    if type(input) is not Tensor or not input.is_cpu or not shape or input.shape[-len(shape) :] != shape:
+    normalised over `shape`.
+
+    The kernel compares what a row and each parameter have of elements: one shape, of one dimension, decides them all.
+    (A tensor's shape is a new tuple every time that it is asked for, and takes as long as three other questions.)
+    """
+    if type(input) is not Tensor or not input.is_cpu or not shape:
         return False
+    single = len(shape) == 1
+    compared = False
     for parameter in parameters:
-        if parameter is not None and not (type(parameter) in PLAIN and parameter.is_cpu and parameter.shape == shape):
+        if parameter is None:
+            continue
+        if type(parameter) not in PLAIN or not parameter.is_cpu:
             return False
-    return True
+        if not (parameter.ndim == 1 if compared and single else parameter.shape == shape):
+            return False
+        compared = True
+    return (compared and single) or input.shape[-len(shape) :] == shape
 
 
 def sides(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
