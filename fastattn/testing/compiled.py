@@ -99,9 +99,13 @@ def record(chosen: Iterable[Problem], targets: Iterable[str], *, quick: bool = F
                     except Exception as error:  # whatever host code raises is the finding
                         found.raised.append(f"{problem.title} on {target}: {type(error).__name__}: {error}")
                         continue
-                    if wanted or (picked & own) - found.picked:
+                    fresh = bool((picked if target in ONE else picked & own) - found.picked)
+                    if wanted or fresh:
                         new = seen.new(
-                            list(launches)[before:], features=wanted and target in ONE, together=problem.features
+                            list(launches)[before:],
+                            sizes=fresh or problem.aligned,
+                            features=wanted and target in ONE,
+                            together=problem.features,
                         )
                         found.jobs |= {launch: Job(launch, problem.aligned, dim) for launch in new}
                         found.picked |= picked
@@ -128,22 +132,19 @@ class _Seen:
         self._sizes = sizes
         self._seen: set[Any] = set()
 
-    def new(self, launches: list[Launch], *, features: bool, together: bool) -> list[Launch]:
-        """Of launches those that have types or tile sizes that none before had, or ask for features that none before
-        did (features), or for features of these tile sizes (together); and where alignment counts, the first of every
-        kernel that knows nothing of its arguments."""
+    def new(self, launches: list[Launch], *, sizes: bool, features: bool, together: bool) -> list[Launch]:
+        """Of launches those that have types or tile sizes that none before had (sizes), or ask for features that none
+        before did (features), or for features of these tile sizes (together); and where alignment counts, the first of
+        every kernel that knows nothing of its arguments."""
         chosen = []
         for launch in launches:
-            marks: set[Any] = {launch.tiles(self._sizes)}
-            if features:
-                marks.add(launch.asks(self._sizes))
-            if together:
-                marks.add((launch.kernel, launch.target, launch.features, launch.options, launch.tiles(self._sizes)))
-            if self._alignments:
-                marks.add((launch.kernel, "not by 16: " in launch.variant))
-            if not marks <= self._seen:
+            tiles, asks = launch.tiles(self._sizes), launch.asks(self._sizes)
+            both = (launch.kernel, launch.target, launch.features, launch.options, tiles)
+            alignment = (launch.kernel, "not by 16: " in launch.variant)
+            wishes = [(sizes, tiles), (features, asks), (together, both), (self._alignments, alignment)]
+            if any(wish and mark not in self._seen for wish, mark in wishes):
                 chosen.append(launch)
-            self._seen |= marks
+                self._seen |= {tiles, asks, both, alignment}
         return chosen
 
 

@@ -55,10 +55,9 @@ class Launch:
         return self.kernel, self.target, types, chosen, self.options
 
     def asks(self, sizes: Collection[str]) -> tuple[Any, ...]:
-        """What launches have in common that differ in no more than tile sizes, alignment and the kind of 16 bits."""
-        types = tuple(str(kind).replace("bf16", "fp16") for _, kind in self.signature if str(kind).startswith("*"))
+        """What launches have in common that differ in no more than types, tile sizes and alignment."""
         chosen = tuple((path, value) for path, value in self.features if self._name(path) not in sizes)
-        return self.kernel, self.target, types, chosen
+        return self.kernel, self.target, chosen
 
     def _name(self, path: tuple[int, ...]) -> str:
         return self.signature[path[0]][0]
