@@ -64,6 +64,7 @@ _served = dict.fromkeys(backends.BACKENDS, 0)
 _transforms_active = torch._C._are_functorch_transforms_active
 _grad_enabled = torch.is_grad_enabled
 _left_over = torch._C._functorch.is_functorch_wrapped_tensor
+_any_autocast = torch._C._is_any_autocast_enabled
 
 LIBRARY = torch.library.Library("fastattn", "FRAGMENT")
 OPS: dict[str, Op] = {}
@@ -458,6 +459,8 @@ def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(kernel)
     def run(*args: Any) -> Any:
+        if not _any_autocast():
+            return kernel(*args)
         device = args[0].device.type
         if not autocast_enabled(device):
             return kernel(*args)

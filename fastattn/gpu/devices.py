@@ -22,9 +22,12 @@ OLDEST_NVIDIA = (8, 0)
 AMD = ("gfx942", "gfx950")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Target:
-    """What kernels depend on. name: sm_90, gfx942, ... or interpreter; shared_memory: bytes that one block can have."""
+    """What kernels depend on. name: sm_90, gfx942, ... or interpreter; shared_memory: bytes that one block can have.
+
+    There is one for a device, compared by identity: every launch looks something up by it.
+    """
 
     name: str
     multiprocessors: int
@@ -68,6 +71,11 @@ def target_of(device: torch.device) -> Target:
     """The target of a tensor's device."""
     if _assumed:
         return _assumed[-1]
+    return _target_of(device)
+
+
+@functools.cache
+def _target_of(device: torch.device) -> Target:
     return KNOWN["interpreter"] if device.type == "cpu" else _target(device.index or 0)
 
 
@@ -86,10 +94,14 @@ def _target(index: int) -> Target:
 
 def on(tensor: torch.Tensor) -> Any:
     """A context in which launches go to the tensor's device: Triton launches on the current one."""
-    device = tensor.device
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
+    if not tensor.is_cuda or _only_one() or tensor.get_device() == torch.cuda.current_device():
         return _NOTHING
-    return torch.cuda.device(device)
+    return torch.cuda.device(tensor.device)
+
+
+@functools.cache
+def _only_one() -> bool:
+    return torch.cuda.device_count() == 1
 
 
 _NOTHING = contextlib.nullcontext()

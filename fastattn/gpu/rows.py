@@ -10,7 +10,10 @@ from torch import Tensor
 def row_stride(tensor: Tensor, dims: int = 1) -> int | None:
     """Elements from one row to the next, a row being the last `dims` dimensions, adjacent in memory; None where no
     single number says it."""
-    shape, strides = tensor.shape, tensor.stride()
+    shape = tensor.shape
+    if tensor.is_contiguous():  # the common case, in little time
+        return shape[-1] if dims == 1 and shape else math.prod(shape[len(shape) - dims :])
+    strides = tensor.stride()
     split = len(shape) - dims
     expected = 1
     for size, stride in zip(reversed(shape[split:]), reversed(strides[split:]), strict=True):
