@@ -53,3 +53,44 @@ def keep_tile(seed, offset, lane, rows, first_column, threshold, COLUMNS: tl.con
     w0, w1, w2, w3 = dropout_words(seed, offset, lane + tl.zeros_like(rows)[:, None], rows[:, None], groups[None, :])
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [..., a, b] is word 2 a + b
     return words.reshape(rows.shape[0], COLUMNS).to(tl.int64) >= threshold
+
+
+#: Finite, and below every score that counts: what a maximum begins with where -inf - -inf would be NaN.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+@triton.jit
+def exp(x):
+    """To about a unit in the last place, of an x of at most 88: tl.exp rounds x log2(e), which costs |x| roundings.
+
+    Below -87 it is 0.
+    """
+    shifted = x * 1.4426950408889634 + 12582912.0  # 1.5 2^23: the nearest integer is in the lowest bits
+    n = shifted - 12582912.0
+    # log(2) in two parts, the first so short that its products with n are exact.
+    rest = x - n * 0.693145751953125 - n * 1.428606765330187e-06
+    power = ((shifted.to(tl.int32, bitcast=True) + 127) << 23).to(tl.float32, bitcast=True)
+    return tl.where(x < -87.0, 0.0, tl.exp2(rest * 1.4426950408889634) * power)
+
+
+@triton.jit
+def fast_exp(x):
+    """As tl.exp, but what is below 2^-126 is 0, which takes half the instructions: for results of 16 bits, for sums."""
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def add_exponentials(top, total, x):
+    """Online sums of exponentials, one for each lane: (top, total) with the rows of x (PARTS, LANES) added.
+
+    top begins as LOWEST, total as 0. -inf adds nothing; +inf and NaN make the total NaN.
+    """
+    now = tl.maximum(top, tl.max(x, 0))
+    return now, total * fast_exp(top - now) + tl.sum(fast_exp(x - now[None, :]), 0)
+
+
+@triton.jit
+def combine_exponentials(top, total):
+    """(maximum, sum of exponentials relative to it) of all lanes."""
+    highest = tl.max(top, 0)
+    return highest, tl.sum(total * fast_exp(top - highest), 0)
