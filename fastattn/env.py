@@ -6,7 +6,8 @@
 | FASTATTN_CPU_ISA   | scalar, avx2, avx512, avx512_bf16 | the cpu backend's instruction set; read at its first call |
 | FASTATTN_TUNE_FILE | a path                            | what `fastattn tune` writes and dispatch reads, instead of|
 |                    |                                   | $XDG_CACHE_HOME/fastattn/tune.json (~/.cache)             |
-| FASTATTN_DEBUG     | 1                                 | GPU kernels assert that values in tensors are in range    |
+| FASTATTN_DEBUG     | 1                                 | GPU kernels assert that values in tensors are in range;   |
+|                    |                                   | read at the first launch                                  |
 | FASTATTN_BUILD     | try, require, skip                | what setup.py does about the native build (try: if it can)|
 
 TRITON_INTERPRET=1, Triton's own, runs the triton backend on CPU tensors; read at import, like Triton does.
@@ -14,6 +15,7 @@ TRITON_INTERPRET=1, Triton's own, runs the triton backend on CPU tensors; read a
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -28,8 +30,9 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
+@functools.cache
 def debugging() -> bool:
-    """FASTATTN_DEBUG: whether kernels for GPUs assert on the values that they are given."""
+    """FASTATTN_DEBUG: whether kernels for GPUs assert on the values that they are given. Every launch asks."""
     return os.environ.get("FASTATTN_DEBUG", "0") not in ("", "0")
 
 

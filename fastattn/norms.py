@@ -84,7 +84,13 @@ def parameters_for(dtype: torch.dtype, *parameters: Tensor | None) -> tuple[Tens
     """Parameters as kernels take them: contiguous and of one dtype, `dtype` or float32 (float64 for float64)."""
     if any(tensor is not None and tensor.dtype != dtype for tensor in parameters):
         dtype = accumulation_dtype(dtype)
-    return tuple(None if tensor is None else tensor.to(dtype).contiguous() for tensor in parameters)
+    return tuple(tensor if tensor is None or _fits(tensor, dtype) else tensor.to(dtype).contiguous()
+                 for tensor in parameters)  # fmt: skip
+
+
+def _fits(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Asked before `to` and `contiguous`, which take their time to find that there is nothing to do."""
+    return tensor.dtype == dtype and tensor.is_contiguous()
 
 
 def plain_cpu(input: Tensor, shape: tuple[int, ...], *parameters: Tensor | None) -> bool:
