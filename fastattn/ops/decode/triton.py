@@ -1,0 +1,215 @@
+"""Decoding, and appending to the cache, on the triton backend.
+
+On a GPU nothing that stands in a tensor is looked at here, which would be to wait for it: the kernels stay within the
+cache whatever it is. Interpreted, on CPU tensors, values are checked as on the cpu backend.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastattn import env
+from fastattn.dispatch import Implementation
+from fastattn.gpu import devices, tuning
+from fastattn.gpu.deferred import Deferred
+from fastattn.ops.decode.op import DecodeProblem
+from fastattn.ops.decode.reference import places
+
+KERNELS = Deferred("fastattn.ops.decode.triton_kernels")
+MAX_HEAD_DIM = 512
+MOST_ROWS = 2**20
+#: Slots are counted in 31 bits, those of the last tile included.
+MOST_SLOTS = 2**31 - 2**16
+LOG2E = math.log2(math.e)
+UNBOUNDED = 2**31 - 1
+
+#: A stretch is at least this many slots for up to 16 rows of query, and as many times as many for as many times more:
+#: what it leaves behind (float32 sums of all rows) is then an eighth of what it read at most.
+SHORTEST_STRETCH = 256
+#: Stretches of a long sequence.
+MOST_STRETCHES = 64
+#: With num_splits, stretches are multiples of this (GRAIN of the device code).
+GRAIN = 128
+#: Programs of a grid's second axis.
+MOST_PROGRAMS = 65535
+
+
+def supports(problem: DecodeProblem) -> str | None:
+    if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"has no kernel for {problem.dtype}: float32, bfloat16, float16"
+    if not 1 <= problem.head_dim <= MAX_HEAD_DIM or not 1 <= problem.value_dim <= MAX_HEAD_DIM:
+        return f"head dims are 1 to {MAX_HEAD_DIM}, got {problem.head_dim} and {problem.value_dim}"
+    rows = problem.queries * (problem.heads // problem.kv_heads)
+    if rows > MOST_ROWS:
+        return f"takes {MOST_ROWS} rows of query that share keys, got {rows}"
+    return None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the work is cut; a matter of the problem only, but for the tiles' sizes."""
+
+    shortest: int
+    parts: int
+    splits: int
+    pairs: int
+    row_tiles: int
+    attend: tuning.Options
+    combine_tiles: int
+    combine: tuning.Options
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    target: devices.Target, dtype: torch.dtype, batch: int, queries: int, heads: int, kv_heads: int, dim: int,
+    value_dim: int, capacity: int, page: int, padded: bool, left: int, right: int, plain: bool, softcap: bool, num_splits: int,
+    debug: bool,
+) -> Plan:  # fmt: skip
+    rows = queries * (heads // kv_heads)
+    shortest, parts = SHORTEST_STRETCH * _power_of_two(-(-rows // 16)), MOST_STRETCHES
+    if num_splits > 0:
+        shortest, parts = GRAIN, min(num_splits, MOST_PROGRAMS - 1)
+    shortest = min(shortest, MOST_SLOTS // GRAIN * GRAIN)
+    # Stretches begin at multiples of their length: keys that begin within one touch one more.
+    begins_within = padded or left != UNBOUNDED
+    seen = capacity
+    if left != UNBOUNDED and right != UNBOUNDED:
+        seen = min(capacity, left + right + queries)
+    splits = min(-(-seen // shortest), parts) + begins_within
+    splits = max(min(splits, -(-capacity // shortest)), 1)
+    attend = tuning.options("decode", "attend", target, dtype, dim=max(dim, value_dim), size=rows)
+    combine = tuning.options("decode", "combine", target, size=rows)
+    row_tiles = -(-rows // attend["ROWS"])
+    features = {
+        "DIM": dim, "VALUE_DIM": value_dim, "D": _columns(dim), "DV": _columns(value_dim), "PAGE": page,
+        "WINDOW": left != UNBOUNDED or right != UNBOUNDED, "PLAIN": plain, "SOFTCAP": softcap, "COMPARE": num_splits > 0,
+        "SPLIT": splits > 1,
+    }  # fmt: skip
+    debugging = {"debug": True} if debug else {}
+    return Plan(
+        shortest, parts, splits, batch * kv_heads, row_tiles, {**features, **attend, **debugging},
+        -(-rows // combine["ROWS"]),
+        {name: features[name] for name in ("VALUE_DIM", "DV", "COMPARE")} | {**combine, **debugging},
+    )  # fmt: skip
+
+
+def _power_of_two(n: int) -> int:
+    """The least one that is n or more."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _columns(dim: int) -> int:
+    """What a matrix product takes at least."""
+    return max(_power_of_two(dim), 16)
+
+
+def _adjacent(index: Tensor | None) -> Tensor | None:
+    return None if index is None else index.contiguous()
+
+
+def forward(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    cache_seqlens: Tensor | None,
+    cache_leftpad: Tensor | None,
+    cache_batch_idx: Tensor | None,
+    block_table: Tensor | None,
+    alibi_slopes: Tensor | None,
+    appended: int,
+    scale: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    num_splits: int,
+) -> tuple[Tensor, Tensor]:
+    batch, queries, heads, dim = query.shape
+    cache_rows, slots, kv_heads, value_dim = value_cache.shape
+    if query.is_cpu:
+        places(key_cache, batch, cache_seqlens, cache_leftpad, cache_batch_idx, block_table, appended, False)
+    output = query.new_empty((batch, queries, heads, value_dim))
+    lse = query.new_empty((batch, heads, queries), dtype=torch.float32)
+    if lse.numel() == 0:
+        return output, lse
+    page, capacity, table_row = 0, slots, 0
+    if block_table is not None:
+        block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+        page, capacity, table_row = slots, slots * block_table.shape[1], block_table.stride(0)
+    capacity = min(capacity, MOST_SLOTS)
+    slopes_batch = 0
+    if alibi_slopes is not None:
+        alibi_slopes = alibi_slopes.contiguous()
+        slopes_batch = heads if alibi_slopes.ndim == 2 else 0
+    left = window_left if window_left >= 0 else UNBOUNDED
+    # The last query stands beside the last key: nothing is behind it.
+    right = window_right if window_right >= 0 and queries > 1 else UNBOUNDED
+    left, right = min(left, UNBOUNDED), min(right, UNBOUNDED)
+    plan = _plan(
+        devices.target_of(query.device), query.dtype, batch, queries, heads, kv_heads, dim, value_dim, capacity, page,
+        cache_leftpad is not None, left, right, scale > 0.0 and softcap == 0.0 and alibi_slopes is None, softcap > 0.0,
+        num_splits, env.debugging() and not query.is_cpu,
+    )  # fmt: skip
+    factor, cap = (scale / softcap, softcap * LOG2E) if softcap > 0.0 else (scale * LOG2E, 0.0)
+    seqlens, leftpad, batch_idx = _adjacent(cache_seqlens), _adjacent(cache_leftpad), _adjacent(cache_batch_idx)
+    partial, partial_lse = output, lse
+    if plan.splits > 1:
+        partials = plan.pairs * plan.splits * (queries * (heads // kv_heads))
+        partial = query.new_empty(partials * value_dim, dtype=torch.float32)
+        partial_lse = query.new_empty(partials, dtype=torch.float32)
+    group, splits, pairs = heads // kv_heads, plan.splits, plan.pairs
+    with devices.on(query):
+        KERNELS.attend[pairs, splits, plan.row_tiles](
+            output, lse, partial, partial_lse, query, key_cache, value_cache, seqlens, leftpad, batch_idx,
+            block_table, alibi_slopes, *query.stride()[:3], *key_cache.stride()[:3], *value_cache.stride()[:3],
+            table_row, slopes_batch, batch, queries, group, kv_heads, cache_rows, capacity, appended, left, right,
+            factor, cap, plan.shortest, plan.parts, **plan.attend,
+        )  # fmt: skip
+        if splits > 1:
+            KERNELS.combine[pairs, plan.combine_tiles](
+                output, lse, partial, partial_lse, seqlens, leftpad, batch, queries, group, kv_heads, capacity,
+                appended, left, right, plan.shortest, plan.parts, splits, **plan.combine,
+            )  # fmt: skip
+    return output, lse
+
+
+def append(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache_seqlens: Tensor | None,
+    cache_leftpad: Tensor | None,
+    cache_batch_idx: Tensor | None,
+    block_table: Tensor | None,
+) -> None:
+    """Writes key and value behind the ends of the sequences; on a GPU, what does not fit is left away."""
+    batch, new, kv_heads, dim = key.shape
+    if key.is_cpu:
+        places(key_cache, batch, cache_seqlens, cache_leftpad, cache_batch_idx, block_table, new, True)
+    assert cache_seqlens is not None
+    value_dim = value.shape[3]
+    if key.numel() == 0 or key_cache.numel() == 0:
+        return
+    page, capacity, table_row = 0, key_cache.shape[1], 0
+    if block_table is not None:
+        block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+        page, capacity, table_row = capacity, capacity * block_table.shape[1], block_table.stride(0)
+    options = tuning.options("decode", "append", devices.target_of(key.device), size=max(dim, value_dim))
+    if env.debugging() and not key.is_cpu:
+        options = {**options, "debug": True}
+    blocks = -(-new * kv_heads // options["ROWS"])
+    with devices.on(key):
+        KERNELS.append[(blocks * batch,)](
+            key_cache, value_cache, key, value, cache_seqlens.contiguous(), _adjacent(cache_batch_idx), block_table,
+            *key_cache.stride()[:3], *value_cache.stride()[:3], *key.stride()[:3], *value.stride()[:3], table_row,
+            new, kv_heads, key_cache.shape[0], capacity, blocks, DIM=dim, VALUE_DIM=value_dim, D=_power_of_two(dim),
+            DV=_power_of_two(value_dim), PAGE=page, **options,
+        )  # fmt: skip
+
+
+IMPLEMENTATION = Implementation(supports, forward, None)
