@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastattn.ops.decode.append import append_to_cache
 from fastattn.ops.decode.op import Call, check_dtypes
+from fastattn.ops.decode.places import check_length
 from fastattn.ops.rotary import apply_rotary_emb
 
 
@@ -81,6 +82,7 @@ def flash_attn_with_kvcache(
         raise ValueError("flash_attn_with_kvcache: rotary_cos and rotary_sin need k and v to append")
     if k is not None and cache_seqlens is None:
         raise ValueError("flash_attn_with_kvcache: k and v need cache_seqlens, where they are to be written")
+    length = cache_seqlens if isinstance(cache_seqlens, int) else None
     if isinstance(cache_seqlens, int):
         cache_seqlens = torch.full(q.shape[:1], cache_seqlens, dtype=torch.int64, device=q.device)
     q = _unit_last_stride(q)
@@ -90,9 +92,14 @@ def flash_attn_with_kvcache(
     )  # fmt: skip
     new = 0
     if k is not None:
-        assert v is not None and cache_seqlens is not None
+        assert v is not None
         k, v, new = _unit_last_stride(k), _unit_last_stride(v), k.shape[1]
         _check_new(q, k_cache, v_cache, k, v)
+    if length is not None and q.shape[0] > 0 and not torch.compiler.is_compiling():
+        # What is no tensor can be looked at on every device.
+        check_length(0, length, new, k_cache.shape[1] * (1 if block_table is None else block_table.shape[1]))
+    if k is not None:
+        assert v is not None and cache_seqlens is not None
         if rotary_cos is not None:
             assert rotary_sin is not None
             forward = causal or tuple(window_size) != (-1, -1)

@@ -18,7 +18,7 @@ from fastattn.dispatch import Implementation
 from fastattn.gpu import devices, tuning
 from fastattn.gpu.deferred import Deferred
 from fastattn.ops.decode.op import DecodeProblem
-from fastattn.ops.decode.reference import places
+from fastattn.ops.decode.places import places
 
 KERNELS = Deferred("fastattn.ops.decode.triton_kernels")
 MAX_HEAD_DIM = 512
@@ -67,8 +67,8 @@ class Plan:
 @functools.lru_cache(maxsize=4096)
 def _plan(
     target: devices.Target, dtype: torch.dtype, batch: int, queries: int, heads: int, kv_heads: int, dim: int,
-    value_dim: int, capacity: int, page: int, padded: bool, left: int, right: int, plain: bool, softcap: bool, num_splits: int,
-    debug: bool,
+    value_dim: int, capacity: int, page: int, padded: bool, left: int, right: int, plain: bool, softcap: bool,
+    num_splits: int, debug: bool,
 ) -> Plan:  # fmt: skip
     rows = queries * (heads // kv_heads)
     shortest, parts = SHORTEST_STRETCH * _power_of_two(-(-rows // 16)), MOST_STRETCHES
@@ -85,10 +85,12 @@ def _plan(
     attend = tuning.options("decode", "attend", target, dtype, dim=max(dim, value_dim), size=rows)
     combine = tuning.options("decode", "combine", target, size=rows)
     row_tiles = -(-rows // attend["ROWS"])
+    if page % attend["KEYS"]:  # pages are looked up a stage before the keys are
+        attend = {**attend, "STAGES": 2 * attend["STAGES"] - 1}
     features = {
         "DIM": dim, "VALUE_DIM": value_dim, "D": _columns(dim), "DV": _columns(value_dim), "PAGE": page,
-        "WINDOW": left != UNBOUNDED or right != UNBOUNDED, "PLAIN": plain, "SOFTCAP": softcap, "COMPARE": num_splits > 0,
-        "SPLIT": splits > 1,
+        "WINDOW": left != UNBOUNDED or right != UNBOUNDED, "PLAIN": plain, "SOFTCAP": softcap,
+        "COMPARE": num_splits > 0, "SPLIT": splits > 1,
     }  # fmt: skip
     debugging = {"debug": True} if debug else {}
     return Plan(

@@ -1,9 +1,9 @@
 """Device code of decoding: attention of a tile of query rows over a stretch of the cache, what puts the stretches of a
 sequence together, and what appends to the cache.
 
-A row is a query of one head; those of all heads that share keys are neighbours: row = query * group + head in the group.
-Whatever the tensors of lengths, rows and pages say, memory outside of the cache is not touched: lengths are clamped,
-keys in rows or pages that do not exist are not seen.
+A row is a query of one head; those of all heads that share keys are neighbours: row = query * group + head in the
+group. Whatever the tensors of lengths, rows and pages say, memory outside of the cache is not touched: lengths are
+clamped, keys in rows or pages that do not exist are not seen.
 """
 
 from __future__ import annotations
@@ -111,9 +111,9 @@ def attend(
 ):  # fmt: skip
     """The rows of a tile over one stretch. D, DV: powers of two that hold DIM and VALUE_DIM; PAGE: 0, not paged.
 
-    Powers are of two: scores are factor * Q K^T, with SOFTCAP cap * tanh(factor * Q K^T), factor and cap having
-    log2(e) in them. PLAIN scores, of a positive factor and without anything else, are multiplied by it after the maximum
-    is subtracted, which costs large ones no digits. Fewer than 16 ROWS are multiplied one by one, in float32.
+    Powers are of two: scores are factor * Q K^T, with SOFTCAP cap * tanh(factor * Q K^T), and what is last has log2(e)
+    in it. PLAIN scores, of a positive factor and with nothing else, are multiplied by it after the maximum is
+    subtracted, which costs large ones no digits. Fewer than 16 ROWS are multiplied one by one, in float32.
     """
     FEW: tl.constexpr = ROWS < 16
     b, kv_head = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
@@ -153,7 +153,7 @@ def attend(
         query = tl.load(
             query_ptr + query_at[:, None] + d[None, :], mask=(row < rows)[:, None] & (d < DIM)[None, :], other=0.0
         )
-    slope = 0.0
+    slope = tl.zeros([ROWS], tl.float32)
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + b.to(tl.int64) * slopes_batch + head, mask=row < rows, other=0.0) * LOG2E
 
@@ -229,7 +229,7 @@ def attend(
     column = dv[None, :]
     inside = (row < rows)[:, None] & (column < VALUE_DIM)
     pair = tl.program_id(0).to(tl.int64)
-    if SPLIT:
+    if SPLIT:  # noqa: SIM102 - a constant with `and` is none
         if count > 1:
             at = (pair * tl.num_programs(1) + number) * rows + row
             tl.store(partial_ptr + at[:, None] * VALUE_DIM + column, sums, mask=inside)
@@ -249,7 +249,7 @@ def combine(
 ):  # fmt: skip
     """The rows of a tile: their stretches weighted by exp(lse), SPLITS at a time, in their order."""
     b, kv_head = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
-    begin, end, first, length, count = _stretches(
+    _begin, _end, _first, _length, count = _stretches(
         b, seqlens_ptr, leftpad_ptr, capacity, appended, batch, queries, left, right, shortest, parts, COMPARE
     )
     if count <= 1:  # then whoever attended has finished

@@ -10,7 +10,7 @@ from fastattn.dispatch import Implementation
 from fastattn.gpu import devices, tuning
 from fastattn.gpu.deferred import Deferred
 from fastattn.ops.rotary.op import RotaryProblem
-from fastattn.ops.rotary.reference import positions
+from fastattn.ops.rotary.positions import positions
 
 KERNELS = Deferred("fastattn.ops.rotary.triton_kernels")
 MOST_ROWS = 2**31 - 2**16
