@@ -161,6 +161,16 @@ def _check_values(scale: float, window: tuple[int, int], softcap: float, num_spl
         raise ValueError(f"decode: num_splits must be 0 (automatic) or more, got {num_splits}")
 
 
+def _form(tensor: Tensor) -> Any:
+    """What is checked of a tensor of indices."""
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _strided(tensor: Tensor) -> Any:
+    """What is checked of a tensor whose columns are adjacent."""
+    return tensor.shape, tensor.dtype, tensor.device, tensor.shape[-1:] == (1,) or tensor.stride()[-1:]
+
+
 class Call:
     """A validated call, bound to its backend; `run` may be given keys that were appended meanwhile."""
 
@@ -211,11 +221,14 @@ class Call:
         if torch.compiler.is_compiling():
             self.bound = OP.resolve(problem(), backend)
         else:
-            tensors = (query, *self.caches, *self.indices, alibi_slopes)
-            signature = tuple(
-                None if t is None else (t.shape, t.dtype, t.device, t.shape[-1:] == (1,) or t.stride()[-1:])
-                for t in tensors
-            )
+            signature = (
+                _strided(query), _strided(key_cache), _strided(value_cache),
+                cache_seqlens if cache_seqlens is None else _form(cache_seqlens),
+                cache_leftpad if cache_leftpad is None else _form(cache_leftpad),
+                cache_batch_idx if cache_batch_idx is None else _form(cache_batch_idx),
+                block_table if block_table is None else _form(block_table),
+                alibi_slopes if alibi_slopes is None else _form(alibi_slopes),
+            )  # fmt: skip
             self.bound = OP.resolve_cached(signature, problem, backend)
 
     def run(self, query: Tensor, appended: int = 0) -> tuple[Tensor, Tensor]:

@@ -50,54 +50,54 @@ def supports(problem: DecodeProblem) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """How the work is cut; a matter of the problem only, but for the tiles' sizes."""
+    """How the work is cut, a matter of the problem only, and what the tiles are. partials: floats of all stretches; 0
+    where a sequence cannot have more than one."""
 
+    group: int
     shortest: int
     parts: int
     splits: int
-    pairs: int
-    row_tiles: int
+    partials: int
+    grid: tuple[int, int, int]
     attend: tuning.Options
-    combine_tiles: int
+    combine_grid: tuple[int, int]
     combine: tuning.Options
 
 
 @functools.lru_cache(maxsize=4096)
 def _plan(
     target: devices.Target, dtype: torch.dtype, batch: int, queries: int, heads: int, kv_heads: int, dim: int,
-    value_dim: int, capacity: int, page: int, padded: bool, left: int, right: int, plain: bool, softcap: bool,
-    num_splits: int, debug: bool,
+    value_dim: int, capacity: int, page: int, padded: bool, left: int, right: int, scores: str, num_splits: int,
 ) -> Plan:  # fmt: skip
-    rows = queries * (heads // kv_heads)
-    shortest, parts = SHORTEST_STRETCH * _power_of_two(-(-rows // 16)), MOST_STRETCHES
+    group = heads // kv_heads
+    rows, pairs = queries * group, batch * kv_heads
+    shortest, parts = min(SHORTEST_STRETCH * _power_of_two(-(-rows // 16)), MOST_SLOTS // GRAIN * GRAIN), MOST_STRETCHES
     if num_splits > 0:
         shortest, parts = GRAIN, min(num_splits, MOST_PROGRAMS - 1)
-    shortest = min(shortest, MOST_SLOTS // GRAIN * GRAIN)
-    # Stretches begin at multiples of their length: keys that begin within one touch one more.
-    begins_within = padded or left != UNBOUNDED
     seen = capacity
     if left != UNBOUNDED and right != UNBOUNDED:
         seen = min(capacity, left + right + queries)
-    splits = min(-(-seen // shortest), parts) + begins_within
+    # Stretches begin at multiples of their length: keys that begin within one touch one more.
+    splits = min(-(-seen // shortest), parts) + (padded or left != UNBOUNDED)
     splits = max(min(splits, -(-capacity // shortest)), 1)
-    attend = tuning.options("decode", "attend", target, dtype, dim=max(dim, value_dim), size=rows)
-    combine = tuning.options("decode", "combine", target, size=rows)
-    row_tiles = -(-rows // attend["ROWS"])
+    attend = dict(tuning.options("decode", "attend", target, dtype, dim=max(dim, value_dim), size=rows))
+    combine = dict(tuning.options("decode", "combine", target, dim=value_dim, size=rows))
     if page % attend["KEYS"]:  # pages are looked up a stage before the keys are
-        attend = {**attend, "STAGES": 2 * attend["STAGES"] - 1}
-    features = {
+        attend["STAGES"] = 2 * attend["STAGES"] - 1
+    grid = (pairs, splits, -(-rows // attend["ROWS"]))
+    combine_grid = (pairs, -(-rows // combine["ROWS"]))
+    attend |= {
         "DIM": dim, "VALUE_DIM": value_dim, "D": _columns(dim), "DV": _columns(value_dim), "PAGE": page,
-        "WINDOW": left != UNBOUNDED or right != UNBOUNDED, "PLAIN": plain, "SOFTCAP": softcap,
+        "WINDOW": left != UNBOUNDED or right != UNBOUNDED, "PLAIN": scores == "plain", "SOFTCAP": scores == "capped",
         "COMPARE": num_splits > 0, "SPLIT": splits > 1,
     }  # fmt: skip
-    debugging = {"debug": True} if debug else {}
-    return Plan(
-        shortest, parts, splits, batch * kv_heads, row_tiles, {**features, **attend, **debugging},
-        -(-rows // combine["ROWS"]),
-        {name: features[name] for name in ("VALUE_DIM", "DV", "COMPARE")} | {**combine, **debugging},
-    )  # fmt: skip
+    combine |= {"VALUE_DIM": value_dim, "DV": _columns(value_dim), "COMPARE": num_splits > 0}
+    if env.debugging() and target.name != "interpreter":
+        attend["debug"] = combine["debug"] = True
+    partials = pairs * splits * rows * (value_dim + 1) if splits > 1 else 0
+    return Plan(group, shortest, parts, splits, partials, grid, attend, combine_grid, combine)
 
 
 def _power_of_two(n: int) -> int:
@@ -108,10 +108,6 @@ def _power_of_two(n: int) -> int:
 def _columns(dim: int) -> int:
     """What a matrix product takes at least."""
     return max(_power_of_two(dim), 16)
-
-
-def _adjacent(index: Tensor | None) -> Tensor | None:
-    return None if index is None else index.contiguous()
 
 
 def forward(
@@ -132,49 +128,52 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     batch, queries, heads, dim = query.shape
     cache_rows, slots, kv_heads, value_dim = value_cache.shape
-    if query.is_cpu:
+    target = devices.target_of(query.device)
+    if target.name == "interpreter":
         places(key_cache, batch, cache_seqlens, cache_leftpad, cache_batch_idx, block_table, appended, False)
     output = query.new_empty((batch, queries, heads, value_dim))
     lse = query.new_empty((batch, heads, queries), dtype=torch.float32)
     if lse.numel() == 0:
         return output, lse
-    page, capacity, table_row = 0, slots, 0
+    page, capacity, table_row, slopes_batch = 0, slots, 0, 0
     if block_table is not None:
         block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
-        page, capacity, table_row = slots, slots * block_table.shape[1], block_table.stride(0)
-    capacity = min(capacity, MOST_SLOTS)
-    slopes_batch = 0
+        page, capacity, table_row = slots, min(slots * block_table.shape[1], MOST_SLOTS), block_table.stride(0)
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.contiguous()
         slopes_batch = heads if alibi_slopes.ndim == 2 else 0
-    left = window_left if window_left >= 0 else UNBOUNDED
+    if cache_seqlens is not None:
+        cache_seqlens = cache_seqlens.contiguous()
+    if cache_leftpad is not None:
+        cache_leftpad = cache_leftpad.contiguous()
+    if cache_batch_idx is not None:
+        cache_batch_idx = cache_batch_idx.contiguous()
+    left = window_left if 0 <= window_left < UNBOUNDED else UNBOUNDED
     # The last query stands beside the last key: nothing is behind it.
-    right = window_right if window_right >= 0 and queries > 1 else UNBOUNDED
-    left, right = min(left, UNBOUNDED), min(right, UNBOUNDED)
+    right = window_right if 0 <= window_right < UNBOUNDED and queries > 1 else UNBOUNDED
+    if softcap > 0.0:
+        factor, cap, scores = scale / softcap, softcap * LOG2E, "capped"
+    else:
+        factor, cap = scale * LOG2E, 0.0
+        scores = "plain" if scale > 0.0 and alibi_slopes is None else "scaled"
     plan = _plan(
-        devices.target_of(query.device), query.dtype, batch, queries, heads, kv_heads, dim, value_dim, capacity, page,
-        cache_leftpad is not None, left, right, scale > 0.0 and softcap == 0.0 and alibi_slopes is None, softcap > 0.0,
-        num_splits, env.debugging() and not query.is_cpu,
+        target, query.dtype, batch, queries, heads, kv_heads, dim, value_dim, capacity, page,
+        cache_leftpad is not None, left, right, scores, num_splits,
     )  # fmt: skip
-    factor, cap = (scale / softcap, softcap * LOG2E) if softcap > 0.0 else (scale * LOG2E, 0.0)
-    seqlens, leftpad, batch_idx = _adjacent(cache_seqlens), _adjacent(cache_leftpad), _adjacent(cache_batch_idx)
-    partial, partial_lse = output, lse
-    if plan.splits > 1:
-        partials = plan.pairs * plan.splits * (queries * (heads // kv_heads))
-        partial = query.new_empty(partials * value_dim, dtype=torch.float32)
-        partial_lse = query.new_empty(partials, dtype=torch.float32)
-    group, splits, pairs = heads // kv_heads, plan.splits, plan.pairs
+    partial = output
+    if plan.partials:
+        partial = query.new_empty(plan.partials, dtype=torch.float32)
     with devices.on(query):
-        KERNELS.attend[pairs, splits, plan.row_tiles](
-            output, lse, partial, partial_lse, query, key_cache, value_cache, seqlens, leftpad, batch_idx,
+        KERNELS.attend[plan.grid](
+            output, lse, partial, query, key_cache, value_cache, cache_seqlens, cache_leftpad, cache_batch_idx,
             block_table, alibi_slopes, *query.stride()[:3], *key_cache.stride()[:3], *value_cache.stride()[:3],
-            table_row, slopes_batch, batch, queries, group, kv_heads, cache_rows, capacity, appended, left, right,
+            table_row, slopes_batch, batch, queries, plan.group, kv_heads, cache_rows, capacity, appended, left, right,
             factor, cap, plan.shortest, plan.parts, **plan.attend,
         )  # fmt: skip
-        if splits > 1:
-            KERNELS.combine[pairs, plan.combine_tiles](
-                output, lse, partial, partial_lse, seqlens, leftpad, batch, queries, group, kv_heads, capacity,
-                appended, left, right, plan.shortest, plan.parts, splits, **plan.combine,
+        if plan.partials:
+            KERNELS.combine[plan.combine_grid](
+                output, lse, partial, cache_seqlens, cache_leftpad, batch, queries, plan.group, kv_heads, capacity,
+                appended, left, right, plan.shortest, plan.parts, plan.splits, **plan.combine,
             )  # fmt: skip
     return output, lse
 
@@ -191,7 +190,8 @@ def append(
 ) -> None:
     """Writes key and value behind the ends of the sequences; on a GPU, what does not fit is left away."""
     batch, new, kv_heads, dim = key.shape
-    if key.is_cpu:
+    target = devices.target_of(key.device)
+    if target.name == "interpreter":
         places(key_cache, batch, cache_seqlens, cache_leftpad, cache_batch_idx, block_table, new, True)
     assert cache_seqlens is not None
     value_dim = value.shape[3]
@@ -201,13 +201,14 @@ def append(
     if block_table is not None:
         block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
         page, capacity, table_row = capacity, capacity * block_table.shape[1], block_table.stride(0)
-    options = tuning.options("decode", "append", devices.target_of(key.device), size=max(dim, value_dim))
-    if env.debugging() and not key.is_cpu:
+    options = tuning.options("decode", "append", target, size=max(dim, value_dim))
+    if env.debugging() and target.name != "interpreter":
         options = {**options, "debug": True}
     blocks = -(-new * kv_heads // options["ROWS"])
     with devices.on(key):
         KERNELS.append[(blocks * batch,)](
-            key_cache, value_cache, key, value, cache_seqlens.contiguous(), _adjacent(cache_batch_idx), block_table,
+            key_cache, value_cache, key, value, cache_seqlens.contiguous(),
+            None if cache_batch_idx is None else cache_batch_idx.contiguous(), block_table,
             *key_cache.stride()[:3], *value_cache.stride()[:3], *key.stride()[:3], *value.stride()[:3], table_row,
             new, kv_heads, key_cache.shape[0], capacity, blocks, DIM=dim, VALUE_DIM=value_dim, D=_power_of_two(dim),
             DV=_power_of_two(value_dim), PAGE=page, **options,

@@ -92,6 +92,12 @@ def _row(b, batch_idx_ptr, cache_rows):
 
 
 @triton.jit
+def _lse_of(partial_ptr, rows, splits, VALUE_DIM: tl.constexpr):
+    """Where the partial lse are: behind the partial sums of all (sequence, kv head), stretches and rows."""
+    return partial_ptr + tl.num_programs(0).to(tl.int64) * splits * rows * VALUE_DIM
+
+
+@triton.jit
 def _row_of_query(query_ptr, b, row, rows, query_batch, query_row, query_head, kv_head, group, d, DIM: tl.constexpr):
     """One row of query, float32, from the first cache but for its first time."""
     at = b.to(tl.int64) * query_batch + (row // group).to(tl.int64) * query_row
@@ -101,8 +107,8 @@ def _row_of_query(query_ptr, b, row, rows, query_batch, query_row, query_head, k
 
 @triton.jit(do_not_specialize=["batch", "capacity", "appended", "left", "right", "shortest", "parts", "cache_rows"])
 def attend(
-    output_ptr, lse_ptr, partial_ptr, partial_lse_ptr, query_ptr, key_ptr, value_ptr, seqlens_ptr, leftpad_ptr,
-    batch_idx_ptr, table_ptr, slopes_ptr, query_batch, query_row, query_head, key_row, key_slot, key_head, value_row,
+    output_ptr, lse_ptr, partial_ptr, query_ptr, key_ptr, value_ptr, seqlens_ptr, leftpad_ptr, batch_idx_ptr,
+    table_ptr, slopes_ptr, query_batch, query_row, query_head, key_row, key_slot, key_head, value_row,
     value_slot, value_head, table_row, slopes_batch, batch, queries, group, kv_heads, cache_rows, capacity, appended,
     left, right, factor, cap, shortest, parts,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
@@ -233,7 +239,7 @@ def attend(
         if count > 1:
             at = (pair * tl.num_programs(1) + number) * rows + row
             tl.store(partial_ptr + at[:, None] * VALUE_DIM + column, sums, mask=inside)
-            tl.store(partial_lse_ptr + at, lse, mask=row < rows)
+            tl.store(_lse_of(partial_ptr, rows, tl.num_programs(1), VALUE_DIM) + at, lse, mask=row < rows)
             return
     heads = kv_heads * group
     at = (b.to(tl.int64) * queries + i) * heads + head
@@ -243,7 +249,7 @@ def attend(
 
 @triton.jit(do_not_specialize=["batch", "capacity", "appended", "left", "right", "shortest", "parts", "splits"])
 def combine(
-    output_ptr, lse_ptr, partial_ptr, partial_lse_ptr, seqlens_ptr, leftpad_ptr, batch, queries, group, kv_heads,
+    output_ptr, lse_ptr, partial_ptr, seqlens_ptr, leftpad_ptr, batch, queries, group, kv_heads,
     capacity, appended, left, right, shortest, parts, splits,
     VALUE_DIM: tl.constexpr, DV: tl.constexpr, COMPARE: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -259,6 +265,7 @@ def combine(
     column = tl.arange(0, DV)
     inside = (row < rows)[:, None] & (column < VALUE_DIM)[None, :]
     first_at = tl.program_id(0).to(tl.int64) * splits * rows
+    partial_lse_ptr = _lse_of(partial_ptr, rows, splits, VALUE_DIM)
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, DV], tl.float32)

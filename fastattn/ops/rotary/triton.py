@@ -27,7 +27,8 @@ def supports(problem: RotaryProblem) -> str | None:
 def _launch(output: Tensor, x: Tensor, cos: Tensor, sin: Tensor, offsets: Tensor | None, cu_seqlens: Tensor | None,
             offset: int, interleaved: bool, sign: float) -> None:  # fmt: skip
     """Rotates x into output, which may be x itself."""
-    if x.is_cpu:  # interpreted: values are looked at, as on the cpu backend; a GPU is not waited for
+    target = devices.target_of(x.device)
+    if target.name == "interpreter":  # values are looked at, as on the cpu backend; a GPU is not waited for
         positions(x, cos.shape[0], offsets, cu_seqlens, offset)
     if x.numel() == 0:
         return
@@ -43,10 +44,9 @@ def _launch(output: Tensor, x: Tensor, cos: Tensor, sin: Tensor, offsets: Tensor
         offsets = offsets.contiguous() if offsets.numel() else None
     half = cos.shape[1]
     rest = 0 if output is x else dim - 2 * half
-    target = devices.target_of(x.device)
     options = tuning.options("rotary", "rotate", target, size=dim)
     blocks = -(-length * heads // options["ROWS"])
-    if env.debugging() and not x.is_cpu:
+    if env.debugging() and target.name != "interpreter":
         options = {**options, "debug": True}
     with devices.on(x):
         KERNELS.rotate[(blocks * batch,)](
