@@ -69,7 +69,8 @@ def flash_attn_with_kvcache(
 
     Raises:
         ValueError: shapes, dtypes, strides or options that do not fit. RuntimeError: an index outside of the cache,
-        keys that do not fit, a page or row that two sequences would write. The caches are unchanged then.
+        keys that do not fit, a page or row that two sequences would write. The caches are unchanged then. Tensors on
+        a GPU are not looked at for that: docs/inference.md.
 
     Unlike flash-attention: a query that sees no key has lse -inf (there +inf); k and v must not write to one place
     twice; cache_leftpad works with pages.

@@ -48,7 +48,7 @@ def append_to_cache(
     """Writes key and value (B, new, Hkv, ...) to slots cache_seqlens, cache_seqlens + 1, ... of every sequence.
 
     RuntimeError when indices reach outside of the cache, sequences would write to the same place, or one has no room;
-    nothing is written then.
+    nothing is written then. On a GPU nobody waits to look: what reaches outside of the cache is not written.
     """
     overload = getattr(torch.ops.fastattn.cache_append, backend)
     overload(key_cache, value_cache, key, value, cache_seqlens, cache_leftpad, cache_batch_idx, block_table)

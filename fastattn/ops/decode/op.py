@@ -305,7 +305,8 @@ def decode_attention(
 
     Raises:
         ValueError: shapes, dtypes, strides or options that do not fit. RuntimeError: an index or a length that reaches
-        outside of the cache, by name and value. BackendUnsupported: see fastattn.dispatch.
+        outside of the cache, by name and value; not on a GPU (docs/inference.md). BackendUnsupported: see
+        fastattn.dispatch.
     """
     plain = None
     if (

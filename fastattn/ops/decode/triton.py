@@ -22,7 +22,8 @@ from fastattn.ops.decode.places import places
 
 KERNELS = Deferred("fastattn.ops.decode.triton_kernels")
 MAX_HEAD_DIM = 512
-MOST_ROWS = 2**20
+#: Of query, that share keys: tiles of 8 are a grid's second axis.
+MOST_ROWS = 8 * 65535
 #: Slots are counted in 31 bits, those of the last tile included.
 MOST_SLOTS = 2**31 - 2**16
 LOG2E = math.log2(math.e)
@@ -135,7 +136,7 @@ def forward(
     lse = query.new_empty((batch, heads, queries), dtype=torch.float32)
     if lse.numel() == 0:
         return output, lse
-    page, capacity, table_row, slopes_batch = 0, slots, 0, 0
+    page, capacity, table_row, slopes_batch = 0, min(slots, MOST_SLOTS), 0, 0
     if block_table is not None:
         block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
         page, capacity, table_row = slots, min(slots * block_table.shape[1], MOST_SLOTS), block_table.stride(0)

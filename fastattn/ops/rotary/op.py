@@ -133,7 +133,8 @@ def apply_rotary_emb(
 
     Returns: contiguous, the shape and dtype of x; arithmetic is float32 (float64 for float64).
     Raises: ValueError for shapes, dtypes or strides that do not fit; RuntimeError for positions that cos and sin do
-        not have and cu_seqlens that are not ascending from 0 to total.
+        not have and cu_seqlens that are not ascending from 0 to total (not on a GPU, where the nearest position that
+        they have is taken).
     """
     offset = 0 if isinstance(seqlen_offsets, Tensor) else int(seqlen_offsets)
     offsets = seqlen_offsets if isinstance(seqlen_offsets, Tensor) else None
