@@ -10,7 +10,7 @@ from fastattn.numerics import accumulation_dtype
 from fastattn.ops.cross_entropy.op import out_of_range
 
 
-def _check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
+def check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
     """Index targets are checked where that costs no synchronisation: on CPU tensors that hold values."""
     if target.device.type != "cpu" or target.is_floating_point() or torch._C._functorch.is_batchedtensor(target):
         return
@@ -62,7 +62,7 @@ def forward(
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, lse, total): per row or reduced loss, log-sum-exp of each row, the divisor of the mean."""
-    _check_targets(target, input.shape[1], ignore_index)
+    check_targets(target, input.shape[1], ignore_index)
     x = _logits(input, softcap)
     lse = torch.logsumexp(x, dim=1) if x.shape[1] else x.new_full(x.shape[:1], -torch.inf)
     a, divisor = _coefficients(input, target, weight, ignore_index, label_smoothing)

@@ -11,7 +11,7 @@ from fastattn.numerics import accumulation_dtype
 from fastattn.ops.linear_cross_entropy.op import out_of_range
 
 
-def _check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
+def check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
     """Index targets are checked where that costs no synchronisation: on CPU tensors that hold values."""
     if target.device.type != "cpu" or target.is_floating_point() or torch._C._functorch.is_batchedtensor(target):
         return
@@ -78,7 +78,7 @@ def forward(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, lse, gradients of a reduced loss that were asked for)."""
-    _check_targets(target, weight.shape[0], ignore_index)
+    check_targets(target, weight.shape[0], ignore_index)
     logits = _logits(input, weight, bias)
     lse = torch.logsumexp(logits, 1) if logits.shape[1] else logits.new_full(logits.shape[:1], -torch.inf)
     a, total = _coefficients(weight.shape[0], logits.dtype, target, class_weight, ignore_index, label_smoothing)
