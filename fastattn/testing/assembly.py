@@ -233,12 +233,12 @@ def spills_allowed(target: str, dim: int) -> bool:
     return dim > (256 if target in ("sm_80", "sm_90", "sm_100") else 128)
 
 
-def narrow_accesses(seen: Facts) -> list[str]:
-    """What is wrong where tensors are aligned and most bytes are not moved 16 at a time."""
+def narrow_accesses(seen: Facts) -> list[tuple[str, str]]:
+    """("loads" or "stores", what is wrong): where tensors are aligned and most bytes are not moved 16 at a time."""
     wrong = []
     for what, counts in (("loads", seen.loads), ("stores", seen.stores)):
         wide = sum(int(width) * n for width, n in counts.items() if int(width) >= 16)
         narrow = sum(int(width) * n for width, n in counts.items() if int(width) < 16)
         if narrow > wide:
-            wrong.append(f"{what} of aligned tensors are narrow: {counts}")
+            wrong.append((what, f"{what} of aligned tensors are narrow: {counts}"))
     return wrong

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import multiprocessing
 import sys
 import time
@@ -35,17 +36,20 @@ MOST = 400
 Row = dict[str, Any]
 Key = tuple[str, str, str]
 
-#: Kernels whose accesses are narrow by nature.
-NARROW: dict[str, str] = {}
+#: Accesses that are narrow by nature: a program of these stores one row's share of a small result.
+NARROW = {("column_kernels/column_sums", "stores"), ("decode/combine", "stores")}
 
 
 @dataclass(frozen=True)
 class Job:
-    """A launch to compile. aligned: its problem wants 16-byte accesses. dim: the problem's largest head dim, or 0."""
+    """A launch to compile. aligned: its problem wants 16-byte accesses. dim: the problem's largest head dim, or 0.
+    suite: of the problem. entries: of the tuning tables, by identity, that it uses."""
 
     launch: Launch
     aligned: bool
     dim: int
+    suite: str = ""
+    entries: frozenset[int] = frozenset()
 
     @property
     def key(self) -> Key:
@@ -57,35 +61,36 @@ class Job:
 
 @dataclass
 class Recorded:
-    """What the problems launch, which entries of the tuning tables they picked, by identity, and what raised."""
+    """What the problems launch, and what raised."""
 
     jobs: dict[Launch, Job] = field(default_factory=dict)
-    picked: set[int] = field(default_factory=set)
     raised: list[str] = field(default_factory=list)
 
 
-def record(chosen: Iterable[Problem], targets: Iterable[str], *, quick: bool = False) -> Recorded:
-    """Runs the problems' host code for the targets and keeps the launches that are worth compiling.
+def record(chosen: Iterable[Problem], *, quick: bool = False, most: int = MOST) -> Recorded:
+    """Runs the problems' host code for all targets and keeps the launches that are worth compiling.
 
-    On a problem's own targets these are all that no other one has (`_Seen`); on others those of problems that pick an
-    entry which that target's table has for itself.
+    First come, on a problem's own targets, those that have what no other one has (`_Seen`); then, as long as there are
+    no more than `most`, those that use an entry which a target's tuning table has for itself, the largest tiles first:
+    where registers are short.
     """
     found = Recorded()
+    extra: list[tuple[float, Job]] = []
     look_up = tuning.options
-    picked: set[int] = set()
+    picked: dict[int, tuning.Options] = {}
     sizes: set[str] = set()
 
     def observed(*args: Any, **named: Any) -> tuning.Options:
         options = look_up(*args, **named)
-        picked.add(id(options))
+        picked[id(options)] = options
         sizes.update(options)
         return options
 
     chosen = list(chosen)
     tuning.options = observed  # type: ignore[assignment]
     try:
-        for target in targets:
-            seen, own = _Seen(target, sizes), _own_entries(target)
+        for target in EVERY:
+            seen, own = _Seen(sizes, everything=target in ONE), _own_entries(target)
             with recording(target) as launches:
                 for problem in chosen:
                     wanted = target in (problem.quick if quick else problem.targets)
@@ -99,19 +104,28 @@ def record(chosen: Iterable[Problem], targets: Iterable[str], *, quick: bool = F
                     except Exception as error:  # whatever host code raises is the finding
                         found.raised.append(f"{problem.title} on {target}: {type(error).__name__}: {error}")
                         continue
-                    fresh = bool((picked if target in ONE else picked & own) - found.picked)
-                    if wanted or fresh:
-                        new = seen.new(
-                            list(launches)[before:],
-                            sizes=fresh or problem.aligned,
-                            features=wanted and target in ONE,
-                            together=problem.features,
-                        )
-                        found.jobs |= {launch: Job(launch, problem.aligned, dim) for launch in new}
-                        found.picked |= picked
+                    for launch in list(launches)[before:]:
+                        used = {name: entry for name, entry in picked.items() if launch.uses(entry)}
+                        job = Job(launch, problem.aligned, dim, problem.suite.name, frozenset(used))
+                        if wanted and seen.is_new(launch, problem):
+                            found.jobs[launch] = job
+                        elif used.keys() & own or (used and target in ONE):
+                            extra.append((max(_elements(entry) for entry in used.values()), job))
     finally:
         tuning.options = look_up
+    covered = {(job.launch.types, entry) for job in found.jobs.values() for entry in job.entries}
+    for _, job in sorted(extra, key=lambda pair: -pair[0]):
+        uses = {(job.launch.types, entry) for entry in job.entries}
+        if not quick and not uses <= covered and len(found.jobs) < most:
+            covered |= uses
+            found.jobs.setdefault(job.launch, job)
     return found
+
+
+def _elements(options: tuning.Options) -> float:
+    """Of a tile, for every warp."""
+    sizes = [value for name, value in options.items() if name.isupper() and not isinstance(value, bool)]
+    return math.prod(sizes) / options.get("num_warps", 4)
 
 
 def _own_entries(target: str) -> set[int]:
@@ -125,39 +139,39 @@ def _own_entries(target: str) -> set[int]:
 
 
 class _Seen:
-    """What has been chosen for a target. sizes: names of constants that tuning tables decide."""
+    """What has been chosen for a target. sizes: names of constants that tuning tables decide. everything: features and
+    alignment are compiled for this target."""
 
-    def __init__(self, target: str, sizes: set[str]) -> None:
-        self._alignments = target in ONE
+    def __init__(self, sizes: set[str], *, everything: bool) -> None:
+        self._everything = everything
         self._sizes = sizes
         self._seen: set[Any] = set()
 
-    def new(self, launches: list[Launch], *, sizes: bool, features: bool, together: bool) -> list[Launch]:
-        """Of launches those that have types or tile sizes that none before had (sizes), or ask for features that none
-        before did (features), or for features of these tile sizes (together); and where alignment counts, the first of
-        every kernel that knows nothing of its arguments."""
-        chosen = []
-        for launch in launches:
-            tiles, asks = launch.tiles(self._sizes), launch.asks(self._sizes)
-            both = (launch.kernel, launch.target, launch.features, launch.options, tiles)
-            alignment = (launch.kernel, "not by 16: " in launch.variant)
-            wishes = [(sizes, tiles), (features, asks), (together, both), (self._alignments, alignment)]
-            if any(wish and mark not in self._seen for wish, mark in wishes):
-                chosen.append(launch)
-                self._seen |= {tiles, asks, both, alignment}
-        return chosen
+    def is_new(self, launch: Launch, problem: Problem) -> bool:
+        """Whether it has what none before had: types; a feature, or an argument of unknown alignment, where everything
+        is compiled; all features and tile sizes together, where the problem asks for that."""
+        features = launch.asks(self._sizes) | {(launch.kernel, "not by 16: " in launch.variant)}
+        together = (launch.kernel, launch.signature, launch.features, launch.options)
+        marks = {launch.types}
+        marks |= features if self._everything else set()
+        marks |= {together} if problem.features else set()
+        new = not marks <= self._seen
+        if new:
+            self._seen |= {*features, launch.types, together}
+        return new
 
 
-def never_picked(recorded: Recorded, ops: Iterable[str]) -> list[str]:
-    """Entries of the tuning tables for GPUs that no problem picked."""
-    lines = []
-    for op in ops:
-        for kernel, targets in tuning.table(op).items():
-            for target, entries in targets.items():
-                for entry in entries:
-                    if target != "interpreter" and id(entry["options"]) not in recorded.picked:
-                        lines.append(f"{op}/{kernel} on {target}: {json.dumps(entry)}")
-    return lines
+def never_used(recorded: Recorded) -> list[str]:
+    """Entries of the tuning tables for GPUs that nothing compiled uses."""
+    used = {entry for job in recorded.jobs.values() for entry in job.entries}
+    return [
+        f"{path.parent.name}/{kernel} on {target}: {json.dumps(entry)}"
+        for path in sorted(tuning.OPS.glob("*/tuning.json"))
+        for kernel, targets in tuning.table(path.parent.name).items()
+        for target, entries in targets.items()
+        for entry in entries
+        if target != "interpreter" and id(entry["options"]) not in used
+    ]
 
 
 def examine(job: Job) -> tuple[Row, list[str]]:
@@ -170,8 +184,8 @@ def examine(job: Job) -> tuple[Row, list[str]]:
         wrong = assembly.complaints(job.launch, job.dim, kernel, seen)
     except Exception as error:  # whatever a compiler raises is the finding
         return row, [f"does not compile: {type(error).__name__}: {str(error).strip()[:1000]}"]
-    if job.aligned and job.launch.aligned and job.launch.name not in NARROW:
-        wrong += assembly.narrow_accesses(seen)
+    if job.aligned and job.launch.aligned:
+        wrong += [what for kind, what in assembly.narrow_accesses(seen) if (job.launch.name, kind) not in NARROW]
     return {**row, **seen.row()}, wrong
 
 
@@ -280,10 +294,12 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     began = time.monotonic()
 
-    implemented = [p for p in problems() if _implemented(p)]
-    chosen = [p for p in implemented if not options.op or p.suite.name in options.op]
-    recorded = record(chosen, options.target or EVERY, quick=options.quick)
-    jobs = list(recorded.jobs.values())
+    recorded = record((p for p in problems() if "triton" in op_of(p.suite).bound), quick=options.quick)
+    jobs = [
+        job
+        for job in recorded.jobs.values()
+        if (not options.op or job.suite in options.op) and (not options.target or job.launch.target in options.target)
+    ]
     for line in recorded.raised:
         print(f"wrong: {line}")
     print(f"{len(jobs)} kernels, recorded in {time.monotonic() - began:.0f} s", flush=True)
@@ -294,8 +310,10 @@ def main(argv: list[str] | None = None) -> int:
     if len(jobs) > MOST:
         print(f"more than {MOST}: choose fewer problems in fastattn/testing/problems.py")
         return 1
-    if not jobs:
-        print("nothing to compile: that is no success")
+    for line in [] if options.quick else never_used(recorded):
+        print(f"not compiled, smaller tiles than what is: {line}")
+    if not jobs or len({job.key for job in jobs}) < len(jobs):
+        print("two launches have one name in the table" if jobs else "nothing to compile: that is no success")
         return 1
 
     document = read(options.table)
@@ -311,10 +329,6 @@ def main(argv: list[str] | None = None) -> int:
     recorded_keys = {job.key for job in jobs}
     gone = [row for row in document["rows"] if full and key_of(row) not in recorded_keys]
     verdict.differences += [f"{row['kernel']} on {row['target']} ({row['variant']}): gone" for row in gone]
-    if full:
-        ops = {p.suite.function.__module__.split(".")[-2] for p in implemented}
-        verdict.failures += [f"no problem picks {line}" for line in never_picked(recorded, sorted(ops))]
-
     for title, lines in (("unlike the table", verdict.differences), ("wrong", verdict.failures)):
         shown = lines if title == "wrong" or not (options.update or options.quick) else lines[:5]
         for line in shown:
@@ -339,10 +353,6 @@ def _replaced(row: Row, options: argparse.Namespace, keys: set[Key]) -> bool:
         return key_of(row) in keys
     ours = not options.op or row["problem"].split(",")[0] in options.op
     return ours and (not options.target or row["target"] in options.target)
-
-
-def _implemented(problem: Problem) -> bool:
-    return "triton" in op_of(problem.suite).bound
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,17 +47,25 @@ class Launch:
         *_, room, leaf = module.split(".")
         return f"{leaf if room == 'gpu' else room}/{name}"
 
-    def tiles(self, sizes: Collection[str]) -> tuple[Any, ...]:
-        """What launches have in common that differ in no more than features and alignment: types, and the constants
-        that are named in `sizes`."""
-        types = frozenset(kind for _, kind in self.signature if str(kind).startswith(("*bf", "*fp")))
-        chosen = tuple((path, value) for path, value in self.constants if self._name(path) in sizes)
-        return self.kernel, self.target, types, chosen, self.options
+    @property
+    def types(self) -> tuple[Any, ...]:
+        """The kernel and the kinds of floating numbers that it reads and writes."""
+        kinds = frozenset(kind for _, kind in self.signature if str(kind).startswith(("*bf", "*fp")))
+        return self.kernel, self.target, kinds
 
-    def asks(self, sizes: Collection[str]) -> tuple[Any, ...]:
-        """What launches have in common that differ in no more than types, tile sizes and alignment."""
-        chosen = tuple((path, value) for path, value in self.features if self._name(path) not in sizes)
-        return self.kernel, self.target, chosen
+    def uses(self, options: Mapping[str, Any]) -> bool:
+        """Whether these are its tile sizes, warps and stages."""
+        values = {self._name(path): value for path, value in self.constants} | dict(self.options)
+        return all(values.get(name) == value for name, value in options.items())
+
+    def asks(self, sizes: Collection[str]) -> set[Any]:
+        """Every feature that it is compiled with or without; tile sizes are none."""
+        features = {(path, value) for path, value in self.features if self._name(path) not in sizes}
+        present = {(path, "given") for path in self._optional() - {path for path, _ in features}}
+        return {(self.kernel, self.target, *feature) for feature in features | present}
+
+    def _optional(self) -> set[tuple[int, ...]]:
+        return {(place,) for place, (_, kind) in enumerate(self.signature) if str(kind).startswith("*")}
 
     def _name(self, path: tuple[int, ...]) -> str:
         return self.signature[path[0]][0]

@@ -1,0 +1,101 @@
+"""The ahead-of-time gate: its verdicts, its table, its workers; and its quick subset, run."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fastattn import env
+from fastattn.gpu import devices
+from fastattn.testing import compiled
+from fastattn.testing.compiled import Job, changes, compile_all, judge, read, write
+from fastattn.testing.recorded import Launch
+
+ROW = {
+    "kernel": "op/kernel", "target": "sm_90", "variant": " |  | ", "problem": "op, case, bfloat16", "registers": 32,
+    "spills": 0, "matrix": {"HGMMA": 2},
+}  # fmt: skip
+
+
+def job(kernel="fastattn.ops.op.triton_kernels:kernel", target="sm_90", dim=64):
+    return Job(Launch(kernel, target, (), (), (), (), "op, case, bfloat16"), aligned=False, dim=dim)
+
+
+def test_a_row_like_the_tables_is_right():
+    verdict = judge([(job(), ROW, [])], [ROW], same_compiler=True)
+    assert not verdict.failures and not verdict.differences
+
+
+def test_a_broken_law_fails_whatever_the_table_says():
+    verdict = judge([(job(), ROW, ["7 spills"])], [ROW], same_compiler=False)
+    (failure,) = verdict.failures
+    assert failure.startswith("op/kernel on sm_90 (op, case, bfloat16;") and failure.endswith("7 spills")
+
+
+def test_spills_may_not_grow_and_may_shrink():
+    verdict = judge([(job(), {**ROW, "spills": 9}, [])], [{**ROW, "spills": 8}], same_compiler=True)
+    assert "spills grew from 8 to 9" in verdict.failures[0]
+    verdict = judge([(job(), {**ROW, "spills": 7}, [])], [{**ROW, "spills": 8}], same_compiler=True)
+    assert not verdict.failures and "spills 8 -> 7" in verdict.differences[0]
+
+
+def test_another_compiler_is_held_to_the_laws_alone():
+    verdict = judge([(job(), {**ROW, "registers": 99}, [])], [ROW], same_compiler=False)
+    assert not verdict.failures and not verdict.differences
+
+
+def test_what_is_not_in_the_table_is_a_difference():
+    verdict = judge([(job(), ROW, [])], [], same_compiler=True)
+    assert verdict.differences[0].endswith("not in the table")
+
+
+def test_changes_are_named():
+    assert changes(ROW, {**ROW, "registers": 40, "problem": "another"}) == ["registers 32 -> 40"]
+
+
+def test_the_table_has_a_line_for_every_row_in_order(tmp_path):
+    rows = [{**ROW, "kernel": name} for name in ("b", "a")]
+    write(tmp_path / "t.json", {"triton": "3.7.1", "rows": rows})
+    assert read(tmp_path / "t.json") == {"triton": "3.7.1", "rows": rows[::-1]}
+    assert sum('"kernel"' in line for line in (tmp_path / "t.json").read_text().splitlines()) == 2
+
+
+needs_triton = pytest.mark.skipif(
+    env.interpreting() or devices.triton_reason() is not None, reason="needs Triton's compiler"
+)
+
+
+@needs_triton
+def test_a_compiler_that_dies_takes_nothing_with_it(tmp_path, monkeypatch):
+    (tmp_path / "room").mkdir()
+    (tmp_path / "room" / "dies.py").write_text("import os\nos._exit(3)\n")
+    (tmp_path / "room" / "lacks.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    jobs = [job(f"room.{name}:kernel", target) for name, target in
+            (("lacks", "sm_80"), ("dies", "sm_120"), ("lacks", "sm_90"), ("lacks", "sm_100"))]  # fmt: skip
+    found = {one.key: wrong for one, _, wrong in compile_all(jobs, 2)}
+    assert len(found) == 4
+    for one in jobs:
+        (wrong,) = found[one.key]
+        assert (
+            wrong == "the compiler died" if "dies" in one.launch.kernel else wrong.startswith("does not compile: Att")
+        )
+
+
+@needs_triton
+@pytest.mark.timeout(900)
+def test_quick_subset():
+    """One problem of every op, for the main targets."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "fastattn.testing.compiled", "--quick"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+
+
+@needs_triton
+def test_the_committed_table_is_one():
+    document = json.loads(compiled.TABLE.read_text())
+    assert document["triton"] and len({compiled.key_of(row) for row in document["rows"]}) == len(document["rows"])
