@@ -7,7 +7,9 @@ import torch
 
 import fastattn
 from fastattn import env
+from fastattn.bench.launch_cost import launching_nothing
 from fastattn.flash_attn import flash_attn_with_kvcache
+from fastattn.gpu import devices
 from fastattn.ops.decode.append import append_to_cache
 from fastattn.testing.opcheck import available_backends
 
@@ -43,6 +45,16 @@ def test_any_number_of_splits_is_the_same_result(backend):
     for splits in (0, 1, 3, 100, 2**31):
         found = fastattn.decode_attention(q, k, v, lengths, cache_leftpad=leftpad, num_splits=splits, backend=backend)
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 1e-38, -1e-38])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_any_scale(backend, scale):
+    q, k, v = draw((2, 2, 2, 16), (2, 40, 1, 16), (2, 40, 1, 16))
+    call = {"cache_seqlens": torch.tensor([33, 7]), "causal": True, "scale": scale, "return_lse": True}
+    found = fastattn.decode_attention(q, k, v, **call, backend=backend)
+    for ours, expected in zip(found, fastattn.decode_attention(q, k, v, **call, backend="reference"), strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 def cache_of(kind, rows, slots, heads, dim, dtype):
@@ -164,3 +176,40 @@ def test_an_overflowing_cache_keeps_what_is_behind_its_end(monkeypatch):
     append_to_cache(*caches, new, new, torch.tensor([9, 10]), None, None, None, backend="triton")
     for cache in caches:
         assert cache[0, 9].eq(1).all() and cache[0, :9].eq(0).all() and cache[1].eq(0).all()
+
+
+class Unseen(torch.Tensor):
+    """A tensor that nobody may look into: on a GPU that would be to wait for it."""
+
+    LOOKS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__index__", "__float__", "__iter__")
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        assert getattr(function, "__name__", "") not in cls.LOOKS, function
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.skipif(env.interpreting() or devices.triton_reason() is not None, reason="needs Triton's launcher")
+def test_nothing_is_looked_at_before_a_launch():
+    def unseen(values, dtype=torch.int32):
+        return torch.tensor(values, dtype=dtype).as_subclass(Unseen)
+
+    with pytest.raises(AssertionError):
+        unseen([1]).tolist()
+    q, k, v = draw((2, 1, 4, 16), (2, 1, 2, 16), (2, 1, 2, 16))
+    cos, sin = draw((40, 8), (40, 8))
+    plain, pages = draw((3, 32, 2, 16), (9, 8, 2, 16))
+    with launching_nothing() as count, torch.no_grad():
+        for cache, places in (
+            (plain, {"cache_batch_idx": unseen([2, 0])}),
+            (pages, {"block_table": unseen([[0, 1, 2, 3], [7, 6, 5, 4]])}),
+        ):
+            flash_attn_with_kvcache(
+                q, cache, cache.clone(), k, v, cos, sin, cache_seqlens=unseen([3, 17]), cache_leftpad=unseen([0, 1]),
+                causal=True, backend="triton", **places,
+            )  # fmt: skip
+        x = torch.randn(7, 2, 16)
+        fastattn.apply_rotary_emb(
+            x, cos, sin, cu_seqlens=unseen([0, 3, 7]), seqlen_offsets=unseen([5, 0]), inplace=True, backend="triton"
+        )
+    assert count[0] == 2 * 4 + 1  # rotary of k and q, append, attend: of 32 slots there is nothing to combine

@@ -156,7 +156,7 @@ def forward(
         factor, cap, scores = scale / softcap, softcap * LOG2E, "capped"
     else:
         factor, cap = scale * LOG2E, 0.0
-        scores = "plain" if scale > 0.0 and alibi_slopes is None else "scaled"
+        scores = "plain" if 1e-30 < scale < 1e30 and alibi_slopes is None else "scaled"
     plan = _plan(
         target, query.dtype, batch, queries, heads, kv_heads, dim, value_dim, capacity, page,
         cache_leftpad is not None, left, right, scores, num_splits,

@@ -230,8 +230,8 @@ def attend(
 
     if PLAIN:
         maximum = maximum * factor
-    sums = sums / tl.where(total > 0.0, total, 1.0)[:, None]
-    lse = tl.where(total > 0.0, maximum + tl.log2(total), float("-inf"))
+    sums = sums / tl.where(total == 0.0, 1.0, total)[:, None]
+    lse = tl.where(total == 0.0, float("-inf"), maximum + tl.log2(total))
     column = dv[None, :]
     inside = (row < rows)[:, None] & (column < VALUE_DIM)
     pair = tl.program_id(0).to(tl.int64)
@@ -286,8 +286,8 @@ def combine(
         total = total * rescale + tl.sum(weights, 0)
         sums = sums * rescale[:, None] + tl.sum(weights[:, :, None] * partial, 0)
         maximum = highest
-    sums = sums / tl.where(total > 0.0, total, 1.0)[:, None]
-    lse = tl.where(total > 0.0, maximum + tl.log2(total), float("-inf"))
+    sums = sums / tl.where(total == 0.0, 1.0, total)[:, None]
+    lse = tl.where(total == 0.0, float("-inf"), maximum + tl.log2(total))
     heads = kv_heads * group
     i, head = row // group, kv_head * group + row % group
     at = (b.to(tl.int64) * queries + i) * heads + head
