@@ -384,8 +384,12 @@ class Op:
         raise BackendUnsupported(self._complaint(problem, forced))
 
     def preference(self, problem: Problem) -> preference.Preference | None:
-        """What is faster here, as measured before; None for ops that have no preferences, and off the CPU."""
-        if self.preference_class is None or problem.device != "cpu" or backends.probe("cpu") is not None:
+        """What is faster here, as measured before; None for ops that have no preferences, and off CPUs and GPUs."""
+        if self.preference_class is None:
+            return None
+        if problem.device == "cuda":
+            return preference.preferred_on_gpus()
+        if problem.device != "cpu" or backends.probe("cpu") is not None:
             return None
         return preference.preferred(self.name, self.preference_class(problem))
 

@@ -2,7 +2,8 @@
 
 An op that has preferences sorts its problems into classes (`Op(preference_class=...)`); for a class there is an entry
 in the file that `fastattn tune` wrote on this machine, or else in TABLE, which is part of the library. Where there is
-neither, torch's own kernels are preferred: an op never makes an unknown machine slower.
+neither, torch's own kernels are preferred: an op never makes an unknown machine slower. On GPUs they are preferred
+always: the vendor's library of products is what a portable kernel would have to beat.
 
 The file is FASTATTN_TUNE_FILE, or fastattn/tune.json in $XDG_CACHE_HOME (~/.cache). It may hold the measurements of
 several machines; those of others are left alone. A file that cannot be read is an error if FASTATTN_TUNE_FILE names it,
@@ -91,8 +92,14 @@ def preferred(op: str, problem_class: str) -> Preference:
     return Preference("reference", f"no entry for {name}, {problem_class}", "`fastattn tune` measures it")
 
 
+def preferred_on_gpus() -> Preference:
+    """The preference for every problem of an op that has preferences; torch.compile takes it for a constant."""
+    return Preference("reference", "on GPUs", "torch's products are the vendor's own (cuBLAS, rocBLAS)")
+
+
 # What torch.compiler.assume_constant_result does, but that imports the compiler.
 preferred._dynamo_marked_constant = True  # type: ignore[attr-defined]
+preferred_on_gpus._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _times(entry: dict[str, Any]) -> str:

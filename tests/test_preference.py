@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,6 +56,13 @@ def test_the_table_decides(monkeypatch):
     assert told.backend == "cpu" and str(told).endswith(f"{cpu_isa()}, float32: it is faster)")
     assert explain(fastattn.linear, X, W, backend="reference").preference is None
     assert explain(fastattn.softmax, X, -1).preference is None
+
+
+def test_on_gpus_the_vendors_products_are_preferred():
+    problem = replace(explain(fastattn.linear, X, W).problem, device="cuda")
+    assert str(OP.preference(problem)).startswith("preferred: reference (on GPUs: torch's products")
+    assert OP.resolve(problem).backend == "reference"
+    assert OP.preference(replace(problem, device="meta")) is None
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
