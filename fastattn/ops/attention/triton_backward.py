@@ -1,0 +1,592 @@
+"""Device code of attention's backward. Probabilities are recomputed from lse (Dao et al. 2022, appendix B.4):
+
+    P = exp(S - lse), dV = P^T dO, dP = dO V^T, dS = P * (dP - delta), dQ = scale * dS K, dK = scale * dS^T Q
+
+with delta = rowsum(dO * O) - grad_lse. Queries and keys have a kernel each: what is summed stays in the registers of
+one program, in one order, so that the same call gives the same bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastattn.gpu.functions import LOG2E, tanh
+from fastattn.ops.attention.triton_scores import (
+    ALIBI,
+    DOCUMENTS,
+    DROPOUT,
+    FOLDED,
+    GRAD_LSE,
+    LEAST,
+    MASKS,
+    MOST,
+    PACKED,
+    REST,
+    SINKS,
+    SOFTCAP,
+    TESTED,
+    any_visible,
+    is_live,
+    kept,
+    key_blocks,
+    live_blocks,
+    mask_tile,
+    natural_scores,
+    nth_block,
+    packed_other,
+    packed_tile,
+    prefix_of,
+    put_tile,
+    query_blocks,
+    task,
+    tile_at,
+    used_keys,
+    visible,
+    wide,
+)
+
+#: Numbers that do not decide how a kernel is compiled.
+PLAIN = (
+    "scale", "softcap", "kept_scale", "threshold", "queries", "keys", "shift", "left", "right", "heads", "grouped",
+    "lanes", "group", "blocks", "sequences", "key_tiles", "query_tiles", "lse_batch", "lse_head", "rows", "batches",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def delta(
+    delta_ptr, sink_parts_ptr, grad_ptr, output_ptr, lse_ptr, grad_lse_ptr, sinks_ptr,
+    grad_batch, grad_head, grad_row, output_batch, output_head, output_row, lse_batch, lse_head,
+    rows, heads, blocks,
+    FEATURES: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """rowsum(dO * O) - grad_lse, and this block's part of the sink's gradient: -sum of its probability * delta."""
+    block = tl.program_id(0) % blocks
+    lane = tl.program_id(0) // blocks
+    head = wide(lane % heads)
+    batch = wide(lane // heads)
+    first_row = block * ROWS
+    local = tl.arange(0, ROWS)
+    grad_ptr += batch * grad_batch + head * grad_head + wide(first_row) * grad_row
+    output_ptr += batch * output_batch + head * output_head + wide(first_row) * output_row
+    limit = rows - first_row
+    grad = tile_at(grad_ptr, grad_row, local, limit, VALUE_DIM, BLOCK_VALUE)
+    output = tile_at(output_ptr, output_row, local, limit, VALUE_DIM, BLOCK_VALUE)
+    if grad.dtype == tl.float32:
+        # The diagonal of a product is summed as dP is: where they cancel, as in a row of one key, they do so wholly.
+        products = tl.dot(grad, tl.trans(output), input_precision="ieee")
+        found = tl.sum(tl.where(local[:, None] == local[None, :], products, 0.0), 1)
+    else:
+        found = tl.sum(grad.to(tl.float32) * output.to(tl.float32), 1)
+    place = batch * lse_batch + head * lse_head + first_row + local
+    there = local < limit
+    if GRAD_LSE & FEATURES:
+        found -= tl.load(grad_lse_ptr + place, mask=there, other=0.0)
+    tl.store(delta_ptr + place, found, mask=there)
+    if SINKS & FEATURES:
+        lse = tl.load(lse_ptr + place, mask=there, other=float("-inf"))
+        sink = tl.load(sinks_ptr + head).to(tl.float32)
+        weights = tl.where(lse == float("-inf"), 0.0, tl.exp2((sink - lse) * LOG2E))
+        tl.store(sink_parts_ptr + lane * blocks + block, -tl.sum(weights * found, 0))
+
+
+@triton.jit
+def _weights(
+    products, lse, rest, row, column, queries, keys, shift, left, right, prefix, query_id, key_id, mask, slope, scale,
+    softcap,
+    edge, FEATURES: tl.constexpr,
+):  # fmt: skip
+    """The probabilities again. lse: natural, or times log2 e (FOLDED); +inf for rows without any.
+
+    rest: one over the sum of a row's probabilities as lse makes them (REST).
+    """
+    if FOLDED & FEATURES:
+        exponent = products * (scale * LOG2E) - lse
+    else:
+        scores = natural_scores(products, row, column, shift, slope, scale, softcap, mask, FEATURES)
+        exponent = (scores - lse) * LOG2E
+    if edge:
+        seen = visible(row, column, queries, keys, shift, left, right, prefix, query_id, key_id, mask, FEATURES)
+        exponent = tl.where(seen, exponent, float("-inf"))
+    weights = tl.exp2(exponent)
+    if REST & FEATURES:
+        weights *= rest
+    return weights
+
+
+@triton.jit
+def _uncapped(grad_scores, products, scale, softcap, FEATURES: tl.constexpr):
+    """Through softcap's derivative."""
+    if SOFTCAP & FEATURES:
+        capped = tanh(products * scale / softcap)
+        return grad_scores * (1.0 - capped * capped)
+    else:
+        return grad_scores
+
+
+@triton.jit
+def _statistics(lse_ptr, delta_ptr, rest_ptr, local, limit, FEATURES: tl.constexpr):
+    """(lse, rest, delta) of rows; lse is +inf where there is no row and where a row sees nothing."""
+    there = local < limit
+    lse = tl.load(lse_ptr + local, mask=there, other=float("inf"))
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    if FOLDED & FEATURES:
+        lse *= LOG2E
+    rest = 0.0
+    if REST & FEATURES:
+        rest = tl.load(rest_ptr + local, mask=there, other=0.0)
+    return lse, rest, tl.load(delta_ptr + local, mask=there, other=0.0)
+
+
+@triton.jit
+def _query_step(
+    grad_query, total, query, grad, lse, delta_of_rows, key_ptr, key_row, value_ptr, value_row, block, edge, row,
+    first_row, queries, keys, shift, left, right, prefix, query_id, key_ids_ptr, mask, slope, philox_ptr, lane, scale,
+    softcap, kept_scale, threshold,
+    FEATURES: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One block of keys. total: the sum of a row's probabilities as lse makes them (REST)."""
+    local = tl.arange(0, COLUMNS)
+    start = block * COLUMNS
+    column = (start + local)[None, :]
+    key = tile_at(key_ptr + wide(start) * key_row, key_row, local, keys - start, DIM, BLOCK_DIM)
+    value = tile_at(value_ptr + wide(start) * value_row, value_row, local, keys - start, VALUE_DIM, BLOCK_VALUE)
+    key_id = 0
+    if DOCUMENTS & FEATURES:
+        key_id = tl.load(key_ids_ptr + start + local, mask=start + local < keys, other=0)[None, :]
+    products = tl.dot(query, tl.trans(key), input_precision="ieee")
+    weights = _weights(
+        products, lse[:, None], 1.0, row, column, queries, keys, shift, left, right, prefix, query_id, key_id, mask,
+        slope, scale, softcap, edge, FEATURES,
+    )  # fmt: skip
+    grad_weights = tl.dot(grad, tl.trans(value), input_precision="ieee")
+    if DROPOUT & FEATURES:
+        keep = kept(philox_ptr, lane, first_row, start, threshold, ROWS, COLUMNS)
+        grad_weights = tl.where(keep, grad_weights * kept_scale, 0.0)
+    if REST & FEATURES:
+        total += tl.sum(weights, 1)
+    grad_scores = weights * (grad_weights - delta_of_rows[:, None])
+    grad_scores = _uncapped(grad_scores, products, scale, softcap, FEATURES)
+    grad_query = tl.dot(grad_scores.to(key.dtype), key, grad_query, input_precision="ieee")
+    return grad_query, total
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def backward_query(
+    grad_query_ptr, rest_ptr, grad_ptr, query_ptr, key_ptr, value_ptr, lse_ptr, delta_ptr,
+    result_batch, result_head, result_row, grad_batch, grad_head, grad_row, query_batch, query_head, query_row,
+    key_batch, key_head, key_row, value_batch, value_head, value_row, lse_batch, lse_head,
+    mask_ptr, mask_batch, mask_head, mask_row, mask_column,
+    philox_ptr, sinks_ptr, slopes_ptr, slopes_batch,
+    query_ids_ptr, query_ids_batch, key_ids_ptr, key_ids_batch, key_ranges_ptr, key_ranges_batch,
+    prefix_ptr, prefix_batch, cu_queries_ptr, cu_keys_ptr, used_ptr,
+    scale, softcap, kept_scale, threshold,
+    queries, keys, shift, left, right, heads, grouped, lanes, group, blocks, key_tiles, sequences,
+    FEATURES: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A block of queries of one head."""
+    block, lane = task(blocks, lanes, group)
+    block = blocks - 1 - block
+    head = lane % heads
+    batch = lane // heads
+    if PACKED & FEATURES:
+        number, query_start, queries, first_row = packed_tile(cu_queries_ptr, block, sequences, queries, ROWS)
+        if first_row >= queries:
+            return
+        first_key, room = packed_other(cu_keys_ptr, number, sequences, keys)
+        keys = used_keys(used_ptr, number, sequences, room)
+        shift = keys - queries
+        lane = (number - 1) * heads + head
+        batch = tl.maximum(number - 1, 0)
+        query_ptr += wide(query_start) * query_row
+        grad_ptr += wide(query_start) * grad_row
+        grad_query_ptr += wide(query_start) * result_row
+        key_ptr += wide(first_key) * key_row
+        value_ptr += wide(first_key) * value_row
+        lse_ptr += query_start
+        delta_ptr += query_start
+        base = tl.full((), 0, tl.int64)
+    else:
+        first_row = block * ROWS
+        base = wide(batch)
+    kv_head = wide(head // grouped)
+    query_ptr += base * query_batch + wide(head) * query_head + wide(first_row) * query_row
+    grad_ptr += base * grad_batch + wide(head) * grad_head + wide(first_row) * grad_row
+    grad_query_ptr += base * result_batch + wide(head) * result_head + wide(first_row) * result_row
+    key_ptr += base * key_batch + kv_head * key_head
+    value_ptr += base * value_batch + kv_head * value_head
+    statistics = base * lse_batch + wide(head) * lse_head + first_row
+
+    local = tl.arange(0, ROWS)
+    limit = queries - first_row
+    row = (first_row + local)[:, None]
+    there = local < limit
+    last_row = tl.minimum(first_row + ROWS, queries) - 1
+    query = tile_at(query_ptr, query_row, local, limit, DIM, BLOCK_DIM)
+    grad = tile_at(grad_ptr, grad_row, local, limit, VALUE_DIM, BLOCK_VALUE)
+    there_lse = tl.load(lse_ptr + statistics + local, mask=there, other=float("inf"))
+    lse = tl.where(there_lse == float("-inf"), float("inf"), there_lse)
+    if FOLDED & FEATURES:
+        lse *= LOG2E
+    delta_of_rows = tl.load(delta_ptr + statistics + local, mask=there, other=0.0)
+    prefix = prefix_of(prefix_ptr, prefix_batch, batch, keys, FEATURES)
+    slope = 0.0
+    if ALIBI & FEATURES:
+        slope = tl.load(slopes_ptr + batch * slopes_batch + head).to(tl.float32)
+    low = 0
+    high = tl.cdiv(keys, COLUMNS)
+    query_id = 0
+    least = 0
+    most = 0
+    if DOCUMENTS & FEATURES:
+        ids = tl.load(query_ids_ptr + base * query_ids_batch + first_row + local, mask=there, other=0)
+        query_id = ids[:, None]
+        least = tl.min(tl.where(there, ids.to(tl.int64), MOST), 0)
+        most = tl.max(tl.where(there, ids.to(tl.int64), LEAST), 0)
+        key_ids_ptr += base * key_ids_batch
+        key_ranges_ptr += base * key_ranges_batch
+        low, high = live_blocks(key_ranges_ptr, key_tiles, least, most)
+    if MASKS & FEATURES:
+        mask_ptr += base * mask_batch + wide(head) * mask_head
+    begin, end, ahead, after, whole, whole_end = key_blocks(
+        first_row, last_row, keys, shift, left, right, prefix, low, high, FEATURES, COLUMNS
+    )
+
+    grad_query = tl.zeros((ROWS, BLOCK_DIM), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    for t in range(begin, end):
+        this = nth_block(t, ahead, after, FEATURES)
+        if TESTED & FEATURES:
+            live = True
+            mask = 0
+            if MASKS & FEATURES:
+                column = (this * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+                mask = mask_tile(mask_ptr, mask_row, mask_column, row, column, queries, keys)
+                live = any_visible(mask)
+            if DOCUMENTS & FEATURES:
+                live = is_live(key_ranges_ptr, key_tiles, this, least, most) & live
+            if live:
+                grad_query, total = _query_step(
+                    grad_query, total, query, grad, lse, delta_of_rows, key_ptr, key_row, value_ptr, value_row, this,
+                    True, row, first_row, queries, keys, shift, left, right, prefix, query_id, key_ids_ptr, mask, slope,
+                    philox_ptr, lane, scale, softcap, kept_scale, threshold,
+                    FEATURES, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, ROWS, COLUMNS,
+                )  # fmt: skip
+        else:
+            edge = (this < whole) | (this >= whole_end)
+            grad_query, total = _query_step(
+                grad_query, total, query, grad, lse, delta_of_rows, key_ptr, key_row, value_ptr, value_row, this,
+                edge, row, first_row, queries, keys, shift, left, right, prefix, query_id, key_ids_ptr, 0, slope,
+                philox_ptr, lane, scale, softcap, kept_scale, threshold,
+                FEATURES, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, ROWS, COLUMNS,
+            )  # fmt: skip
+
+    if REST & FEATURES:
+        if SINKS & FEATURES:
+            sink = tl.load(sinks_ptr + head).to(tl.float32)
+            total += tl.exp2((sink - lse) * LOG2E)
+        total = tl.where(total == 0.0, 1.0, total)
+        tl.store(rest_ptr + statistics + local, 1.0 / total, mask=there)
+        grad_query = grad_query / total[:, None]
+    put_tile(grad_query_ptr, result_row, local, limit, grad_query * scale, DIM, BLOCK_DIM)
+
+
+@triton.jit
+def _key_step(
+    grad_key, grad_value, key, value, query_ptr, query_row, grad_ptr, grad_row, lse_ptr, delta_ptr, rest_ptr, block,
+    edge, column, first_key, queries, keys, shift, left, right, prefix, key_id, query_ids_ptr, mask, slope, philox_ptr,
+    lane, scale, softcap, kept_scale, threshold,
+    FEATURES: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One block of queries, in tiles with a row per key."""
+    local = tl.arange(0, ROWS)
+    start = block * ROWS
+    limit = queries - start
+    row = (start + local)[None, :]
+    query = tile_at(query_ptr + wide(start) * query_row, query_row, local, limit, DIM, BLOCK_DIM)
+    lse, rest, delta_of_rows = _statistics(
+        lse_ptr + start, delta_ptr + start, rest_ptr if rest_ptr is None else rest_ptr + start, local, limit, FEATURES
+    )
+    query_id = 0
+    if DOCUMENTS & FEATURES:
+        query_id = tl.load(query_ids_ptr + start + local, mask=local < limit, other=0)[None, :]
+    products = tl.dot(key, tl.trans(query), input_precision="ieee")
+    if REST & FEATURES:
+        rest = rest[None, :]
+    weights = _weights(
+        products, lse[None, :], rest, row, column, queries, keys, shift, left, right, prefix, query_id, key_id, mask,
+        slope, scale, softcap, edge, FEATURES,
+    )  # fmt: skip
+    grad = tile_at(grad_ptr + wide(start) * grad_row, grad_row, local, limit, VALUE_DIM, BLOCK_VALUE)
+    grad_weights = tl.dot(value, tl.trans(grad), input_precision="ieee")
+    dropped = weights
+    if DROPOUT & FEATURES:
+        keep = tl.trans(kept(philox_ptr, lane, start, first_key, threshold, ROWS, COLUMNS))
+        dropped = tl.where(keep, weights * kept_scale, 0.0)
+        grad_weights = tl.where(keep, grad_weights * kept_scale, 0.0)
+    grad_value = tl.dot(dropped.to(grad.dtype), grad, grad_value, input_precision="ieee")
+    grad_scores = weights * (grad_weights - delta_of_rows[None, :])
+    grad_scores = _uncapped(grad_scores, products, scale, softcap, FEATURES)
+    grad_key = tl.dot(grad_scores.to(query.dtype), query, grad_key, input_precision="ieee")
+    return grad_key, grad_value
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def backward_mask(
+    result_ptr, grad_ptr, query_ptr, key_ptr, value_ptr, lse_ptr, delta_ptr, rest_ptr,
+    grad_batch, grad_head, grad_row, query_batch, query_head, query_row,
+    key_batch, key_head, key_row, value_batch, value_head, value_row, lse_batch, lse_head,
+    mask_ptr, mask_batch, mask_head, mask_row, mask_column,
+    philox_ptr, slopes_ptr, slopes_batch, query_ids_ptr, query_ids_batch, key_ids_ptr, key_ids_batch,
+    prefix_ptr, prefix_batch,
+    scale, softcap, kept_scale, threshold,
+    queries, keys, shift, left, right, heads, grouped, batches, mask_batches, mask_heads, mask_rows, mask_columns,
+    splits,
+    FEATURES: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A tile of an additive mask: dS summed over all batch elements, heads, queries and keys that it was broadcast to.
+
+    Of these a program takes one of `splits` equal shares; result: (splits, *mask).
+    """
+    place = tl.program_id(0)
+    split = place % splits
+    place = place // splits
+    tiles_down = tl.cdiv(queries, ROWS)
+    tiles_across = tl.cdiv(keys, COLUMNS)
+    if SUM_COLUMNS:
+        first_column = 0
+        across = tiles_across
+    else:
+        first_column = place % tiles_across
+        place = place // tiles_across
+        across = 1
+    if SUM_ROWS:
+        first_tile = 0
+        down = tiles_down
+    else:
+        first_tile = place % tiles_down
+        place = place // tiles_down
+        down = 1
+    mask_head_index = place % mask_heads
+    mask_batch_index = place // mask_heads
+    each_head = tl.where(mask_heads == 1, heads, 1)
+    each_batch = tl.where(mask_batches == 1, batches, 1)
+    steps = down * across * each_head * each_batch
+    share = tl.cdiv(steps, splits)
+    local_row = tl.arange(0, ROWS)
+    local_column = tl.arange(0, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for step in range(split * share, tl.minimum(steps, split * share + share)):
+        first_row = (first_tile + step % down) * ROWS
+        rest_of_step = step // down
+        first_key = (first_column + rest_of_step % across) * COLUMNS
+        rest_of_step = rest_of_step // across
+        head = mask_head_index + rest_of_step % each_head
+        batch = mask_batch_index + rest_of_step // each_head
+        base = wide(batch)
+        row = (first_row + local_row)[:, None]
+        column = (first_key + local_column)[None, :]
+        mask = mask_tile(
+            mask_ptr + base * mask_batch + wide(head) * mask_head, mask_row, mask_column, row, column, queries, keys
+        )
+        prefix = prefix_of(prefix_ptr, prefix_batch, batch, keys, FEATURES)
+        query_id = 0
+        key_id = 0
+        if DOCUMENTS & FEATURES:
+            query_id = tl.load(
+                query_ids_ptr + base * query_ids_batch + first_row + local_row,
+                mask=first_row + local_row < queries, other=0,
+            )[:, None]  # fmt: skip
+            key_id = tl.load(
+                key_ids_ptr + base * key_ids_batch + first_key + local_column,
+                mask=first_key + local_column < keys, other=0,
+            )[None, :]  # fmt: skip
+        seen = visible(row, column, queries, keys, shift, left, right, prefix, query_id, key_id, mask, FEATURES)
+        seen = seen & (mask != float("-inf"))
+        if tl.max(seen.to(tl.int32)) > 0:
+            kv_head = wide(head // grouped)
+            wide_head = wide(head)
+            query = tile_at(
+                query_ptr + base * query_batch + wide_head * query_head + wide(first_row) * query_row,
+                query_row, local_row, queries - first_row, DIM, BLOCK_DIM,
+            )  # fmt: skip
+            key = tile_at(
+                key_ptr + base * key_batch + kv_head * key_head + wide(first_key) * key_row,
+                key_row, local_column, keys - first_key, DIM, BLOCK_DIM,
+            )  # fmt: skip
+            products = tl.dot(query, tl.trans(key), input_precision="ieee")
+            slope = 0.0
+            if ALIBI & FEATURES:
+                slope = tl.load(slopes_ptr + batch * slopes_batch + head).to(tl.float32)
+            statistics = base * lse_batch + wide_head * lse_head + first_row
+            lse, rest, delta_of_rows = _statistics(
+                lse_ptr + statistics, delta_ptr + statistics, rest_ptr + statistics, local_row, queries - first_row,
+                FEATURES,
+            )  # fmt: skip
+            weights = _weights(
+                products, lse[:, None], rest[:, None], row, column, queries, keys, shift, left, right, prefix, query_id,
+                key_id, mask, slope, scale, softcap, True, FEATURES,
+            )  # fmt: skip
+            value = tile_at(
+                value_ptr + base * value_batch + kv_head * value_head + wide(first_key) * value_row,
+                value_row, local_column, keys - first_key, VALUE_DIM, BLOCK_VALUE,
+            )  # fmt: skip
+            grad = tile_at(
+                grad_ptr + base * grad_batch + wide_head * grad_head + wide(first_row) * grad_row,
+                grad_row, local_row, queries - first_row, VALUE_DIM, BLOCK_VALUE,
+            )  # fmt: skip
+            grad_weights = tl.dot(grad, tl.trans(value), input_precision="ieee")
+            if DROPOUT & FEATURES:
+                lane = batch * heads + head
+                keep = kept(philox_ptr, lane, first_row, first_key, threshold, ROWS, COLUMNS)
+                grad_weights = tl.where(keep, grad_weights * kept_scale, 0.0)
+            total += weights * (grad_weights - delta_of_rows[:, None])
+
+    result_ptr += wide(split * mask_batches + mask_batch_index) * mask_heads * mask_rows * mask_columns
+    result_ptr += wide(mask_head_index) * mask_rows * mask_columns
+    if SUM_ROWS:
+        total = tl.sum(total, 0)[None, :]
+        row = tl.zeros((1, 1), tl.int32)
+    else:
+        row = (first_tile * ROWS + local_row)[:, None]
+    if SUM_COLUMNS:
+        total = tl.sum(total, 1)[:, None]
+        column = tl.zeros((1, 1), tl.int32)
+    else:
+        column = (first_column * COLUMNS + local_column)[None, :]
+    inside = (row < mask_rows) & (column < mask_columns)
+    tl.store(result_ptr + row.to(tl.int64) * mask_columns + column, total.to(result_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def backward_key(
+    grad_key_ptr, grad_value_ptr, grad_ptr, query_ptr, key_ptr, value_ptr, lse_ptr, delta_ptr, rest_ptr,
+    key_result_batch, key_result_head, key_result_row, value_result_batch, value_result_head, value_result_row,
+    grad_batch, grad_head, grad_row, query_batch, query_head, query_row,
+    key_batch, key_head, key_row, value_batch, value_head, value_row, lse_batch, lse_head,
+    mask_ptr, mask_batch, mask_head, mask_row, mask_column,
+    philox_ptr, slopes_ptr, slopes_batch,
+    query_ids_ptr, query_ids_batch, key_ids_ptr, key_ids_batch, query_ranges_ptr, query_ranges_batch,
+    prefix_ptr, prefix_batch, cu_queries_ptr, cu_keys_ptr, used_ptr,
+    scale, softcap, kept_scale, threshold,
+    queries, keys, shift, left, right, heads, grouped, lanes, group, blocks, query_tiles, sequences,
+    FEATURES: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A block of keys of one head of keys: the gradients of all query heads that share it are summed here."""
+    block, lane = task(blocks, lanes, group)
+    kv_heads = heads // grouped
+    kv_head = lane % kv_heads
+    batch = lane // kv_heads
+    number = batch + 1
+    if PACKED & FEATURES:
+        number, key_start, room, first_key = packed_tile(cu_keys_ptr, block, sequences, keys, COLUMNS)
+        if first_key >= room:
+            return
+        query_start, queries = packed_other(cu_queries_ptr, number, sequences, queries)
+        keys = used_keys(used_ptr, number, sequences, room)
+        shift = keys - queries
+        batch = tl.maximum(number - 1, 0)
+        query_ptr += wide(query_start) * query_row
+        grad_ptr += wide(query_start) * grad_row
+        key_ptr += wide(key_start) * key_row
+        value_ptr += wide(key_start) * value_row
+        grad_key_ptr += wide(key_start) * key_result_row
+        grad_value_ptr += wide(key_start) * value_result_row
+        lse_ptr += query_start
+        delta_ptr += query_start
+        base = tl.full((), 0, tl.int64)
+    else:
+        first_key = block * COLUMNS
+        room = keys
+        base = wide(batch)
+    key_ptr += base * key_batch + wide(kv_head) * key_head + wide(first_key) * key_row
+    value_ptr += base * value_batch + wide(kv_head) * value_head + wide(first_key) * value_row
+    grad_key_ptr += base * key_result_batch + wide(kv_head) * key_result_head + wide(first_key) * key_result_row
+    grad_value_ptr += base * value_result_batch + wide(kv_head) * value_result_head + wide(first_key) * value_result_row
+    query_ptr += base * query_batch
+    grad_ptr += base * grad_batch
+    lse_ptr += base * lse_batch
+    delta_ptr += base * lse_batch
+    if REST & FEATURES:
+        rest_ptr += base * lse_batch
+
+    local = tl.arange(0, COLUMNS)
+    limit = keys - first_key
+    column = (first_key + local)[:, None]
+    there = local < limit
+    last_key = tl.minimum(first_key + COLUMNS, keys) - 1
+    key = tile_at(key_ptr, key_row, local, limit, DIM, BLOCK_DIM)
+    value = tile_at(value_ptr, value_row, local, limit, VALUE_DIM, BLOCK_VALUE)
+    prefix = prefix_of(prefix_ptr, prefix_batch, batch, keys, FEATURES)
+    low = 0
+    high = tl.cdiv(queries, ROWS)
+    key_id = 0
+    least = 0
+    most = 0
+    if DOCUMENTS & FEATURES:
+        ids = tl.load(key_ids_ptr + base * key_ids_batch + first_key + local, mask=there, other=0)
+        key_id = ids[:, None]
+        least = tl.min(tl.where(there, ids.to(tl.int64), MOST), 0)
+        most = tl.max(tl.where(there, ids.to(tl.int64), LEAST), 0)
+        query_ids_ptr += base * query_ids_batch
+        query_ranges_ptr += base * query_ranges_batch
+        low, high = live_blocks(query_ranges_ptr, query_tiles, least, most)
+    begin, end, whole, whole_end = query_blocks(
+        first_key, last_key, queries, shift, left, right, prefix, low, high, FEATURES, ROWS
+    )
+    if PACKED & FEATURES:
+        end = tl.where(limit > 0, end, begin)  # keys that are not used meet no query
+
+    grad_key = tl.zeros((COLUMNS, BLOCK_DIM), tl.float32)
+    grad_value = tl.zeros((COLUMNS, BLOCK_VALUE), tl.float32)
+    for member in range(0, grouped):
+        head = wide(kv_head * grouped + member)
+        lane = (number - 1) * heads + kv_head * grouped + member
+        head_query_ptr = query_ptr + head * query_head
+        head_grad_ptr = grad_ptr + head * grad_head
+        head_lse_ptr = lse_ptr + head * lse_head
+        head_delta_ptr = delta_ptr + head * lse_head
+        head_rest_ptr = rest_ptr
+        if REST & FEATURES:
+            head_rest_ptr = rest_ptr + head * lse_head
+        slope = 0.0
+        if ALIBI & FEATURES:
+            slope = tl.load(slopes_ptr + batch * slopes_batch + head).to(tl.float32)
+        for this in range(begin, end):
+            if TESTED & FEATURES:
+                live = True
+                mask = 0
+                if MASKS & FEATURES:
+                    row = (this * ROWS + tl.arange(0, ROWS))[None, :]
+                    head_mask_ptr = mask_ptr + base * mask_batch + head * mask_head
+                    mask = mask_tile(head_mask_ptr, mask_row, mask_column, row, column, queries, keys)
+                    live = any_visible(mask)
+                if DOCUMENTS & FEATURES:
+                    live = is_live(query_ranges_ptr, query_tiles, this, least, most) & live
+                if live:
+                    grad_key, grad_value = _key_step(
+                        grad_key, grad_value, key, value, head_query_ptr, query_row, head_grad_ptr, grad_row,
+                        head_lse_ptr, head_delta_ptr, head_rest_ptr, this, True, column, first_key, queries, keys,
+                        shift, left, right, prefix, key_id, query_ids_ptr, mask, slope, philox_ptr, lane, scale, softcap,
+                        kept_scale, threshold, FEATURES, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, ROWS, COLUMNS,
+                    )  # fmt: skip
+            else:
+                edge = (this < whole) | (this >= whole_end)
+                grad_key, grad_value = _key_step(
+                    grad_key, grad_value, key, value, head_query_ptr, query_row, head_grad_ptr, grad_row,
+                    head_lse_ptr, head_delta_ptr, head_rest_ptr, this, edge, column, first_key, queries, keys, shift,
+                    left, right, prefix, key_id, query_ids_ptr, 0, slope, philox_ptr, lane, scale, softcap,
+                    kept_scale, threshold, FEATURES, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, ROWS, COLUMNS,
+                )  # fmt: skip
+
+    if PACKED & FEATURES:
+        grad_key = tl.where(there[:, None], grad_key, 0.0)
+        grad_value = tl.where(there[:, None], grad_value, 0.0)
+    put_tile(grad_key_ptr, key_result_row, local, room - first_key, grad_key * scale, DIM, BLOCK_DIM)
+    put_tile(grad_value_ptr, value_result_row, local, room - first_key, grad_value, VALUE_DIM, BLOCK_VALUE)

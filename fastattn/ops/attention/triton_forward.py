@@ -1,0 +1,225 @@
+"""Device code of attention's forward: a program for a block of queries of one head, online softmax over blocks of keys.
+
+Milakov and Gimelshein 2018; Dao et al. 2022. Keys that no query of the block sees are not visited; blocks that all
+queries see whole are in a loop of their own, without a mask.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastattn.gpu.functions import LN2, LOG2E
+from fastattn.ops.attention.triton_scores import (
+    ALIBI,
+    DEBUG,
+    DOCUMENTS,
+    DROPOUT,
+    FOLDED,
+    LEAST,
+    MASKS,
+    MOST,
+    PACKED,
+    SINKS,
+    TESTED,
+    any_visible,
+    is_live,
+    kept,
+    key_blocks,
+    live_blocks,
+    mask_tile,
+    natural_scores,
+    nth_block,
+    packed_other,
+    packed_tile,
+    prefix_of,
+    put_tile,
+    task,
+    tile_at,
+    used_keys,
+    visible,
+    wide,
+)
+
+#: Numbers that do not decide how a kernel is compiled.
+PLAIN = (
+    "scale", "softcap", "kept_scale", "threshold", "queries", "keys", "shift", "left", "right", "heads", "grouped",
+    "lanes", "group", "blocks", "sequences", "key_tiles", "query_tiles", "lse_batch", "lse_head",
+)  # fmt: skip
+
+
+@triton.jit
+def _step(
+    largest, total, output, query, key_ptr, key_row, value_ptr, value_row, block, edge, row, first_row, queries, keys,
+    shift, left, right, prefix, query_id, key_ids_ptr, mask, slope, philox_ptr, lane, scale, softcap, threshold,
+    FEATURES: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One block of keys. largest: the greatest score so far, times the unit of exponents."""
+    local = tl.arange(0, COLUMNS)
+    start = block * COLUMNS
+    key = tile_at(key_ptr + wide(start) * key_row, key_row, local, keys - start, DIM, BLOCK_DIM)
+    scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+    column = (start + local)[None, :]
+    if not FOLDED & FEATURES:
+        scores = natural_scores(scores, row, column, shift, slope, scale, softcap, mask, FEATURES)
+    if edge:
+        key_id = 0
+        if DOCUMENTS & FEATURES:
+            key_id = tl.load(key_ids_ptr + start + local, mask=start + local < keys, other=0)[None, :]
+        seen = visible(row, column, queries, keys, shift, left, right, prefix, query_id, key_id, mask, FEATURES)
+        scores = tl.where(seen, scores, float("-inf"))
+    if FOLDED & FEATURES:
+        larger = tl.maximum(largest, tl.max(scores, 1) * (scale * LOG2E))
+    else:
+        larger = tl.maximum(largest, tl.max(scores, 1))
+    # Where nothing was seen yet every exponent is to be -inf, not -inf - -inf.
+    base = tl.where(larger == float("-inf"), 0.0, larger)
+    if FOLDED & FEATURES:
+        weights = tl.exp2(scores * (scale * LOG2E) - base[:, None])
+        shrink = tl.exp2(largest - base)
+    else:
+        weights = tl.exp2((scores - base[:, None]) * LOG2E)
+        shrink = tl.exp2((largest - base) * LOG2E)
+    total = total * shrink + tl.sum(weights, 1)
+    if DROPOUT & FEATURES:
+        keep = kept(philox_ptr, lane, first_row, start, threshold, ROWS, COLUMNS)
+        weights = tl.where(keep, weights, 0.0)
+    output = output * shrink[:, None]
+    value = tile_at(value_ptr + wide(start) * value_row, value_row, local, keys - start, VALUE_DIM, BLOCK_VALUE)
+    output = tl.dot(weights.to(value.dtype), value, output, input_precision="ieee")
+    return larger, total, output
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def forward(
+    output_ptr, lse_ptr, query_ptr, key_ptr, value_ptr,
+    output_batch, output_head, output_row, query_batch, query_head, query_row, key_batch, key_head, key_row,
+    value_batch, value_head, value_row, lse_batch, lse_head,
+    mask_ptr, mask_batch, mask_head, mask_row, mask_column,
+    philox_ptr, sinks_ptr, slopes_ptr, slopes_batch,
+    query_ids_ptr, query_ids_batch, key_ids_ptr, key_ids_batch, key_ranges_ptr, key_ranges_batch,
+    prefix_ptr, prefix_batch, cu_queries_ptr, cu_keys_ptr, used_ptr,
+    scale, softcap, kept_scale, threshold,
+    queries, keys, shift, left, right, heads, grouped, lanes, group, blocks, key_tiles, sequences,
+    FEATURES: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    block, lane = task(blocks, lanes, group)
+    block = blocks - 1 - block  # under causality the last queries see the most keys
+    head = lane % heads
+    batch = lane // heads
+    first_key = 0
+    query_start = 0
+    if PACKED & FEATURES:
+        rows = queries
+        number, query_start, queries, first_row = packed_tile(cu_queries_ptr, block, sequences, rows, ROWS)
+        if first_row >= queries:
+            return
+        first_key, room = packed_other(cu_keys_ptr, number, sequences, keys)
+        if DEBUG & FEATURES:
+            tl.device_assert(tl.load(cu_queries_ptr + sequences) <= rows, "attention_varlen: cu_seq_q leaves the rows")
+            tl.device_assert(tl.load(cu_keys_ptr + sequences) <= keys, "attention_varlen: cu_seq_k leaves the rows")
+        keys = used_keys(used_ptr, number, sequences, room)
+        shift = keys - queries
+        lane = (number - 1) * heads + head
+        batch = tl.maximum(number - 1, 0)
+        query_ptr += wide(query_start) * query_row
+        output_ptr += wide(query_start) * output_row
+        key_ptr += wide(first_key) * key_row
+        value_ptr += wide(first_key) * value_row
+        lse_ptr += query_start
+        base = tl.full((), 0, tl.int64)
+    else:
+        first_row = block * ROWS
+        base = wide(batch)
+    kv_head = wide(head // grouped)
+    query_ptr += base * query_batch + wide(head) * query_head + wide(first_row) * query_row
+    output_ptr += base * output_batch + wide(head) * output_head + wide(first_row) * output_row
+    key_ptr += base * key_batch + kv_head * key_head
+    value_ptr += base * value_batch + kv_head * value_head
+    lse_ptr += base * lse_batch + wide(head) * lse_head + first_row
+
+    local = tl.arange(0, ROWS)
+    row = (first_row + local)[:, None]
+    there = first_row + local < queries
+    last_row = tl.minimum(first_row + ROWS, queries) - 1
+    query = tile_at(query_ptr, query_row, local, queries - first_row, DIM, BLOCK_DIM)
+    prefix = prefix_of(prefix_ptr, prefix_batch, batch, keys, FEATURES)
+    slope = 0.0
+    if ALIBI & FEATURES:
+        slope = tl.load(slopes_ptr + batch * slopes_batch + head).to(tl.float32)
+    low = 0
+    high = tl.cdiv(keys, COLUMNS)
+    query_id = 0
+    least = 0
+    most = 0
+    if DOCUMENTS & FEATURES:
+        ids = tl.load(query_ids_ptr + base * query_ids_batch + first_row + local, mask=there, other=0)
+        query_id = ids[:, None]
+        least = tl.min(tl.where(there, ids.to(tl.int64), MOST), 0)
+        most = tl.max(tl.where(there, ids.to(tl.int64), LEAST), 0)
+        key_ids_ptr += base * key_ids_batch
+        key_ranges_ptr += base * key_ranges_batch
+        low, high = live_blocks(key_ranges_ptr, key_tiles, least, most)
+    if MASKS & FEATURES:
+        mask_ptr += base * mask_batch + wide(head) * mask_head
+    begin, end, ahead, after, whole, whole_end = key_blocks(
+        first_row, last_row, keys, shift, left, right, prefix, low, high, FEATURES, COLUMNS
+    )
+
+    largest = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    output = tl.zeros((ROWS, BLOCK_VALUE), tl.float32)
+    for t in range(begin, end):
+        this = nth_block(t, ahead, after, FEATURES)
+        if TESTED & FEATURES:
+            live = True
+            mask = 0
+            if MASKS & FEATURES:
+                column = (this * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+                mask = mask_tile(mask_ptr, mask_row, mask_column, row, column, queries, keys)
+                live = any_visible(mask)
+            if DOCUMENTS & FEATURES:
+                live = is_live(key_ranges_ptr, key_tiles, this, least, most) & live
+            if live:
+                largest, total, output = _step(
+                    largest, total, output, query, key_ptr, key_row, value_ptr, value_row, this, True, row, first_row,
+                    queries, keys, shift, left, right, prefix, query_id, key_ids_ptr, mask, slope, philox_ptr, lane,
+                    scale, softcap, threshold, FEATURES, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, ROWS, COLUMNS,
+                )  # fmt: skip
+        else:
+            edge = (this < whole) | (this >= whole_end)
+            largest, total, output = _step(
+                largest, total, output, query, key_ptr, key_row, value_ptr, value_row, this, edge, row, first_row,
+                queries, keys, shift, left, right, prefix, query_id, key_ids_ptr, 0, slope, philox_ptr, lane,
+                scale, softcap, threshold, FEATURES, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, ROWS, COLUMNS,
+            )  # fmt: skip
+
+    unit = 1.0
+    if not FOLDED & FEATURES:
+        unit = LOG2E
+    if SINKS & FEATURES:
+        # One more score, without a value.
+        sink = tl.load(sinks_ptr + head).to(tl.float32)
+        if FOLDED & FEATURES:
+            sink = sink * LOG2E
+        larger = tl.maximum(largest, sink)
+        if PACKED & FEATURES:
+            # Rows of no sequence meet nothing, not even a sink.
+            larger = tl.where((number > 0) & (number <= sequences), larger, float("-inf"))
+        base = tl.where(larger == float("-inf"), 0.0, larger)
+        shrink = tl.exp2((largest - base) * unit)
+        total = total * shrink + tl.where(larger == float("-inf"), 0.0, tl.exp2((sink - base) * unit))
+        output = output * shrink[:, None]
+        largest = larger
+    dead = total == 0.0
+    if FOLDED & FEATURES:
+        lse = (largest + tl.log2(total)) * LN2
+    else:
+        lse = largest + tl.log(total)
+    tl.store(lse_ptr + local, tl.where(dead, float("-inf"), lse), mask=there)
+    output = output / tl.where(dead, 1.0, total)[:, None]
+    if DROPOUT & FEATURES:
+        output = output * kept_scale
+    put_tile(output_ptr, output_row, local, queries - first_row, output, VALUE_DIM, BLOCK_VALUE)
