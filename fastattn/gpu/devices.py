@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ AMD = ("gfx942", "gfx950")
 @dataclass(frozen=True, eq=False)
 class Target:
     """What kernels depend on. name: sm_90, gfx942, ... or interpreter; shared_memory: bytes that one block can have.
+    device: what its maker calls it, "" where there is none. forced: options of kernels, by (op, kernel), that are not
+    looked up.
 
     There is one for a device, compared by identity: every launch looks something up by it.
     """
@@ -33,6 +35,8 @@ class Target:
     multiprocessors: int
     shared_memory: int
     warp: int = 32
+    device: str = ""
+    forced: Mapping[tuple[str, str], Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def nvidia(self) -> bool:
@@ -58,11 +62,12 @@ _assumed: list[Target] = []
 
 
 @contextlib.contextmanager
-def assume(name: str) -> Iterator[Target]:
-    """Within the block every device is this one: for compiling kernels and counting launches without a GPU."""
-    _assumed.append(KNOWN[name])
+def assume(target: str | Target) -> Iterator[Target]:
+    """Within the block every device is this one: for compiling kernels and counting launches without a GPU, and for
+    trying other options on one. By name it is a new one, of which nothing has been looked up."""
+    _assumed.append(replace(KNOWN[target]) if isinstance(target, str) else target)
     try:
-        yield KNOWN[name]
+        yield _assumed[-1]
     finally:
         _assumed.pop()
 
@@ -89,7 +94,7 @@ def _target(index: int) -> Target:
     memory = getattr(properties, "shared_memory_per_block_optin", 0) or getattr(
         KNOWN.get(name), "shared_memory", 65_536
     )
-    return Target(name, properties.multi_processor_count, memory, warp)
+    return Target(name, properties.multi_processor_count, memory, warp, properties.name)
 
 
 def on(tensor: torch.Tensor) -> Any:

@@ -6,20 +6,23 @@ Every op's room holds `tuning.json`:
 
 A kernel's entry is the one of its dtype and kind (an entry without them fits all) whose `dim` is the nearest from
 above and whose `size` is the nearest by ratio. A target without a table has that of the nearest older one of its
-vendor. What `fastattn tune` measured on this machine comes first.
+vendor. What `fastattn tune` measured on this machine (measured.py) comes first where it is for a size as near.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastattn.gpu import measured
 from fastattn.gpu.devices import Target
 
 OPS = Path(__file__).parents[1] / "ops"
@@ -63,6 +66,8 @@ def options(
     dim: what a tile has to hold at least (a head dim, the columns of a row), 0 where nothing depends on it. kind: a
     class of problems ("causal"). size: what the work grows with (a length, a number of rows).
     """
+    if target.forced and (op, kernel) in target.forced:
+        return target.forced[op, kernel]
     known = table(op)[kernel]
     entries = known[_relative(target.name, known)]
     name = str(dtype).removeprefix("torch.")
@@ -72,6 +77,69 @@ def options(
     dims = sorted({e.get("dim", 0) for e in fitting})
     wanted = next((d for d in dims if d >= dim), dims[-1])
     fitting = [e for e in fitting if e.get("dim", 0) == wanted]
+    if target.device:
+        fitting = _measured(target.device, op, kernel, name, wanted, kind, fitting[0]["options"].keys()) + fitting
     best = min(fitting, key=lambda e: abs(math.log(e.get("size", 1) / max(size, 1))))
     chosen: Options = best["options"]
     return chosen
+
+
+def _measured(
+    device: str, op: str, kernel: str, dtype: str, dim: int, kind: str, constants: Collection[str]
+) -> list[dict[str, Any]]:
+    """Entries of this machine for the same tiles' dim; those made for another release's kernel do not count."""
+    return [
+        entry
+        for entry in measured.entries(device, op, kernel)
+        if (entry["dtype"], entry["dim"], entry["kind"]) == (dtype, dim, kind) and entry["options"].keys() == constants
+    ]
+
+
+@dataclass(frozen=True)
+class LookUp:
+    """What was asked for, and what was found."""
+
+    op: str
+    kernel: str
+    target: Target
+    dtype: torch.dtype | None
+    dim: int
+    kind: str
+    size: int
+    options: Options
+
+    @property
+    def tile_dim(self) -> int:
+        """The dim of the entries that serve it."""
+        known = table(self.op)[self.kernel]
+        dims = sorted({entry.get("dim", 0) for entry in known[_relative(self.target.name, known)]})
+        return next((dim for dim in dims if dim >= self.dim), dims[-1])
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[LookUp]]:
+    """Within the block every look-up is put on the list; for those that ops have cached, assume a new target."""
+    global options
+    found: list[LookUp] = []
+    look_up = options
+
+    def watching(
+        op: str, kernel: str, target: Target, dtype: torch.dtype | None = None, dim: int = 0, kind: str = "",
+        size: int = 1,
+    ) -> Options:  # fmt: skip
+        chosen = look_up(op, kernel, target, dtype, dim, kind, size)
+        found.append(LookUp(op, kernel, target, dtype, dim, kind, size, chosen))
+        return chosen
+
+    options = watching  # type: ignore[assignment]
+    try:
+        yield found
+    finally:
+        options = look_up
+
+
+def forget() -> None:
+    """Tables and measurements are read again when they are next asked for."""
+    options.cache_clear()
+    table.cache_clear()
+    measured.forget()

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastattn.gpu import tuning
+from fastattn.gpu import devices, tuning
 from fastattn.testing import assembly
 from fastattn.testing.problems import EVERY, ONE, Problem, op_of, problems
 from fastattn.testing.recorded import Launch, recording
@@ -76,43 +76,32 @@ def record(chosen: Iterable[Problem], *, quick: bool = False, most: int = MOST) 
     """
     found = Recorded()
     extra: list[tuple[float, Job]] = []
-    look_up = tuning.options
-    picked: dict[int, tuning.Options] = {}
     sizes: set[str] = set()
-
-    def observed(*args: Any, **named: Any) -> tuning.Options:
-        options = look_up(*args, **named)
-        picked[id(options)] = options
-        sizes.update(options)
-        return options
-
     chosen = list(chosen)
-    tuning.options = observed  # type: ignore[assignment]
-    try:
-        for target in EVERY:
-            seen, own = _Seen(sizes, everything=target in ONE), _own_entries(target)
-            with recording(target) as launches:
-                for problem in chosen:
-                    wanted = target in (problem.quick if quick else problem.targets)
-                    if quick and not wanted:
-                        continue
-                    before = len(launches)
-                    launches.problem = problem.title
-                    picked.clear()
-                    try:
+    for target in EVERY:
+        seen, own = _Seen(sizes, everything=target in ONE), _own_entries(target)
+        with recording(target) as launches:
+            for problem in chosen:
+                wanted = target in (problem.quick if quick else problem.targets)
+                if quick and not wanted:
+                    continue
+                before = len(launches)
+                launches.problem = problem.title
+                try:
+                    with devices.assume(target), tuning.watched() as looked_up:
                         dim = problem.run()
-                    except Exception as error:  # whatever host code raises is the finding
-                        found.raised.append(f"{problem.title} on {target}: {type(error).__name__}: {error}")
-                        continue
-                    for launch in list(launches)[before:]:
-                        used = {name: entry for name, entry in picked.items() if launch.uses(entry)}
-                        job = Job(launch, problem.aligned, dim, problem.suite.name, frozenset(used))
-                        if wanted and seen.is_new(launch, problem):
-                            found.jobs[launch] = job
-                        elif used.keys() & own or (used and target in ONE):
-                            extra.append((max(_elements(entry) for entry in used.values()), job))
-    finally:
-        tuning.options = look_up
+                except Exception as error:  # whatever host code raises is the finding
+                    found.raised.append(f"{problem.title} on {target}: {type(error).__name__}: {error}")
+                    continue
+                picked = [look_up.options for look_up in looked_up]
+                sizes.update(*picked)
+                for launch in list(launches)[before:]:
+                    used = {id(entry): entry for entry in picked if launch.uses(entry)}
+                    job = Job(launch, problem.aligned, dim, problem.suite.name, frozenset(used))
+                    if wanted and seen.is_new(launch, problem):
+                        found.jobs[launch] = job
+                    elif used.keys() & own or (used and target in ONE):
+                        extra.append((max(_elements(entry) for entry in used.values()), job))
     covered = {(job.launch.types, entry) for job in found.jobs.values() for entry in job.entries}
     for _, job in sorted(extra, key=lambda pair: -pair[0]):
         uses = {(job.launch.types, entry) for entry in job.entries}
