@@ -24,8 +24,8 @@ KERNELS = Deferred("fastattn.ops.decode.triton_kernels")
 MAX_HEAD_DIM = 512
 #: Of query, that share keys: tiles of 8 are a grid's second axis.
 MOST_ROWS = 8 * 65535
-#: Slots are counted in 31 bits, those of the last tile included.
-MOST_SLOTS = 2**31 - 2**16
+#: Of a sequence: the end of a stretch that begins there is to be an int32, too.
+MOST_SLOTS = 2**30
 LOG2E = math.log2(math.e)
 UNBOUNDED = 2**31 - 1
 
@@ -45,6 +45,8 @@ def supports(problem: DecodeProblem) -> str | None:
         return f"has no kernel for {problem.dtype}: float32, bfloat16, float16"
     if not 1 <= problem.head_dim <= MAX_HEAD_DIM or not 1 <= problem.value_dim <= MAX_HEAD_DIM:
         return f"head dims are 1 to {MAX_HEAD_DIM}, got {problem.head_dim} and {problem.value_dim}"
+    if not problem.paged and problem.slots > MOST_SLOTS:
+        return f"takes {MOST_SLOTS} slots of a sequence, got {problem.slots}"
     rows = problem.queries * (problem.heads // problem.kv_heads)
     if rows > MOST_ROWS:
         return f"takes {MOST_ROWS} rows of query that share keys, got {rows}"
@@ -77,9 +79,7 @@ def _plan(
     shortest, parts = min(SHORTEST_STRETCH * _power_of_two(-(-rows // 16)), MOST_SLOTS // GRAIN * GRAIN), MOST_STRETCHES
     if num_splits > 0:
         shortest, parts = GRAIN, min(num_splits, MOST_PROGRAMS - 1)
-    seen = capacity
-    if left != UNBOUNDED and right != UNBOUNDED:
-        seen = min(capacity, left + right + queries)
+    seen = min(capacity, left + queries)
     # Stretches begin at multiples of their length: keys that begin within one touch one more.
     splits = min(-(-seen // shortest), parts) + (padded or left != UNBOUNDED)
     splits = max(min(splits, -(-capacity // shortest)), 1)
@@ -136,7 +136,7 @@ def forward(
     lse = query.new_empty((batch, heads, queries), dtype=torch.float32)
     if lse.numel() == 0:
         return output, lse
-    page, capacity, table_row, slopes_batch = 0, min(slots, MOST_SLOTS), 0, 0
+    page, capacity, table_row, slopes_batch = 0, slots, 0, 0
     if block_table is not None:
         block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
         page, capacity, table_row = slots, min(slots * block_table.shape[1], MOST_SLOTS), block_table.stride(0)
