@@ -1,4 +1,5 @@
-"""`fastattn tune`: which backend is the faster one on this machine, for the ops whose kernels are not so everywhere.
+"""`fastattn tune`: which tile sizes this machine's GPU likes best (tune_gpu.py); without one, or with `--device cpu`,
+which backend is the faster one, for the ops whose kernels are not so everywhere.
 
 Runs the workloads of every op with preferences (fastattn/preference.py) on every backend that can serve them, forward
 and forward with backward, prints what it finds and writes the file that dispatch reads from then on.
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from fastattn import backends, env, preference
-from fastattn.bench import measure
+from fastattn.bench import measure, tune_gpu
 from fastattn.bench.cases import DTYPES
 from fastattn.bench.contenders import Contender
 from fastattn.bench.trial import DIRECTIONS, Trial
@@ -29,6 +30,9 @@ MARGIN = 1.02
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fastattn tune`."""
     parser.add_argument("--quick", action="store_true", help="a few workloads and short measurements")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="what to measure (cuda where there is a GPU)")
+    parser.add_argument("--op", action="append", metavar="NAME", help="cuda: only this op's kernels (repeatable)")
+    parser.add_argument("--minutes", type=float, metavar="M", help="cuda: begin no kernel after this long")
     parser.add_argument("--threads", type=int, metavar="N", help="torch's threads (as many as torch would take)")
 
 
@@ -70,6 +74,8 @@ def _classes(suite: Suite, quick: bool) -> dict[str, list[tuple[Workload, torch.
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints, writes; 0. ValueError for options, or a file in the way, that cannot be served."""
+    if (args.device or ("cuda" if tune_gpu.reason_against() is None else "cpu")) == "cuda":
+        return tune_gpu.run(args.op, args.quick, args.minutes)
     if args.threads is not None:
         if not 1 <= args.threads <= 1024:
             raise ValueError(f"--threads must be 1 to 1024, got {args.threads}")

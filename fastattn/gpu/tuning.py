@@ -91,7 +91,8 @@ def _measured(
     return [
         entry
         for entry in measured.entries(device, op, kernel)
-        if (entry["dtype"], entry["dim"], entry["kind"]) == (dtype, dim, kind) and entry["options"].keys() == constants
+        if (entry["dtype"] or dtype, entry["dim"], entry["kind"]) == (dtype, dim, kind)
+        and entry["options"].keys() == constants
     ]
 
 

@@ -21,7 +21,7 @@ def test_what_is_measured_is_what_decides(monkeypatch, tmp_path, capsys):
     path = tmp_path / "tune.json"
     monkeypatch.setenv("FASTATTN_TUNE_FILE", str(path))
     try:
-        assert tune.run(argparse.Namespace(quick=False, threads=None)) == 0
+        assert tune.run(argparse.Namespace(device="cpu", quick=False, threads=None)) == 0
         preference.forget()
         entries = preference.read(path)["machines"][preference.machine_key()]["linear"]
         assert set(entries) == {f"{t}{r}" for t in ("float32", "bfloat16", "float16") for r in ("", ", one row")}
@@ -35,4 +35,4 @@ def test_what_is_measured_is_what_decides(monkeypatch, tmp_path, capsys):
 
 def test_threads_must_be_a_number_of_threads():
     with pytest.raises(ValueError, match="--threads must be 1 to 1024, got 0"):
-        tune.run(argparse.Namespace(quick=True, threads=0))
+        tune.run(argparse.Namespace(device="cpu", quick=True, threads=0))

@@ -68,3 +68,38 @@ def test_every_committed_table_serves_every_known_target():
         for kernel, known in tuning.table(path.parent.name).items():
             for target in KNOWN:
                 assert known[tuning._relative(target, known)], (path, kernel, target)
+
+
+def test_measurements_of_this_device_come_first(room, monkeypatch):
+    entries = [{"dim": 128, "size": size, "options": {"ROWS": size}} for size in (64, 4096)]
+    room({"kernel": {"sm_90": entries}})
+    found = [
+        {"dtype": "bfloat16", "dim": 128, "kind": "", "size": 2048, "options": {"ROWS": 7}},
+        {"dtype": "bfloat16", "dim": 64, "kind": "", "size": 2048, "options": {"ROWS": 8}},
+        {"dtype": "bfloat16", "dim": 128, "kind": "", "size": 64, "options": {"OTHER": 9}},
+    ]
+    monkeypatch.setattr(tuning.measured, "entries", lambda device, op, kernel: found if device == "GPU" else [])
+    here = Target("sm_90", 132, 232_448, device="GPU")
+
+    def seen(target, size, dtype=torch.bfloat16):
+        return tuning.options("op", "kernel", target, dtype, 100, "", size)["ROWS"]
+
+    assert [seen(here, size) for size in (64, 2048, 3000, 4096)] == [64, 7, 4096, 4096]
+    assert seen(here, 2048, torch.float16) == 4096 == seen(KNOWN["sm_90"], 2048)
+
+
+def test_options_can_be_forced_for_one_target(room):
+    room({"kernel": {"sm_90": [{"options": {"ROWS": 1}}]}, "other": {"sm_90": [{"options": {"ROWS": 2}}]}})
+    forced = Target("sm_90", 132, 232_448, forced={("op", "kernel"): {"ROWS": 5}})
+    assert [tuning.options("op", name, forced)["ROWS"] for name in ("kernel", "other")] == [5, 2]
+    assert tuning.options("op", "kernel", KNOWN["sm_90"])["ROWS"] == 1
+
+
+def test_look_ups_are_watched(room):
+    room({"kernel": {"sm_90": [{"dim": 64, "options": {"ROWS": 1}}, {"dim": 128, "options": {"ROWS": 2}}]}})
+    with tuning.watched() as found:
+        tuning.options("op", "kernel", KNOWN["sm_90"], torch.float16, dim=100, size=7)
+    tuning.options("op", "kernel", KNOWN["sm_90"])
+    (one,) = found
+    assert (one.kernel, one.dtype, one.dim, one.size, one.options) == ("kernel", torch.float16, 100, 7, {"ROWS": 2})
+    assert one.tile_dim == 128
