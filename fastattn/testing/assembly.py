@@ -48,6 +48,8 @@ class Facts:
 # Byte counts of SASS's suffixes; what has none of them takes 4.
 _WIDTHS = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 _AMD_WIDTHS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4}
+#: What a program may move of numbers that belong to rows, not to elements, beside the tensors that it moves.
+FEW_BYTES = 32
 _MATRIX = re.compile(r"^(HGMMA|UTC\w*MMA|HMMA|IMMA|DMMA|QMMA|OMMA)")
 
 
@@ -209,9 +211,9 @@ def products(kernel: Any) -> dict[str, int]:
     return dict(found)
 
 
-def complaints(launch: Launch, dim: int, kernel: Any, seen: Facts) -> list[str]:
-    """The laws that a kernel breaks, whatever the table says; empty when it is as it should be. dim: the largest head
-    dim of its problem, 0 where there are no heads."""
+def complaints(launch: Launch, kernel: Any, seen: Facts, *, spills: bool = False) -> list[str]:
+    """The laws that a kernel breaks, whatever the table says; empty when it is as it should be. spills: there may be
+    some."""
     wrong = []
     target = devices.KNOWN[launch.target]
     if seen.shared > target.shared_memory:
@@ -222,14 +224,14 @@ def complaints(launch: Launch, dim: int, kernel: Any, seen: Facts) -> list[str]:
         wrong.append(f"{narrow} 16-bit products and no tensor core instruction: {seen.matrix}")
     if asked.get("tf32") or any(name.endswith("TF32") for name in seen.matrix):
         wrong.append(f"float32 products are rounded to tf32: {asked}, {seen.matrix}")
-    if seen.spills and not spills_allowed(launch.target, dim):
+    if seen.spills and not spills:
         wrong.append(f"{seen.spills} spills")
     wrong += serialised(kernel)
     return wrong
 
 
-def spills_allowed(target: str, dim: int) -> bool:
-    """Whether the table, which may not grow, decides: beyond head dims of 128, or of 256 where registers are plenty."""
+def wide_heads(target: str, dim: int) -> bool:
+    """Head dims that a target's registers cannot hold: beyond 128, or 256 where registers are plenty."""
     return dim > (256 if target in ("sm_80", "sm_90", "sm_100") else 128)
 
 
@@ -239,6 +241,6 @@ def narrow_accesses(seen: Facts) -> list[tuple[str, str]]:
     for what, counts in (("loads", seen.loads), ("stores", seen.stores)):
         wide = sum(int(width) * n for width, n in counts.items() if int(width) >= 16)
         narrow = sum(int(width) * n for width, n in counts.items() if int(width) < 16)
-        if narrow > wide:
+        if narrow > wide + FEW_BYTES * (wide > 0):
             wrong.append((what, f"{what} of aligned tensors are narrow: {counts}"))
     return wrong

@@ -36,8 +36,16 @@ MOST = 400
 Row = dict[str, Any]
 Key = tuple[str, str, str]
 
-#: Accesses that are narrow by nature: a program of these stores one row's share of a small result.
-NARROW = {("column_kernels/column_sums", "stores"), ("decode/combine", "stores")}
+#: Accesses that are narrow by nature, and why.
+NARROW = {
+    ("column_kernels/column_sums", "stores"): "a program's share of one row of parameters",
+    ("decode/combine", "stores"): "one row of the result",
+    ("decode/attend", "stores"): "few rows, as tensor cores leave them",
+    ("cross_entropy/forward_rows", "stores"): "two numbers of a row",
+    ("cross_entropy/forward_long", "stores"): "two numbers of a row",
+    ("cross_entropy/reduce", "loads"): "one number of a row",
+    ("cross_entropy/reduce", "stores"): "two numbers in all",
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,12 @@ class Job:
     dim: int
     suite: str = ""
     entries: frozenset[int] = frozenset()
+
+    @property
+    def spills(self) -> bool:
+        """Whether the table, which may not grow, decides about spills: of head dims beyond what registers hold, and of
+        tensors whose strides are odd, which are read in single elements."""
+        return not self.aligned or assembly.wide_heads(self.launch.target, self.dim)
 
     @property
     def key(self) -> Key:
@@ -170,7 +184,7 @@ def examine(job: Job) -> tuple[Row, list[str]]:
     try:
         kernel = job.launch.compile()
         seen = assembly.facts(kernel)
-        wrong = assembly.complaints(job.launch, job.dim, kernel, seen)
+        wrong = assembly.complaints(job.launch, kernel, seen, spills=job.spills)
     except Exception as error:  # whatever a compiler raises is the finding
         return row, [f"does not compile: {type(error).__name__}: {str(error).strip()[:1000]}"]
     if job.aligned and job.launch.aligned:

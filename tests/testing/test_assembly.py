@@ -63,9 +63,9 @@ def launch_for(target):
     return Launch("module:kernel", target, (), (), (), ())
 
 
-def test_spills_are_allowed_only_where_heads_are_wide():
-    assert [assembly.spills_allowed("sm_90", dim) for dim in (0, 128, 256, 512)] == [False, False, False, True]
-    assert [assembly.spills_allowed("gfx942", dim) for dim in (128, 256)] == [False, True]
+def test_wide_heads():
+    assert [assembly.wide_heads("sm_90", dim) for dim in (0, 128, 256, 512)] == [False, False, False, True]
+    assert [assembly.wide_heads("gfx942", dim) for dim in (128, 256)] == [False, True]
 
 
 def test_accesses_of_aligned_tensors_are_wide():
@@ -73,7 +73,8 @@ def test_accesses_of_aligned_tensors_are_wide():
         return [what for _, what in assembly.narrow_accesses(assembly.Facts(32, 0, 0, 0, 100, **counts))]
 
     assert narrow(loads={"16": 2, "4": 3}, stores={"16": 1}) == []
-    assert narrow(loads={"16": 1, "8": 3}) == ["loads of aligned tensors are narrow: {'16': 1, '8': 3}"]
+    assert narrow(loads={"16": 1, "8": 7}) == ["loads of aligned tensors are narrow: {'16': 1, '8': 7}"]
+    assert narrow(loads={"16": 1, "8": 3, "4": 5}) == []
     assert narrow(stores={"2": 1}) == ["stores of aligned tensors are narrow: {'2': 1}"]
 
 
@@ -104,7 +105,7 @@ def compiled(target, dtype, size, precision, **options):
 
 
 def complaints(target, kernel):
-    return assembly.complaints(launch_for(target), 0, kernel, assembly.facts(kernel))
+    return assembly.complaints(launch_for(target), kernel, assembly.facts(kernel))
 
 
 @needs_triton
