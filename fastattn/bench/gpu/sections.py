@@ -7,7 +7,8 @@ accuracy law is not timed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import backends, env, numerics, testing
-from fastattn.bench import train_step
+from fastattn.bench import train_step, tune_gpu
 from fastattn.bench.contenders import COMPILE, OURS, TORCH, Contender
 from fastattn.bench.gate import verdict
 from fastattn.bench.gpu.timing import Call, DeviceClock, Times, WallClock, interleave
 from fastattn.bench.trial import BOTH, FORWARD, Results, Trial
 from fastattn.cases import Case, Suite, Workload
 from fastattn.dispatch import explain
+from fastattn.gpu import tuning
 from fastattn.models.gpt import GPTConfig
 from fastattn.ops.attention.cases import workload as attention_workload
 from fastattn.ops.cross_entropy.cases import workload as cross_entropy_workload
@@ -219,14 +221,17 @@ def _ours(suite: Suite) -> Contender:
 
 def attention(setup: Setup) -> Iterator[Job]:
     """batch x length = 16k, heads x dim = 2048: what publications show; the most telling first."""
-    lengths = (64,) if setup.tiny else (4096, 16384, 1024, 2048, 8192)
+    for shape, causal in _attention_shapes(setup):
+        workload = attention_workload(*shape, causal=causal)
+        yield Job(f"attention {workload.name}", functools.partial(_attention, setup, workload))
+
+
+def _attention_shapes(setup: Setup) -> Iterator[tuple[tuple[int, int, int, int], bool]]:
+    tokens, width = (64, 64) if setup.tiny else (16384, 2048)
     for dim in (32,) if setup.tiny else (128, 64, 256):
-        for length in lengths:
+        for length in (64,) if setup.tiny else (4096, 16384, 1024, 2048, 8192):
             for causal in (True, False):
-                tokens, width = (64, 64) if setup.tiny else (16384, 2048)
-                shape = (tokens // length, width // dim, length, dim)
-                workload = attention_workload(*shape, causal=causal)
-                yield Job(f"attention {workload.name}", functools.partial(_attention, setup, workload))
+                yield (tokens // length, width // dim, length, dim), causal
 
 
 def _attention(setup: Setup, workload: Workload) -> Row:
@@ -268,11 +273,14 @@ ROW_WORKLOADS: dict[str, Callable[[int, int], Workload]] = {
 
 def rows(setup: Setup) -> Iterator[Job]:
     """64M elements in rows of 1k to 256k, beside eager torch and torch.compile."""
-    sizes = ((4, 32),) if setup.tiny else ((16384, 4096), (65536, 1024), (8192, 8192), (2048, 32768), (256, 262144))
-    for size in sizes:
+    for size in _row_sizes(setup):
         for name, workload in ROW_WORKLOADS.items():
             job = functools.partial(_rows, setup, testing.suites()[name], workload(*size))
             yield Job(f"{name} {workload(*size).name}", job)
+
+
+def _row_sizes(setup: Setup) -> Sequence[tuple[int, int]]:
+    return ((4, 32),) if setup.tiny else ((16384, 4096), (65536, 1024), (8192, 8192), (2048, 32768), (256, 262144))
 
 
 def _rows(setup: Setup, suite: Suite, workload: Workload) -> Row:
@@ -291,16 +299,18 @@ def _rows(setup: Setup, suite: Suite, workload: Workload) -> Row:
 
 def decode(setup: Setup) -> Iterator[Job]:
     """One query for every sequence; what counts is how fast the caches are read."""
-    shapes = (
-        (16, 32, 8, 8192, 128),
-        (1, 32, 8, 32768, 128),
-        (64, 32, 8, 4096, 128),
-        (16, 32, 32, 8192, 64),
-        (1, 12, 12, 8192, 64),
-    )
-    for shape in ((1, 2, 2, 64, 16),) if setup.tiny else shapes:
+    for shape in _decode_shapes(setup):
         workload = decode_workload(*shape)
         yield Job(f"decode {workload.name}", functools.partial(_decode, setup, workload))
+
+
+def _decode_shapes(setup: Setup) -> Sequence[tuple[int, int, int, int, int]]:
+    if setup.tiny:
+        return ((1, 2, 2, 64, 16),)
+    return (
+        (16, 32, 8, 8192, 128), (1, 32, 8, 32768, 128), (64, 32, 8, 4096, 128), (16, 32, 32, 8192, 64),
+        (1, 12, 12, 8192, 64),
+    )  # fmt: skip
 
 
 def _decode(setup: Setup, workload: Workload) -> Row:
@@ -344,6 +354,47 @@ def _step(setup: Setup, workload: train_step.Workload) -> Row:
             for name, times in interleave(calls, setup.clock, 10 * setup.seconds).items():
                 row["contenders"][name]["step"] = {**times.summary(), "losses": sides[name].entry.losses[:2]}
     return _rates(row, "FLOP/s", {"step": workload.flops})
+
+
+# ---- options of a kernel ----
+
+
+def sweep(setup: Setup, what: str) -> Iterator[Job]:
+    """what: OP or OP/KERNEL. The search of `fastattn tune`, with the time of everything that it tries."""
+    op, _, kernel = what.partition("/")
+    if op == "attention":
+        chosen = [attention_workload(*shape, causal=causal) for shape, causal in _attention_shapes(setup)]
+    elif op in ROW_WORKLOADS:
+        chosen = [ROW_WORKLOADS[op](*size) for size in _row_sizes(setup)]
+    elif op == "decode":
+        chosen = [decode_workload(*shape) for shape in _decode_shapes(setup)]
+    else:
+        raise ValueError(f"--sweep {what}: there are attention, decode, {', '.join(ROW_WORKLOADS)}")
+    suite = testing.suites()[op]
+    for workload in chosen:
+        for direction, trial in tune_gpu.trials(suite, workload, torch.bfloat16, setup.device):
+            for look_up in trial.look_ups():
+                if kernel in ("", look_up.kernel):
+                    name = f"sweep {look_up.op}/{look_up.kernel}: {workload.name} {direction}"
+                    yield Job(name, functools.partial(_sweep, setup, trial, look_up))
+
+
+def _sweep(setup: Setup, trial: tune_gpu.Trial, look_up: tuning.LookUp) -> Row:
+    timer = tune_gpu.timer_for(trial, look_up, setup.clock, setup.seconds)
+    tried: list[Row] = []
+
+    def noting(candidates: Sequence[tune_gpu.Options]) -> list[float]:
+        times = timer(candidates)
+        for options, seconds in zip(candidates, times, strict=True):
+            tried.append({"options": dict(options), "seconds": seconds if math.isfinite(seconds) else None})
+        return times
+
+    found = tune_gpu.search(look_up.options, noting, rounds=1 if setup.tiny else tune_gpu.ROUNDS)
+    return {
+        "dim": look_up.tile_dim, "kind": look_up.kind, "size": look_up.size,
+        "committed_s": found.began, "best_s": found.seconds, "best": dict(found.options), "tried": tried,
+        "text": f"{1e6 * found.began:.1f} -> {1e6 * found.seconds:.1f} us with {dict(found.options)}",
+    }  # fmt: skip
 
 
 SECTIONS: dict[str, Callable[[Setup], Iterator[Job]]] = {

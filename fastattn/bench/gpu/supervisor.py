@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes of the correctness section (12)")
     parser.add_argument("--filter", default="", metavar="TEXT", help="only the rows whose names contain this")
+    parser.add_argument("--sweep", metavar="OP[/KERNEL]", help="instead: time the options that kernels could have")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that everything runs")
     return parser
 
@@ -102,7 +103,7 @@ class _Worker:
         command = [
             sys.executable, *WORKER, section,
             "--shard", f"{shard[0]}/{shard[1]}", "--done", str(done), "--filter", options.filter,
-            *(["--tiny"] if options.tiny else []),
+            *(["--tiny"] if options.tiny else []), *(["--sweep", options.sweep] if options.sweep else []),
         ]  # fmt: skip
         self.shard, self.heard = shard, time.monotonic()
         self.current: str | None = None
@@ -204,6 +205,8 @@ class _Section:
 
 
 def _selected(options: argparse.Namespace) -> list[str]:
+    if options.sweep:
+        return ["sweep"]
     names = list(SECTIONS) if options.only is None else options.only.split(",")
     for name in names:
         if name not in SECTIONS:

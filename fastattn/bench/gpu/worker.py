@@ -35,7 +35,8 @@ def _alive() -> bool:
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("section", choices=sections.SECTIONS)
+    parser.add_argument("section", choices=(*sections.SECTIONS, "sweep"))
+    parser.add_argument("--sweep", default="")
     parser.add_argument("--shard", default="0/1")
     parser.add_argument("--done", type=Path)
     parser.add_argument("--filter", default="")
@@ -46,7 +47,8 @@ def main(arguments: Sequence[str]) -> int:
     setup = sections.Setup.here(options.tiny)
     if shard == 0:
         _say({"device": setup.describe()})
-    jobs = sections.SECTIONS[options.section](setup)
+    sweeping = options.section == "sweep"
+    jobs = sections.sweep(setup, options.sweep) if sweeping else sections.SECTIONS[options.section](setup)
     for number, job in enumerate(jobs):
         if number % shards != shard or job.name in done or options.filter not in job.name:
             continue

@@ -23,3 +23,12 @@ def test_everything_runs_and_is_right(tmp_path, capsys):
     for row in by_section["attention"] + by_section["rows"]:
         ours = row["contenders"]["fastattn"]
         assert ours["errors"] and ours["forward"]["rate"] > 0 and ours["backward"]["rate"] > 0, row
+
+
+def test_a_sweep_tries_options_around_the_committed_ones(tmp_path, capsys):
+    code = supervisor.main(["--tiny", "--budget", "120", "--out", str(tmp_path), "--sweep", "swiglu/forward"])
+    document = json.loads((tmp_path / supervisor.FILE).read_text())
+    assert code == 0, capsys.readouterr().out
+    (row,) = document["rows"]
+    assert row["name"] == "sweep swiglu/forward: 4x32 forward" and len(row["tried"]) > 2
+    assert row["best"] in [tried["options"] for tried in row["tried"]]
