@@ -19,6 +19,7 @@ import contextlib
 import functools
 import math
 import types
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -283,7 +284,11 @@ class Op:
 
     def _register_flops(self) -> None:
         """With torch's counter, which goes by the name of an op without its overload: one formula for all backends."""
-        from torch.utils.flop_counter import flop_registry, register_flop_formula
+        try:
+            from torch.utils.flop_counter import flop_registry, register_flop_formula
+        except Exception as error:  # it imports Triton, and a broken one raises whatever it likes
+            warnings.warn(f"torch's flop counter cannot be imported: {error}", RuntimeWarning, stacklevel=2)
+            return
 
         # An op's hash changes with every overload that it is given: entries made before are put in their place again.
         entries = list(flop_registry.items())

@@ -126,6 +126,12 @@ def triton_reason() -> str | None:
     """None when the Triton that is installed will do, else what is wrong with it."""
     try:
         triton = importlib.import_module("triton")
+        version = str(getattr(triton, "__version__", "of no version"))
+        release = _release(version)[:2]
+        if release < OLDEST_TRITON:
+            return f"triton {version} is too old: {_written(OLDEST_TRITON)} or newer"
+        if release >= FIRST_UNKNOWN_TRITON:
+            return f"triton {version} is too new: this release knows those before {_written(FIRST_UNKNOWN_TRITON)}"
         importlib.import_module("triton.language")
     except ModuleNotFoundError as error:
         if error.name == "triton":
@@ -133,12 +139,6 @@ def triton_reason() -> str | None:
         return f"triton is broken: {error}"
     except Exception as error:  # whatever a broken installation raises is the reason
         return f"triton is broken: {type(error).__name__}: {error}"
-    version = str(getattr(triton, "__version__", "of no version"))
-    release = _release(version)[:2]
-    if release < OLDEST_TRITON:
-        return f"triton {version} is too old: {_written(OLDEST_TRITON)} or newer"
-    if release >= FIRST_UNKNOWN_TRITON:
-        return f"triton {version} is too new: this release knows those before {_written(FIRST_UNKNOWN_TRITON)}"
     return None
 
 

@@ -100,3 +100,41 @@ def test_a_recorded_launch_compiles():
         fastattn.swiglu(*halves(32, 4096), backend="triton")
     (launch,) = launches
     assert isinstance(launch, Launch) and "ld.global" in launch.compile().asm["ptx"]
+
+
+def graphs_of(function, *args, **kwargs):
+    """The graphs that torch.compile makes of a call, which runs."""
+    found = []
+
+    def keep(module, _):
+        found.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=keep, fullgraph=True)(*args, **kwargs)
+    return found
+
+
+COMPILED = ["swiglu", "gelu", "layer_norm", "rms_norm", "softmax", "cross_entropy", "attention", "rotary", "linear"]
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_compiled_call_is_one_opaque_op(name):
+    from fastattn import testing
+    from fastattn.testing.problems import op_of
+
+    suite = testing.suites()[name]
+    op = op_of(suite)
+    if "triton" not in op.bound:
+        pytest.skip(f"triton does not implement {name}")
+    case = next(case for case in suite.cases if case.core)
+    arguments = suite.arguments(case, "cpu", torch.float32)
+    leaves = {
+        key: value.requires_grad_() if key in suite.differentiable and isinstance(value, torch.Tensor) else value
+        for key, value in arguments.items()
+    }
+    with recording("sm_90") as launches:
+        (graph,) = graphs_of(lambda: suite.function(**leaves, backend="triton"))
+    ours = [node.target for node in graph.graph.nodes if "fastattn" in str(node.target)]
+    assert ours == [getattr(torch.ops.fastattn, op.name).triton]
+    assert launches.count >= 1
