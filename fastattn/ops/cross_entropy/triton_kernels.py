@@ -1,8 +1,4 @@
-"""Device code of cross entropy: losses of rows that are read once, their sum, gradients.
-
-Coefficients a_c = weight_c * ((1 - smoothing) * t_c + smoothing / C), as in op.py; a class with a_c = 0 adds nothing,
-however impossible it is. Targets that are no class are not followed: the row is NaN.
-"""
+"""Device code of cross entropy: losses of rows that are read once, their sum, gradients."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ import triton
 import triton.language as tl
 
 from fastattn.gpu.functions import LOWEST, add_exponentials, combine_exponentials, exp, fast_exp, tanh
+from fastattn.gpu.losses import add_terms, class_targets, coefficients, sum_of_terms
 
 #: What is no reason for another compilation: nothing is loaded faster for knowing it.
 SIZES = ["rows", "ignore_index"]
@@ -31,28 +28,6 @@ def _slope(x, softcap):
     """The derivative of _capped at x, which does not cancel."""
     e = fast_exp(-2.0 * tl.abs(x / softcap))
     return 4.0 * e / ((1.0 + e) * (1.0 + e))
-
-
-@triton.jit
-def _targets(target_ptr, row, there, columns, ignore_index, DEBUG: tl.constexpr):
-    """(a class to read, whether the row counts, whether its target is one) of rows that are there."""
-    target = tl.load(target_ptr + row, mask=there, other=ignore_index)
-    valid = (target >= 0) & (target < columns)
-    if DEBUG:
-        tl.device_assert(valid | (target == ignore_index), "cross_entropy: a target is no class", mask=there)
-    return tl.where(valid, target, 0), target != ignore_index, valid
-
-
-@triton.jit
-def _coefficients(target_ptr, weight_ptr, column, inside, share, spread, PROBABILITIES: tl.constexpr):
-    """a_c but for the one-hot of class numbers. target_ptr: the row's class probabilities."""
-    if PROBABILITIES:
-        a = share * tl.load(target_ptr + column, mask=inside, other=0.0).to(tl.float32) + spread
-    else:
-        a = spread + tl.zeros_like(column).to(tl.float32)
-    if weight_ptr is not None:
-        a *= tl.load(weight_ptr + column, mask=inside, other=0.0)
-    return tl.where(inside, a, 0.0)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -79,12 +54,12 @@ def forward_rows(
     share, spread = 1.0 - smoothing, smoothing / columns
     loss = tl.zeros((ROWS,), tl.float32)
     if PROBABILITIES or SMOOTH:
-        a = _coefficients(
+        a = coefficients(
             target_ptr + row[:, None] * target_stride, weight_ptr, column, inside, share, spread, PROBABILITIES
         )
         loss += tl.sum(tl.where(a == 0.0, 0.0, a * (log_total[:, None] - (x - top[:, None]))), 1)
     if not PROBABILITIES:
-        target, counts, valid = _targets(target_ptr, row, there, columns, ignore_index, DEBUG)
+        target, counts, valid = class_targets(target_ptr, row, there, columns, ignore_index, DEBUG)
         own = tl.load(input_ptr + row * input_stride + target, mask=there, other=0.0).to(tl.float32)
         if CAPPED:
             own = _capped(own, softcap, PRECISE)
@@ -113,7 +88,7 @@ def forward_long(
     input_ptr += row * input_stride
     share, spread = 1.0 - smoothing, smoothing / columns
     if not PROBABILITIES:
-        target, counts, valid = _targets(target_ptr, row, row < rows, columns, ignore_index, DEBUG)
+        target, counts, valid = class_targets(target_ptr, row, row < rows, columns, ignore_index, DEBUG)
         own = tl.load(input_ptr + target).to(tl.float32)
         if CAPPED:
             own = _capped(own, softcap, PRECISE)
@@ -129,22 +104,17 @@ def forward_long(
         x = x.to(tl.float32)
         if CAPPED:
             x = tl.where(inside, _capped(x, softcap, PRECISE), float("-inf"))
-        before = top
-        top, total = add_exponentials(top, total, x)
         if SOFT:
-            a = _coefficients(
-                target_ptr + row * target_stride, weight_ptr, column, inside, share, spread, PROBABILITIES
-            )
-            weighted += tl.where(weights == 0.0, 0.0, weights * (before - top))
-            weighted += tl.sum(tl.where(a == 0.0, 0.0, a * (x - top[None, :])), 0)
-            weights += tl.sum(a, 0)
+            a = coefficients(target_ptr + row * target_stride, weight_ptr, column, inside, share, spread, PROBABILITIES)
+            top, total, weights, weighted = add_terms(top, total, weights, weighted, x, a)
+        else:
+            top, total = add_exponentials(top, total, x)
     highest, whole = combine_exponentials(top, total)
     log_total = tl.log(whole)
     lse = highest + log_total
     loss = 0.0
     if SOFT:
-        weighted += tl.where(weights == 0.0, 0.0, weights * (top - highest))
-        loss += tl.sum(tl.where(weights == 0.0, 0.0, weights * log_total - weighted), 0)
+        loss += sum_of_terms(top, weights, weighted, highest, log_total)
     if not PROBABILITIES:
         a = share
         if weight_ptr is not None:
@@ -178,7 +148,7 @@ def reduce(
         if shares_ptr is not None:
             share = tl.load(shares_ptr + row, mask=there, other=0.0)
         elif target_ptr is not None:
-            target, counts, _valid = _targets(target_ptr, row, there, columns, ignore_index, False)
+            target, counts, _valid = class_targets(target_ptr, row, there, columns, ignore_index, False)
             share = tl.where(there & counts, 1.0, 0.0)
             if weight_ptr is not None:
                 share *= tl.load(weight_ptr + target, mask=there & counts, other=0.0)
@@ -219,7 +189,7 @@ def backward_rows(
     counts = there
     share, spread = 1.0 - smoothing, smoothing / columns
     if not PROBABILITIES:
-        target, counts, valid = _targets(target_ptr, row, there, columns, ignore_index, DEBUG)
+        target, counts, valid = class_targets(target_ptr, row, there, columns, ignore_index, DEBUG)
     raw = tl.load(input_ptr + row * input_stride + column, mask=inside & counts, other=float("-inf")).to(tl.float32)
     x = raw
     if CAPPED:
@@ -238,7 +208,7 @@ def backward_rows(
     if z_loss != 0.0:
         extra = grad * 2.0 * z_loss * tl.load(lse_ptr + row, mask=there, other=0.0)
     if PROBABILITIES:
-        a = _coefficients(target_ptr + row * target_stride, weight_ptr, column, inside, share, spread, True)
+        a = coefficients(target_ptr + row * target_stride, weight_ptr, column, inside, share, spread, True)
         whole = tl.sum(a, 1)[:, None]
     else:
         own = tl.zeros_like(grad) + share
@@ -248,7 +218,7 @@ def backward_rows(
         a = tl.where(column == target, own, 0.0)
         if SMOOTH:
             whole += spread * (tl.load(weight_sum_ptr) if weight_ptr is not None else columns)
-            a += _coefficients(target_ptr, weight_ptr, column, inside, share, spread, False)
+            a += coefficients(target_ptr, weight_ptr, column, inside, share, spread, False)
         grad = tl.where(valid, grad, float("nan"))
     found = _gradient(x, raw, top, inverse, a, whole, grad, extra, softcap, PRECISE, CAPPED)
     tl.store(grad_input_ptr + row * columns + column, tl.where(counts, found, 0.0), mask=inside)
@@ -271,7 +241,7 @@ def backward_long(
     share, spread = 1.0 - smoothing, smoothing / columns
     counts = row < rows
     if not PROBABILITIES:
-        target, counts, valid = _targets(target_ptr, row, row < rows, columns, ignore_index, DEBUG)
+        target, counts, valid = class_targets(target_ptr, row, row < rows, columns, ignore_index, DEBUG)
     if not counts:
         for start in range(0, columns, PARTS * LANES):
             column = start + place
@@ -287,7 +257,7 @@ def backward_long(
         for start in range(0, columns, PARTS * LANES):
             column = start + place
             inside = column < columns
-            a = _coefficients(target_ptr + row * target_stride, weight_ptr, column, inside, share, spread, True)
+            a = coefficients(target_ptr + row * target_stride, weight_ptr, column, inside, share, spread, True)
             sums += tl.sum(a, 0)
         whole = tl.sum(sums, 0)
         own = 0.0
@@ -323,9 +293,7 @@ def backward_long(
         if CAPPED:
             x = _capped(raw, softcap, PRECISE)
         if PROBABILITIES or SMOOTH:
-            a = _coefficients(
-                target_ptr + row * target_stride, weight_ptr, column, inside, share, spread, PROBABILITIES
-            )
+            a = coefficients(target_ptr + row * target_stride, weight_ptr, column, inside, share, spread, PROBABILITIES)
             a += tl.where(column == target, own, 0.0)
         else:
             a = tl.where(column == target, own, 0.0)
