@@ -20,7 +20,7 @@ endif
 NATIVE := build/native
 INTERPRETED := tests/ops/test_conformance.py tests/gpu tests/bench/gpu
 
-.PHONY: setup demo test test-all test-torch-oldest test-triton-oldest neon lint format bench clean
+.PHONY: setup demo test test-all gate test-torch-oldest test-triton-oldest neon lint format bench clean
 setup: $(READY) $(NATIVE)
 
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -47,6 +47,11 @@ test-all: setup lint test-torch-oldest test-triton-oldest
 	$(PYTHON) -m pytest
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest --timeout 900 $(INTERPRETED)
 	FASTATTN_BACKEND=cpu $(PYTHON) -m pytest -m "not slow"
+
+# Every GPU kernel, compiled for every GPU that it is for, held to laws and to the committed table (docs/gpu.md): half an
+# hour, and what has been compiled before is not compiled again. GATE=--update writes the table.
+gate: setup
+	$(PYTHON) -m fastattn.testing.compiled $(GATE)
 
 # The same binary under the oldest torch that it supports, in an environment of its own.
 test-torch-oldest: setup

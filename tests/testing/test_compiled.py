@@ -6,12 +6,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from fastattn import env
+from fastattn import env, testing
 from fastattn.gpu import devices
 from fastattn.testing import compiled
 from fastattn.testing.compiled import Job, changes, compile_all, judge, read, write
-from fastattn.testing.recorded import Launch
+from fastattn.testing.recorded import Launch, recording
 
 ROW = {
     "kernel": "op/kernel", "target": "sm_90", "variant": " |  | ", "problem": "op, case, bfloat16", "registers": 32,
@@ -99,3 +100,27 @@ def test_quick_subset():
 def test_the_committed_table_is_one():
     document = json.loads(compiled.TABLE.read_text())
     assert document["triton"] and len({compiled.key_of(row) for row in document["rows"]}) == len(document["rows"])
+
+
+ASSERTING = [
+    ("cross_entropy", "none ignoring 3", "cross entropy: "),
+    ("decode", "lengths, rows of the cache", "decode: "),
+    ("decode", "pages of 16", "decode: a page outside of the cache"),
+    ("rotary", "halves offsets", "rotary: "),
+    ("attention", "prefix 40 of 300 bottom_right", "attention: prefix_len"),
+    ("attention_varlen", "of other lengths", "attention_varlen: "),
+]
+
+
+@needs_triton
+@pytest.mark.parametrize(("suite", "case", "message"), ASSERTING, ids=lambda part: part.replace(" ", "_"))
+def test_values_are_asserted_on_the_device_when_debugging(suite, case, message, monkeypatch):
+    """A device assert without the launch option `debug` is nothing."""
+    found = testing.suites()[suite]
+    problem = next(case_ for case_ in found.cases if case_.name == case)
+    monkeypatch.setattr(env, "debugging", lambda: True)
+    with recording("sm_80") as launches:
+        found.function(**found.arguments(problem, "cpu", torch.float16), backend="triton")
+    kernels = [launch.compile().asm for launch in launches]
+    asserting = [asm for asm in kernels if message in asm["ttir"]]
+    assert asserting and all("__assertfail" in asm["ptx"] for asm in asserting)
