@@ -85,7 +85,7 @@ def _plan(
     splits = max(min(splits, -(-capacity // shortest)), 1)
     attend = dict(tuning.options("decode", "attend", target, dtype, dim=max(dim, value_dim), size=rows))
     combine = dict(tuning.options("decode", "combine", target, dim=value_dim, size=rows))
-    if page % attend["KEYS"]:  # pages are looked up a stage before the keys are
+    if page % attend["KEYS"] and attend["ROWS"] >= 16:  # pages are looked up stages before their keys are
         attend["STAGES"] = 2 * attend["STAGES"] - 1
     grid = (pairs, splits, -(-rows // attend["ROWS"]))
     combine_grid = (pairs, -(-rows // combine["ROWS"]))
