@@ -13,22 +13,30 @@ from fastattn.gpu.functions import keep_tile
 
 
 @triton.jit
-def _kept(x, philox_ptr, rows, first_column, threshold, scale, COLUMNS: tl.constexpr):
+def _state(philox_ptr):
+    """(seed, offset) of dropout; loaded once, not in every step of a loop."""
+    if philox_ptr is not None:
+        return tl.load(philox_ptr), tl.load(philox_ptr + 1)
+    else:
+        return None, None
+
+
+@triton.jit
+def _kept(x, seed, offset, rows, first_column, threshold, scale, COLUMNS: tl.constexpr):
     """x, (rows, COLUMNS), with its elements dropped or scaled."""
-    seed, offset = tl.load(philox_ptr), tl.load(philox_ptr + 1)
     keep = keep_tile(seed, offset, (rows >> 32)[:, None], rows, first_column, threshold, COLUMNS)
     return tl.where(keep, x * scale, 0.0)
 
 
 @triton.jit
 def _normalised(
-    x_ptr, residual_ptr, philox_ptr, x_stride, residual_stride, rows, column, first_column, inside, threshold, scale,
+    x_ptr, residual_ptr, x_stride, residual_stride, rows, column, first_column, inside, seed, offset, threshold, scale,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """What is normalised: x, or the residual plus x, rounded to the residual's dtype."""
     x = tl.load(x_ptr + rows[:, None] * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    if philox_ptr is not None:
-        x = _kept(x, philox_ptr, rows, first_column, threshold, scale, COLUMNS)
+    if seed is not None:
+        x = _kept(x, seed, offset, rows, first_column, threshold, scale, COLUMNS)
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + rows[:, None] * residual_stride + column, mask=inside, other=0.0)
         x = (residual.to(tl.float32) + x).to(residual.dtype).to(tl.float32)
@@ -36,9 +44,16 @@ def _normalised(
 
 
 @triton.jit
-def _scaled(y, weight_ptr, bias_ptr, weight_offset, column, exists):
+def _weight(weight_ptr, weight_offset, column, exists):
     if weight_ptr is not None:
-        y = y * (tl.load(weight_ptr + column, mask=exists, other=0.0).to(tl.float32) + weight_offset)
+        return tl.load(weight_ptr + column, mask=exists, other=0.0).to(tl.float32) + weight_offset
+    else:
+        return 1.0
+
+
+@triton.jit
+def _scaled(y, weight_ptr, bias_ptr, weight_offset, column, exists):
+    y = y * _weight(weight_ptr, weight_offset, column, exists)
     if bias_ptr is not None:
         y = y + tl.load(bias_ptr + column, mask=exists, other=0.0).to(tl.float32)
     return y
@@ -62,8 +77,9 @@ def forward(
     exists = column < columns
     inside = (row < rows)[:, None] & exists
     count = columns * 1.0
+    seed, offset = _state(philox_ptr)
     x = _normalised(
-        x_ptr, residual_ptr, philox_ptr, x_stride, residual_stride, row, column, 0, inside, threshold, scale, COLUMNS
+        x_ptr, residual_ptr, x_stride, residual_stride, row, column, 0, inside, seed, offset, threshold, scale, COLUMNS
     )
     if sum_ptr is not None:
         tl.store(sum_ptr + row[:, None] * columns + column, x, mask=inside)
@@ -81,7 +97,7 @@ def forward(
 def forward_long(
     output_ptr, sum_ptr, mean_ptr, rstd_ptr, x_ptr, residual_ptr, weight_ptr, bias_ptr, philox_ptr,
     x_stride, residual_stride, columns, eps, weight_offset, threshold, scale,
-    COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program for a row that registers do not hold, read twice: the second time backwards, since what was read
     last is still in a cache. Every lane has a mean of its own (Welford 1962); they are combined once (Chan et al.)."""
@@ -89,12 +105,13 @@ def forward_long(
     lane = tl.arange(0, COLUMNS)[None, :]
     means = tl.zeros((1, COLUMNS), tl.float32)
     squares = tl.zeros((1, COLUMNS), tl.float32)
+    seed, offset = _state(philox_ptr)
     steps = 0.0
-    for first in range(0, columns, COLUMNS):
+    for first in tl.range(0, columns, COLUMNS, num_stages=STAGES):
         column = first + lane
         inside = column < columns
         x = _normalised(
-            x_ptr, residual_ptr, philox_ptr, x_stride, residual_stride, row, column, first, inside, threshold, scale,
+            x_ptr, residual_ptr, x_stride, residual_stride, row, column, first, inside, seed, offset, threshold, scale,
             COLUMNS,
         )  # fmt: skip
         if sum_ptr is not None:
@@ -121,7 +138,7 @@ def forward_long(
         column = first + lane
         inside = column < columns
         x = _normalised(
-            x_ptr, residual_ptr, philox_ptr, x_stride, residual_stride, row, column, first, inside, threshold, scale,
+            x_ptr, residual_ptr, x_stride, residual_stride, row, column, first, inside, seed, offset, threshold, scale,
             COLUMNS,
         )  # fmt: skip
         if mean_ptr is not None:
@@ -131,18 +148,21 @@ def forward_long(
 
 
 @triton.jit
-def _standardised(x_ptr, x_stride, mean_ptr, row, column, inside, exists_row, rstd):
-    """(x - mean) * rstd again."""
-    x = tl.load(x_ptr + row[:, None] * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+def _gradient_and_standardised(
+    grad_ptr, x_ptr, mean_ptr, rstd, grad_stride, x_stride, row, column, exists_row, inside, KEEP: tl.constexpr
+):
+    """What came in, and (x - mean) * rstd again. KEEP: how long caches should: Triton's eviction policy."""
+    grad = tl.load(grad_ptr + row[:, None] * grad_stride + column, mask=inside, other=0.0, eviction_policy=KEEP)
+    x = tl.load(x_ptr + row[:, None] * x_stride + column, mask=inside, other=0.0, eviction_policy=KEEP).to(tl.float32)
     if mean_ptr is not None:
         x = x - tl.load(mean_ptr + row, mask=exists_row, other=0.0)[:, None]
-    return x * rstd[:, None]
+    return grad.to(tl.float32), x * rstd[:, None]
 
 
 @triton.jit
 def _write_gradients(
-    grad, grad_ptr, branch_ptr, grad_sum_ptr, philox_ptr, grad_sum_stride, row, column, first_column, inside, columns,
-    threshold, scale, COLUMNS: tl.constexpr,
+    grad, grad_ptr, branch_ptr, grad_sum_ptr, grad_sum_stride, row, column, first_column, inside, columns,
+    seed, offset, threshold, scale, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of what was normalised, and of the branch that was dropped or cast before it was added."""
     if grad_sum_ptr is not None:
@@ -150,48 +170,9 @@ def _write_gradients(
         grad += tl.load(at, mask=inside, other=0.0).to(tl.float32)
     tl.store(grad_ptr + row[:, None] * columns + column, grad, mask=inside)
     if branch_ptr is not None:
-        if philox_ptr is not None:
-            grad = _kept(grad, philox_ptr, row, first_column, threshold, scale, COLUMNS)
+        if seed is not None:
+            grad = _kept(grad, seed, offset, row, first_column, threshold, scale, COLUMNS)
         tl.store(branch_ptr + row[:, None] * columns + column, grad, mask=inside)
-
-
-@triton.jit
-def backward(
-    grad_ptr, branch_ptr, weight_sums_ptr, bias_sums_ptr,
-    grad_output_ptr, grad_sum_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, philox_ptr,
-    grad_output_stride, grad_sum_stride, x_stride, rows, columns, chunk_rows, weight_offset, threshold, scale,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """One program for a chunk of rows, ROWS at a time in registers, with the chunk's sums for weight and bias."""
-    chunk = tl.program_id(0).to(tl.int64)
-    end = tl.minimum((chunk + 1) * chunk_rows, rows)
-    column = tl.arange(0, COLUMNS)[None, :]
-    exists = column < columns
-    count = columns * 1.0
-    weight_sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    bias_sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for step in tl.range(0, chunk_rows, ROWS, num_stages=STAGES):
-        row = chunk * chunk_rows + step + tl.arange(0, ROWS)
-        inside = (row < end)[:, None] & exists
-        at = grad_output_ptr + row[:, None] * grad_output_stride + column
-        grad = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + row, mask=row < end, other=0.0)
-        x = _standardised(x_ptr, x_stride, mean_ptr, row, column, inside, row < end, rstd)
-        if weight_sums_ptr is not None:
-            weight_sums += grad * x
-        if bias_sums_ptr is not None:
-            bias_sums += grad
-        grad = _scaled(grad, weight_ptr, None, weight_offset, column, exists)
-        grad -= x * tl.div_rn(tl.sum(grad * x, 1), count)[:, None] + _mean(grad, mean_ptr, count)
-        _write_gradients(
-            grad * rstd[:, None], grad_ptr, branch_ptr, grad_sum_ptr, philox_ptr, grad_sum_stride, row, column, 0,
-            inside, columns, threshold, scale, COLUMNS,
-        )  # fmt: skip
-    column = tl.arange(0, COLUMNS)
-    if weight_sums_ptr is not None:
-        tl.store(weight_sums_ptr + chunk * columns + column, tl.sum(weight_sums, 0), mask=column < columns)
-    if bias_sums_ptr is not None:
-        tl.store(bias_sums_ptr + chunk * columns + column, tl.sum(bias_sums, 0), mask=column < columns)
 
 
 @triton.jit
@@ -204,10 +185,65 @@ def _mean(grad, mean_ptr, count):
 
 
 @triton.jit
+def backward(
+    grad_ptr, branch_ptr, weight_sums_ptr, bias_sums_ptr,
+    grad_output_ptr, grad_sum_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, philox_ptr,
+    grad_output_stride, grad_sum_stride, x_stride, rows, columns, chunk_rows, weight_offset, threshold, scale,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, REREAD: tl.constexpr,
+):  # fmt: skip
+    """One program for a chunk of rows, ROWS at a time in registers, with the chunk's sums for weight and bias.
+
+    REREAD: registers do not hold rows and sums at once; rows are read from a cache when their sums are known.
+    """
+    chunk = tl.program_id(0).to(tl.int64)
+    end = tl.minimum((chunk + 1) * chunk_rows, rows)
+    column = tl.arange(0, COLUMNS)[None, :]
+    exists = column < columns
+    count = columns * 1.0
+    weight_sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    bias_sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    seed, offset = _state(philox_ptr)
+    if not REREAD:
+        weight = _weight(weight_ptr, weight_offset, column, exists)
+    for step in tl.range(0, chunk_rows, ROWS, num_stages=STAGES):
+        row = chunk * chunk_rows + step + tl.arange(0, ROWS)
+        exists_row = row < end
+        inside = exists_row[:, None] & exists
+        rstd = tl.load(rstd_ptr + row, mask=exists_row, other=0.0)
+        grad, x = _gradient_and_standardised(
+            grad_output_ptr, x_ptr, mean_ptr, rstd, grad_output_stride, x_stride, row, column, exists_row, inside,
+            "evict_last" if REREAD else "",
+        )  # fmt: skip
+        if REREAD:
+            weight = _weight(weight_ptr, weight_offset, column, exists)
+        projection = tl.div_rn(tl.sum(grad * weight * x, 1), count)[:, None]
+        grad_mean = _mean(grad * weight, mean_ptr, count)
+        if REREAD:
+            grad, x = _gradient_and_standardised(
+                grad_output_ptr, x_ptr, mean_ptr, rstd, grad_output_stride, x_stride, row, column, exists_row, inside,
+                "evict_first",
+            )  # fmt: skip
+        if weight_sums_ptr is not None:
+            weight_sums += grad * x
+        if bias_sums_ptr is not None:
+            bias_sums += grad
+        grad = (grad * weight - x * projection - grad_mean) * rstd[:, None]
+        _write_gradients(
+            grad, grad_ptr, branch_ptr, grad_sum_ptr, grad_sum_stride, row, column, 0, inside, columns,
+            seed, offset, threshold, scale, COLUMNS,
+        )  # fmt: skip
+    column = tl.arange(0, COLUMNS)
+    if weight_sums_ptr is not None:
+        tl.store(weight_sums_ptr + chunk * columns + column, tl.sum(weight_sums, 0), mask=column < columns)
+    if bias_sums_ptr is not None:
+        tl.store(bias_sums_ptr + chunk * columns + column, tl.sum(bias_sums, 0), mask=column < columns)
+
+
+@triton.jit
 def backward_means(
     projections_ptr, grad_means_ptr, grad_output_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr,
     grad_output_stride, x_stride, columns, weight_offset,
-    COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """What the gradient of a long row needs of all of it: the means of grad * x and of grad (times the weight)."""
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
@@ -215,13 +251,14 @@ def backward_means(
     rstd = tl.load(rstd_ptr + row)
     products = tl.zeros((1, COLUMNS), tl.float32)
     grads = tl.zeros((1, COLUMNS), tl.float32)
-    for first in range(0, columns, COLUMNS):
+    for first in tl.range(0, columns, COLUMNS, num_stages=STAGES):
         column = first + lane
         inside = column < columns
-        at = grad_output_ptr + row[:, None] * grad_output_stride + column
-        grad = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        grad = _scaled(grad, weight_ptr, None, weight_offset, column, inside)
-        products += grad * _standardised(x_ptr, x_stride, mean_ptr, row, column, inside, row >= 0, rstd)
+        grad, x = _gradient_and_standardised(
+            grad_output_ptr, x_ptr, mean_ptr, rstd, grad_output_stride, x_stride, row, column, row >= 0, inside, ""
+        )
+        grad *= _weight(weight_ptr, weight_offset, column, inside)
+        products += grad * x
         grads += grad
     count = columns * 1.0
     tl.store(projections_ptr + row, tl.div_rn(tl.sum(products, 1), count))
@@ -234,7 +271,7 @@ def backward_long(
     grad_ptr, branch_ptr, weight_sums_ptr, bias_sums_ptr, projections_ptr, grad_means_ptr,
     grad_output_ptr, grad_sum_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, philox_ptr,
     grad_output_stride, grad_sum_stride, x_stride, rows, columns, chunk_rows, weight_offset, threshold, scale,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program for COLUMNS columns of a chunk of rows, after `backward_means`."""
     blocks = tl.cdiv(columns, COLUMNS)
@@ -243,26 +280,28 @@ def backward_long(
     first = tl.program_id(0) % blocks * COLUMNS
     column = first + tl.arange(0, COLUMNS)[None, :]
     exists = column < columns
+    weight = _weight(weight_ptr, weight_offset, column, exists)
     weight_sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     bias_sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for step in range(0, chunk_rows, ROWS):
+    seed, offset = _state(philox_ptr)
+    for step in tl.range(0, chunk_rows, ROWS, num_stages=STAGES):
         row = chunk * chunk_rows + step + tl.arange(0, ROWS)
-        inside = (row < end)[:, None] & exists
-        at = grad_output_ptr + row[:, None] * grad_output_stride + column
-        grad = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + row, mask=row < end, other=0.0)
-        x = _standardised(x_ptr, x_stride, mean_ptr, row, column, inside, row < end, rstd)
+        exists_row = row < end
+        inside = exists_row[:, None] & exists
+        rstd = tl.load(rstd_ptr + row, mask=exists_row, other=0.0)
+        grad, x = _gradient_and_standardised(
+            grad_output_ptr, x_ptr, mean_ptr, rstd, grad_output_stride, x_stride, row, column, exists_row, inside, ""
+        )
         if weight_sums_ptr is not None:
             weight_sums += grad * x
         if bias_sums_ptr is not None:
             bias_sums += grad
-        grad = _scaled(grad, weight_ptr, None, weight_offset, column, exists)
-        grad -= x * tl.load(projections_ptr + row, mask=row < end, other=0.0)[:, None]
+        grad = grad * weight - x * tl.load(projections_ptr + row, mask=exists_row, other=0.0)[:, None]
         if mean_ptr is not None:
-            grad -= tl.load(grad_means_ptr + row, mask=row < end, other=0.0)[:, None]
+            grad -= tl.load(grad_means_ptr + row, mask=exists_row, other=0.0)[:, None]
         _write_gradients(
-            grad * rstd[:, None], grad_ptr, branch_ptr, grad_sum_ptr, philox_ptr, grad_sum_stride, row, column, first,
-            inside, columns, threshold, scale, COLUMNS,
+            grad * rstd[:, None], grad_ptr, branch_ptr, grad_sum_ptr, grad_sum_stride, row, column, first, inside,
+            columns, seed, offset, threshold, scale, COLUMNS,
         )  # fmt: skip
     column = first + tl.arange(0, COLUMNS)
     if weight_sums_ptr is not None:

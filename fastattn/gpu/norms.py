@@ -21,11 +21,6 @@ from fastattn.gpu.rows import as_rows
 
 KERNELS = Deferred("fastattn.gpu.norm_kernels")
 
-#: Columns of a row that the registers of one program hold forwards, and backwards beside the sums for weight and bias
-#: (two of LayerNorm, one of RMSNorm).
-RESIDENT = 32768
-RESIDENT_BACKWARD = {"layer_norm": 8192, "rms_norm": 16384}
-
 
 class Forward(NamedTuple):
     output: Tensor
@@ -47,6 +42,21 @@ class Backward(NamedTuple):
 @functools.lru_cache(maxsize=4096)
 def _padded(columns: int) -> int:
     return max(16, 1 << (columns - 1).bit_length())
+
+
+def _resident(dtype: torch.dtype, residual: bool, dropout: bool) -> int:
+    """Columns of a row that the registers of one program hold forwards."""
+    if dropout:
+        return 8192
+    return 16384 if residual or dtype == torch.float32 else 32768
+
+
+def _resident_backward(op: str, dtype: torch.dtype, apart: bool) -> int:
+    """As `_resident`, beside the sums for weight and bias, two of LayerNorm and one of RMSNorm. apart: there are two
+    gradients of different values."""
+    if apart:
+        return 4096
+    return 16384 if op == "rms_norm" and dtype != torch.float32 else 8192
 
 
 def _dropout(dropout_p: float) -> tuple[int, float]:
@@ -88,12 +98,12 @@ def forward(
     numbers = eps, weight_offset, threshold, scale
     target = devices.target_of(device)
     with devices.on(input):
-        if columns <= RESIDENT:
-            options = tuning.options(op, "forward", target, dim=columns)
+        if columns <= _resident(like.dtype, residual is not None, philox is not None):
+            options = tuning.options(op, "forward", target, like.dtype, columns)
             grid = (-(-rows // options["ROWS"]),)
             KERNELS.forward[grid](*tensors, rows, columns, *numbers, COLUMNS=_padded(columns), **options)
         else:
-            options = tuning.options(op, "forward_long", target, dim=columns)
+            options = tuning.options(op, "forward_long", target, like.dtype, columns)
             KERNELS.forward_long[(rows,)](*tensors, columns, *numbers, **options)
     return Forward(output, total, mean, rstd)
 
@@ -152,7 +162,7 @@ def backward(
     s, s_stride = (None, 0) if grad_sum is None else as_rows(grad_sum, normalized_ndim)
     x, x_stride = as_rows(input, normalized_ndim)
     threshold, scale = (0, 1.0) if philox is None else _dropout(dropout_p)
-    resident = columns <= RESIDENT_BACKWARD[op]
+    resident = columns <= _resident_backward(op, input.dtype, apart)
     chunk = chunk_rows(rows, columns, resident)
     chunks = -(-rows // chunk)
     partials = partial_sums(len(sought), chunks, columns, device) if sought else None
@@ -164,15 +174,16 @@ def backward(
     numbers = rows, columns, chunk, weight_offset, threshold, scale
     with devices.on(input):
         if resident:
-            options = tuning.options(op, "backward", target, dim=columns)
+            kind = "apart" if apart else "one"
+            options = tuning.options(op, "backward", target, input.dtype, columns, kind)
             KERNELS.backward[(chunks,)](*written, *read, *numbers, COLUMNS=_padded(columns), **options)
         else:
             means = torch.empty((2, rows), dtype=torch.float32, device=device).unbind()
-            options = tuning.options(op, "backward_means", target, dim=columns)
+            options = tuning.options(op, "backward_means", target, input.dtype, columns)
             KERNELS.backward_means[(rows,)](
                 *means, g, x, weight, mean, rstd, g_stride, x_stride, columns, weight_offset, **options
             )
-            options = tuning.options(op, "backward_long", target, dim=columns)
+            options = tuning.options(op, "backward_long", target, input.dtype, columns)
             grid = (chunks * -(-columns // options["COLUMNS"]),)
             KERNELS.backward_long[grid](*written, *means, *read, *numbers, **options)
     if partials is not None:

@@ -32,13 +32,17 @@ def _matrix(input: Tensor, bias: Tensor | None, *others: Tensor) -> tuple[int, i
     return elements // columns, columns
 
 
+def _kind(rows: int) -> str:
+    return "rows" if rows > 1 else "row"
+
+
 def forward(input: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     output = torch.empty(input.shape, dtype=input.dtype, device=input.device)
     if output.numel() == 0:
         return output
     rows, columns = _matrix(input, bias)
     x, x_stride = as_rows(input)
-    options = tuning.options("gelu", "forward", devices.target_of(input.device), size=columns)
+    options = tuning.options("gelu", "forward", devices.target_of(input.device), kind=_kind(rows), size=columns)
     grid = (-(-rows // options["ROWS"]) * -(-columns // options["COLUMNS"]),)
     with devices.on(input):
         KERNELS.forward[grid](output, x, bias, x_stride, rows, columns, TANH=tanh, **options)
@@ -65,7 +69,7 @@ def backward(
     rows, columns = _matrix(input, bias, grad_output)
     x, x_stride = as_rows(input)
     grad, grad_stride = as_rows(grad_output)
-    options = tuning.options("gelu", "backward", devices.target_of(input.device), size=columns)
+    options = tuning.options("gelu", "backward", devices.target_of(input.device), kind=_kind(rows), size=columns)
     chunk = chunk_rows(rows, columns) if bias_grad else options["ROWS"]
     chunks = -(-rows // chunk)
     sums = partial_sums(1, chunks, columns, input.device) if bias_grad else None
