@@ -301,7 +301,7 @@ def _differentiate(
     dims, wide = (dim, value_dim), max(dim, value_dim)
     features = call.features
     lanes = call.batches * call.heads
-    kv_lanes = lanes // call.grouped
+    kv_lanes = call.batches * key.shape[1]
     constants = {
         "DIM": dim, "VALUE_DIM": value_dim, "BLOCK_DIM": _block(dim), "BLOCK_VALUE": _block(value_dim)
     }  # fmt: skip

@@ -67,19 +67,18 @@ def delta(
     batch = wide(lane // heads)
     first_row = block * ROWS
     local = tl.arange(0, ROWS)
-    grad_ptr += batch * grad_batch + head * grad_head + wide(first_row) * grad_row
-    output_ptr += batch * output_batch + head * output_head + wide(first_row) * output_row
-    limit = rows - first_row
-    grad = tile_at(grad_ptr, grad_row, local, limit, VALUE_DIM, BLOCK_VALUE)
-    output = tile_at(output_ptr, output_row, local, limit, VALUE_DIM, BLOCK_VALUE)
+    row = first_row + local
+    grad = tile_at(grad_ptr + batch * grad_batch + head * grad_head, grad_row, row, rows, VALUE_DIM, BLOCK_VALUE)
+    output_ptr += batch * output_batch + head * output_head
+    output = tile_at(output_ptr, output_row, row, rows, VALUE_DIM, BLOCK_VALUE)
     if grad.dtype == tl.float32:
         # The diagonal of a product is summed as dP is: where they cancel, as in a row of one key, they do so wholly.
         products = tl.dot(grad, tl.trans(output), input_precision="ieee")
         found = tl.sum(tl.where(local[:, None] == local[None, :], products, 0.0), 1)
     else:
         found = tl.sum(grad.to(tl.float32) * output.to(tl.float32), 1)
-    place = batch * lse_batch + head * lse_head + first_row + local
-    there = local < limit
+    place = batch * lse_batch + head * lse_head + row
+    there = row < rows
     if GRAD_LSE & FEATURES:
         found -= tl.load(grad_lse_ptr + place, mask=there, other=0.0)
     tl.store(delta_ptr + place, found, mask=there)
@@ -125,17 +124,17 @@ def _uncapped(grad_scores, products, scale, softcap, FEATURES: tl.constexpr):
 
 
 @triton.jit
-def _statistics(lse_ptr, delta_ptr, rest_ptr, local, limit, FEATURES: tl.constexpr):
+def _statistics(lse_ptr, delta_ptr, rest_ptr, place, rows, queries, FEATURES: tl.constexpr):
     """(lse, rest, delta) of rows; lse is +inf where there is no row and where a row sees nothing."""
-    there = local < limit
-    lse = tl.load(lse_ptr + local, mask=there, other=float("inf"))
+    there = rows < queries
+    lse = tl.load(lse_ptr + place + rows, mask=there, other=float("inf"))
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     if FOLDED & FEATURES:
         lse *= LOG2E
-    rest = 0.0
+    rest = lse
     if REST & FEATURES:
-        rest = tl.load(rest_ptr + local, mask=there, other=0.0)
-    return lse, rest, tl.load(delta_ptr + local, mask=there, other=0.0)
+        rest = tl.load(rest_ptr + place + rows, mask=there, other=0.0)
+    return lse, rest, tl.load(delta_ptr + place + rows, mask=there, other=0.0)
 
 
 @triton.jit
@@ -147,14 +146,14 @@ def _query_step(
     BLOCK_VALUE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One block of keys. total: the sum of a row's probabilities as lse makes them (REST)."""
-    local = tl.arange(0, COLUMNS)
     start = block * COLUMNS
-    column = (start + local)[None, :]
-    key = tile_at(key_ptr + wide(start) * key_row, key_row, local, keys - start, DIM, BLOCK_DIM)
-    value = tile_at(value_ptr + wide(start) * value_row, value_row, local, keys - start, VALUE_DIM, BLOCK_VALUE)
+    columns = start + tl.arange(0, COLUMNS)
+    column = columns[None, :]
+    key = tile_at(key_ptr, key_row, columns, keys, DIM, BLOCK_DIM)
+    value = tile_at(value_ptr, value_row, columns, keys, VALUE_DIM, BLOCK_VALUE)
     key_id = 0
     if DOCUMENTS & FEATURES:
-        key_id = tl.load(key_ids_ptr + start + local, mask=start + local < keys, other=0)[None, :]
+        key_id = tl.load(key_ids_ptr + columns, mask=columns < keys, other=0)[None, :]
     products = tl.dot(query, tl.trans(key), input_precision="ieee")
     weights = _weights(
         products, lse[:, None], 1.0, row, column, queries, keys, shift, left, right, prefix, query_id, key_id, mask,
@@ -207,30 +206,27 @@ def backward_query(
         value_ptr += wide(first_key) * value_row
         lse_ptr += query_start
         delta_ptr += query_start
+        if REST & FEATURES:
+            rest_ptr += query_start
         base = tl.full((), 0, tl.int64)
     else:
         first_row = block * ROWS
         base = wide(batch)
     kv_head = wide(head // grouped)
-    query_ptr += base * query_batch + wide(head) * query_head + wide(first_row) * query_row
-    grad_ptr += base * grad_batch + wide(head) * grad_head + wide(first_row) * grad_row
-    grad_query_ptr += base * result_batch + wide(head) * result_head + wide(first_row) * result_row
+    query_ptr += base * query_batch + wide(head) * query_head
+    grad_ptr += base * grad_batch + wide(head) * grad_head
+    grad_query_ptr += base * result_batch + wide(head) * result_head
     key_ptr += base * key_batch + kv_head * key_head
     value_ptr += base * value_batch + kv_head * value_head
-    statistics = base * lse_batch + wide(head) * lse_head + first_row
+    statistics = base * lse_batch + wide(head) * lse_head
 
-    local = tl.arange(0, ROWS)
-    limit = queries - first_row
-    row = (first_row + local)[:, None]
-    there = local < limit
+    rows = first_row + tl.arange(0, ROWS)
+    row = rows[:, None]
+    there = rows < queries
     last_row = tl.minimum(first_row + ROWS, queries) - 1
-    query = tile_at(query_ptr, query_row, local, limit, DIM, BLOCK_DIM)
-    grad = tile_at(grad_ptr, grad_row, local, limit, VALUE_DIM, BLOCK_VALUE)
-    there_lse = tl.load(lse_ptr + statistics + local, mask=there, other=float("inf"))
-    lse = tl.where(there_lse == float("-inf"), float("inf"), there_lse)
-    if FOLDED & FEATURES:
-        lse *= LOG2E
-    delta_of_rows = tl.load(delta_ptr + statistics + local, mask=there, other=0.0)
+    query = tile_at(query_ptr, query_row, rows, queries, DIM, BLOCK_DIM)
+    grad = tile_at(grad_ptr, grad_row, rows, queries, VALUE_DIM, BLOCK_VALUE)
+    lse, _, delta_of_rows = _statistics(lse_ptr, delta_ptr, None, statistics, rows, queries, FOLDED & FEATURES)
     prefix = prefix_of(prefix_ptr, prefix_batch, batch, keys, FEATURES)
     slope = 0.0
     if ALIBI & FEATURES:
@@ -241,7 +237,7 @@ def backward_query(
     least = 0
     most = 0
     if DOCUMENTS & FEATURES:
-        ids = tl.load(query_ids_ptr + base * query_ids_batch + first_row + local, mask=there, other=0)
+        ids = tl.load(query_ids_ptr + base * query_ids_batch + rows, mask=there, other=0)
         query_id = ids[:, None]
         least = tl.min(tl.where(there, ids.to(tl.int64), MOST), 0)
         most = tl.max(tl.where(there, ids.to(tl.int64), LEAST), 0)
@@ -288,39 +284,34 @@ def backward_query(
             sink = tl.load(sinks_ptr + head).to(tl.float32)
             total += tl.exp2((sink - lse) * LOG2E)
         total = tl.where(total == 0.0, 1.0, total)
-        tl.store(rest_ptr + statistics + local, 1.0 / total, mask=there)
+        tl.store(rest_ptr + statistics + rows, 1.0 / total, mask=there)
         grad_query = grad_query / total[:, None]
-    put_tile(grad_query_ptr, result_row, local, limit, grad_query * scale, DIM, BLOCK_DIM)
+    put_tile(grad_query_ptr, result_row, rows, queries, grad_query * scale, DIM, BLOCK_DIM)
 
 
 @triton.jit
 def _key_step(
-    grad_key, grad_value, key, value, query_ptr, query_row, grad_ptr, grad_row, lse_ptr, delta_ptr, rest_ptr, block,
-    edge, column, first_key, queries, keys, shift, left, right, prefix, key_id, query_ids_ptr, mask, slope, philox_ptr,
-    lane, scale, softcap, kept_scale, threshold,
+    grad_key, grad_value, key, value, query_ptr, query_row, grad_ptr, grad_row, lse_ptr, delta_ptr, rest_ptr,
+    statistics, block, edge, column, first_key, queries, keys, shift, left, right, prefix, key_id, query_ids_ptr, mask,
+    slope, philox_ptr, lane, scale, softcap, kept_scale, threshold,
     FEATURES: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK_VALUE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One block of queries, in tiles with a row per key."""
-    local = tl.arange(0, ROWS)
     start = block * ROWS
-    limit = queries - start
-    row = (start + local)[None, :]
-    query = tile_at(query_ptr + wide(start) * query_row, query_row, local, limit, DIM, BLOCK_DIM)
-    lse, rest, delta_of_rows = _statistics(
-        lse_ptr + start, delta_ptr + start, rest_ptr if rest_ptr is None else rest_ptr + start, local, limit, FEATURES
-    )
+    rows = start + tl.arange(0, ROWS)
+    row = rows[None, :]
+    query = tile_at(query_ptr, query_row, rows, queries, DIM, BLOCK_DIM)
+    lse, rest, delta_of_rows = _statistics(lse_ptr, delta_ptr, rest_ptr, statistics, rows, queries, FEATURES)
     query_id = 0
     if DOCUMENTS & FEATURES:
-        query_id = tl.load(query_ids_ptr + start + local, mask=local < limit, other=0)[None, :]
+        query_id = tl.load(query_ids_ptr + rows, mask=rows < queries, other=0)[None, :]
     products = tl.dot(key, tl.trans(query), input_precision="ieee")
-    if REST & FEATURES:
-        rest = rest[None, :]
     weights = _weights(
-        products, lse[None, :], rest, row, column, queries, keys, shift, left, right, prefix, query_id, key_id, mask,
-        slope, scale, softcap, edge, FEATURES,
+        products, lse[None, :], rest[None, :], row, column, queries, keys, shift, left, right, prefix, query_id,
+        key_id, mask, slope, scale, softcap, edge, FEATURES,
     )  # fmt: skip
-    grad = tile_at(grad_ptr + wide(start) * grad_row, grad_row, local, limit, VALUE_DIM, BLOCK_VALUE)
+    grad = tile_at(grad_ptr, grad_row, rows, queries, VALUE_DIM, BLOCK_VALUE)
     grad_weights = tl.dot(value, tl.trans(grad), input_precision="ieee")
     dropped = weights
     if DROPOUT & FEATURES:
@@ -389,8 +380,10 @@ def backward_mask(
         head = mask_head_index + rest_of_step % each_head
         batch = mask_batch_index + rest_of_step // each_head
         base = wide(batch)
-        row = (first_row + local_row)[:, None]
-        column = (first_key + local_column)[None, :]
+        rows = first_row + local_row
+        columns = first_key + local_column
+        row = rows[:, None]
+        column = columns[None, :]
         mask = mask_tile(
             mask_ptr + base * mask_batch + wide(head) * mask_head, mask_row, mask_column, row, column, queries, keys
         )
@@ -398,48 +391,37 @@ def backward_mask(
         query_id = 0
         key_id = 0
         if DOCUMENTS & FEATURES:
-            query_id = tl.load(
-                query_ids_ptr + base * query_ids_batch + first_row + local_row,
-                mask=first_row + local_row < queries, other=0,
-            )[:, None]  # fmt: skip
-            key_id = tl.load(
-                key_ids_ptr + base * key_ids_batch + first_key + local_column,
-                mask=first_key + local_column < keys, other=0,
-            )[None, :]  # fmt: skip
+            query_ids = query_ids_ptr + base * query_ids_batch
+            query_id = tl.load(query_ids + rows, mask=rows < queries, other=0)[:, None]
+            key_ids = key_ids_ptr + base * key_ids_batch
+            key_id = tl.load(key_ids + columns, mask=columns < keys, other=0)[None, :]
         seen = visible(row, column, queries, keys, shift, left, right, prefix, query_id, key_id, mask, FEATURES)
         seen = seen & (mask != float("-inf"))
         if tl.max(seen.to(tl.int32)) > 0:
             kv_head = wide(head // grouped)
             wide_head = wide(head)
             query = tile_at(
-                query_ptr + base * query_batch + wide_head * query_head + wide(first_row) * query_row,
-                query_row, local_row, queries - first_row, DIM, BLOCK_DIM,
-            )  # fmt: skip
-            key = tile_at(
-                key_ptr + base * key_batch + kv_head * key_head + wide(first_key) * key_row,
-                key_row, local_column, keys - first_key, DIM, BLOCK_DIM,
-            )  # fmt: skip
+                query_ptr + base * query_batch + wide_head * query_head, query_row, rows, queries, DIM, BLOCK_DIM
+            )
+            key = tile_at(key_ptr + base * key_batch + kv_head * key_head, key_row, columns, keys, DIM, BLOCK_DIM)
             products = tl.dot(query, tl.trans(key), input_precision="ieee")
             slope = 0.0
             if ALIBI & FEATURES:
                 slope = tl.load(slopes_ptr + batch * slopes_batch + head).to(tl.float32)
-            statistics = base * lse_batch + wide_head * lse_head + first_row
+            statistics = base * lse_batch + wide_head * lse_head
             lse, rest, delta_of_rows = _statistics(
-                lse_ptr + statistics, delta_ptr + statistics, rest_ptr + statistics, local_row, queries - first_row,
-                FEATURES,
+                lse_ptr, delta_ptr, rest_ptr, statistics, rows, queries, FEATURES
             )  # fmt: skip
             weights = _weights(
                 products, lse[:, None], rest[:, None], row, column, queries, keys, shift, left, right, prefix, query_id,
                 key_id, mask, slope, scale, softcap, True, FEATURES,
             )  # fmt: skip
             value = tile_at(
-                value_ptr + base * value_batch + kv_head * value_head + wide(first_key) * value_row,
-                value_row, local_column, keys - first_key, VALUE_DIM, BLOCK_VALUE,
-            )  # fmt: skip
+                value_ptr + base * value_batch + kv_head * value_head, value_row, columns, keys, VALUE_DIM, BLOCK_VALUE
+            )
             grad = tile_at(
-                grad_ptr + base * grad_batch + wide_head * grad_head + wide(first_row) * grad_row,
-                grad_row, local_row, queries - first_row, VALUE_DIM, BLOCK_VALUE,
-            )  # fmt: skip
+                grad_ptr + base * grad_batch + wide_head * grad_head, grad_row, rows, queries, VALUE_DIM, BLOCK_VALUE
+            )
             grad_weights = tl.dot(grad, tl.trans(value), input_precision="ieee")
             if DROPOUT & FEATURES:
                 lane = batch * heads + head
@@ -500,15 +482,17 @@ def backward_key(
         grad_value_ptr += wide(key_start) * value_result_row
         lse_ptr += query_start
         delta_ptr += query_start
+        if REST & FEATURES:
+            rest_ptr += query_start
         base = tl.full((), 0, tl.int64)
     else:
         first_key = block * COLUMNS
         room = keys
         base = wide(batch)
-    key_ptr += base * key_batch + wide(kv_head) * key_head + wide(first_key) * key_row
-    value_ptr += base * value_batch + wide(kv_head) * value_head + wide(first_key) * value_row
-    grad_key_ptr += base * key_result_batch + wide(kv_head) * key_result_head + wide(first_key) * key_result_row
-    grad_value_ptr += base * value_result_batch + wide(kv_head) * value_result_head + wide(first_key) * value_result_row
+    key_ptr += base * key_batch + wide(kv_head) * key_head
+    value_ptr += base * value_batch + wide(kv_head) * value_head
+    grad_key_ptr += base * key_result_batch + wide(kv_head) * key_result_head
+    grad_value_ptr += base * value_result_batch + wide(kv_head) * value_result_head
     query_ptr += base * query_batch
     grad_ptr += base * grad_batch
     lse_ptr += base * lse_batch
@@ -516,13 +500,12 @@ def backward_key(
     if REST & FEATURES:
         rest_ptr += base * lse_batch
 
-    local = tl.arange(0, COLUMNS)
-    limit = keys - first_key
-    column = (first_key + local)[:, None]
-    there = local < limit
+    columns = first_key + tl.arange(0, COLUMNS)
+    column = columns[:, None]
+    there = columns < keys
     last_key = tl.minimum(first_key + COLUMNS, keys) - 1
-    key = tile_at(key_ptr, key_row, local, limit, DIM, BLOCK_DIM)
-    value = tile_at(value_ptr, value_row, local, limit, VALUE_DIM, BLOCK_VALUE)
+    key = tile_at(key_ptr, key_row, columns, keys, DIM, BLOCK_DIM)
+    value = tile_at(value_ptr, value_row, columns, keys, VALUE_DIM, BLOCK_VALUE)
     prefix = prefix_of(prefix_ptr, prefix_batch, batch, keys, FEATURES)
     low = 0
     high = tl.cdiv(queries, ROWS)
@@ -530,7 +513,7 @@ def backward_key(
     least = 0
     most = 0
     if DOCUMENTS & FEATURES:
-        ids = tl.load(key_ids_ptr + base * key_ids_batch + first_key + local, mask=there, other=0)
+        ids = tl.load(key_ids_ptr + base * key_ids_batch + columns, mask=there, other=0)
         key_id = ids[:, None]
         least = tl.min(tl.where(there, ids.to(tl.int64), MOST), 0)
         most = tl.max(tl.where(there, ids.to(tl.int64), LEAST), 0)
@@ -541,52 +524,50 @@ def backward_key(
         first_key, last_key, queries, shift, left, right, prefix, low, high, FEATURES, ROWS
     )
     if PACKED & FEATURES:
-        end = tl.where(limit > 0, end, begin)  # keys that are not used meet no query
+        end = tl.where(first_key < keys, end, begin)  # keys that are not used meet no query
 
     grad_key = tl.zeros((COLUMNS, BLOCK_DIM), tl.float32)
     grad_value = tl.zeros((COLUMNS, BLOCK_VALUE), tl.float32)
-    for member in range(0, grouped):
-        head = wide(kv_head * grouped + member)
-        lane = (number - 1) * heads + kv_head * grouped + member
-        head_query_ptr = query_ptr + head * query_head
-        head_grad_ptr = grad_ptr + head * grad_head
-        head_lse_ptr = lse_ptr + head * lse_head
-        head_delta_ptr = delta_ptr + head * lse_head
-        head_rest_ptr = rest_ptr
-        if REST & FEATURES:
-            head_rest_ptr = rest_ptr + head * lse_head
+    # One loop over the queries of all heads that share these keys: loads run ahead from one head into the next.
+    count = tl.maximum(end - begin, 0)
+    for t in range(0, count * grouped):
+        this = begin + t % count
+        head = kv_head * grouped + t // count
+        lane = (number - 1) * heads + head
+        head_query_ptr = query_ptr + wide(head) * query_head
+        head_grad_ptr = grad_ptr + wide(head) * grad_head
+        statistics = wide(head) * lse_head
         slope = 0.0
         if ALIBI & FEATURES:
             slope = tl.load(slopes_ptr + batch * slopes_batch + head).to(tl.float32)
-        for this in range(begin, end):
-            if TESTED & FEATURES:
-                live = True
-                mask = 0
-                if MASKS & FEATURES:
-                    row = (this * ROWS + tl.arange(0, ROWS))[None, :]
-                    head_mask_ptr = mask_ptr + base * mask_batch + head * mask_head
-                    mask = mask_tile(head_mask_ptr, mask_row, mask_column, row, column, queries, keys)
-                    live = any_visible(mask)
-                if DOCUMENTS & FEATURES:
-                    live = is_live(query_ranges_ptr, query_tiles, this, least, most) & live
-                if live:
-                    grad_key, grad_value = _key_step(
-                        grad_key, grad_value, key, value, head_query_ptr, query_row, head_grad_ptr, grad_row,
-                        head_lse_ptr, head_delta_ptr, head_rest_ptr, this, True, column, first_key, queries, keys,
-                        shift, left, right, prefix, key_id, query_ids_ptr, mask, slope, philox_ptr, lane, scale, softcap,
-                        kept_scale, threshold, FEATURES, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, ROWS, COLUMNS,
-                    )  # fmt: skip
-            else:
-                edge = (this < whole) | (this >= whole_end)
+        if TESTED & FEATURES:
+            live = True
+            mask = 0
+            if MASKS & FEATURES:
+                row = (this * ROWS + tl.arange(0, ROWS))[None, :]
+                head_mask_ptr = mask_ptr + base * mask_batch + wide(head) * mask_head
+                mask = mask_tile(head_mask_ptr, mask_row, mask_column, row, column, queries, keys)
+                live = any_visible(mask)
+            if DOCUMENTS & FEATURES:
+                live = is_live(query_ranges_ptr, query_tiles, this, least, most) & live
+            if live:
                 grad_key, grad_value = _key_step(
-                    grad_key, grad_value, key, value, head_query_ptr, query_row, head_grad_ptr, grad_row,
-                    head_lse_ptr, head_delta_ptr, head_rest_ptr, this, edge, column, first_key, queries, keys, shift,
-                    left, right, prefix, key_id, query_ids_ptr, 0, slope, philox_ptr, lane, scale, softcap,
-                    kept_scale, threshold, FEATURES, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, ROWS, COLUMNS,
+                    grad_key, grad_value, key, value, head_query_ptr, query_row, head_grad_ptr, grad_row, lse_ptr,
+                    delta_ptr, rest_ptr, statistics, this, True, column, first_key, queries, keys, shift, left, right,
+                    prefix, key_id, query_ids_ptr, mask, slope, philox_ptr, lane, scale, softcap, kept_scale, threshold,
+                    FEATURES, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, ROWS, COLUMNS,
                 )  # fmt: skip
+        else:
+            edge = (this < whole) | (this >= whole_end)
+            grad_key, grad_value = _key_step(
+                grad_key, grad_value, key, value, head_query_ptr, query_row, head_grad_ptr, grad_row, lse_ptr,
+                delta_ptr, rest_ptr, statistics, this, edge, column, first_key, queries, keys, shift, left, right,
+                prefix, key_id, query_ids_ptr, 0, slope, philox_ptr, lane, scale, softcap, kept_scale, threshold,
+                FEATURES, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, ROWS, COLUMNS,
+            )  # fmt: skip
 
     if PACKED & FEATURES:
         grad_key = tl.where(there[:, None], grad_key, 0.0)
         grad_value = tl.where(there[:, None], grad_value, 0.0)
-    put_tile(grad_key_ptr, key_result_row, local, room - first_key, grad_key * scale, DIM, BLOCK_DIM)
-    put_tile(grad_value_ptr, value_result_row, local, room - first_key, grad_value, VALUE_DIM, BLOCK_VALUE)
+    put_tile(grad_key_ptr, key_result_row, columns, room, grad_key * scale, DIM, BLOCK_DIM)
+    put_tile(grad_value_ptr, value_result_row, columns, room, grad_value, VALUE_DIM, BLOCK_VALUE)

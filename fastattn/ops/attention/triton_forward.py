@@ -56,17 +56,17 @@ def _step(
     BLOCK_VALUE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One block of keys. largest: the greatest score so far, times the unit of exponents."""
-    local = tl.arange(0, COLUMNS)
     start = block * COLUMNS
-    key = tile_at(key_ptr + wide(start) * key_row, key_row, local, keys - start, DIM, BLOCK_DIM)
+    columns = start + tl.arange(0, COLUMNS)
+    key = tile_at(key_ptr, key_row, columns, keys, DIM, BLOCK_DIM)
     scores = tl.dot(query, tl.trans(key), input_precision="ieee")
-    column = (start + local)[None, :]
+    column = columns[None, :]
     if not FOLDED & FEATURES:
         scores = natural_scores(scores, row, column, shift, slope, scale, softcap, mask, FEATURES)
     if edge:
         key_id = 0
         if DOCUMENTS & FEATURES:
-            key_id = tl.load(key_ids_ptr + start + local, mask=start + local < keys, other=0)[None, :]
+            key_id = tl.load(key_ids_ptr + columns, mask=columns < keys, other=0)[None, :]
         seen = visible(row, column, queries, keys, shift, left, right, prefix, query_id, key_id, mask, FEATURES)
         scores = tl.where(seen, scores, float("-inf"))
     if FOLDED & FEATURES:
@@ -86,7 +86,7 @@ def _step(
         keep = kept(philox_ptr, lane, first_row, start, threshold, ROWS, COLUMNS)
         weights = tl.where(keep, weights, 0.0)
     output = output * shrink[:, None]
-    value = tile_at(value_ptr + wide(start) * value_row, value_row, local, keys - start, VALUE_DIM, BLOCK_VALUE)
+    value = tile_at(value_ptr, value_row, columns, keys, VALUE_DIM, BLOCK_VALUE)
     output = tl.dot(weights.to(value.dtype), value, output, input_precision="ieee")
     return larger, total, output
 
@@ -112,13 +112,13 @@ def forward(
     first_key = 0
     query_start = 0
     if PACKED & FEATURES:
-        rows = queries
-        number, query_start, queries, first_row = packed_tile(cu_queries_ptr, block, sequences, rows, ROWS)
+        every = queries
+        number, query_start, queries, first_row = packed_tile(cu_queries_ptr, block, sequences, every, ROWS)
         if first_row >= queries:
             return
         first_key, room = packed_other(cu_keys_ptr, number, sequences, keys)
         if DEBUG & FEATURES:
-            tl.device_assert(tl.load(cu_queries_ptr + sequences) <= rows, "attention_varlen: cu_seq_q leaves the rows")
+            tl.device_assert(tl.load(cu_queries_ptr + sequences) <= every, "attention_varlen: cu_seq_q leaves the rows")
             tl.device_assert(tl.load(cu_keys_ptr + sequences) <= keys, "attention_varlen: cu_seq_k leaves the rows")
         keys = used_keys(used_ptr, number, sequences, room)
         shift = keys - queries
@@ -134,17 +134,17 @@ def forward(
         first_row = block * ROWS
         base = wide(batch)
     kv_head = wide(head // grouped)
-    query_ptr += base * query_batch + wide(head) * query_head + wide(first_row) * query_row
-    output_ptr += base * output_batch + wide(head) * output_head + wide(first_row) * output_row
+    query_ptr += base * query_batch + wide(head) * query_head
+    output_ptr += base * output_batch + wide(head) * output_head
     key_ptr += base * key_batch + kv_head * key_head
     value_ptr += base * value_batch + kv_head * value_head
-    lse_ptr += base * lse_batch + wide(head) * lse_head + first_row
+    lse_ptr += base * lse_batch + wide(head) * lse_head
 
-    local = tl.arange(0, ROWS)
-    row = (first_row + local)[:, None]
-    there = first_row + local < queries
+    rows = first_row + tl.arange(0, ROWS)
+    row = rows[:, None]
+    there = rows < queries
     last_row = tl.minimum(first_row + ROWS, queries) - 1
-    query = tile_at(query_ptr, query_row, local, queries - first_row, DIM, BLOCK_DIM)
+    query = tile_at(query_ptr, query_row, rows, queries, DIM, BLOCK_DIM)
     prefix = prefix_of(prefix_ptr, prefix_batch, batch, keys, FEATURES)
     slope = 0.0
     if ALIBI & FEATURES:
@@ -155,7 +155,7 @@ def forward(
     least = 0
     most = 0
     if DOCUMENTS & FEATURES:
-        ids = tl.load(query_ids_ptr + base * query_ids_batch + first_row + local, mask=there, other=0)
+        ids = tl.load(query_ids_ptr + base * query_ids_batch + rows, mask=there, other=0)
         query_id = ids[:, None]
         least = tl.min(tl.where(there, ids.to(tl.int64), MOST), 0)
         most = tl.max(tl.where(there, ids.to(tl.int64), LEAST), 0)
@@ -218,8 +218,8 @@ def forward(
         lse = (largest + tl.log2(total)) * LN2
     else:
         lse = largest + tl.log(total)
-    tl.store(lse_ptr + local, tl.where(dead, float("-inf"), lse), mask=there)
+    tl.store(lse_ptr + rows, tl.where(dead, float("-inf"), lse), mask=there)
     output = output / tl.where(dead, 1.0, total)[:, None]
     if DROPOUT & FEATURES:
         output = output * kept_scale
-    put_tile(output_ptr, output_row, local, queries - first_row, output, VALUE_DIM, BLOCK_VALUE)
+    put_tile(output_ptr, output_row, rows, queries, output, VALUE_DIM, BLOCK_VALUE)

@@ -44,21 +44,25 @@ def wide(number):
 
 
 @triton.jit
-def tile_at(pointer, stride, local, limit, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """(len(local), BLOCK) rows of a matrix that starts at `pointer`; 0 from row `limit` and column DIM on."""
+def tile_at(pointer, stride, rows, count, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """(len(rows), BLOCK) of a matrix; 0 from row `count` and from column DIM on.
+
+    Addresses are formed anew from 32 bits, one multiplication each: as offsets that are kept they would be registers.
+    """
     column = tl.arange(0, BLOCK)
-    address = pointer + local[:, None] * stride + column[None, :]
+    address = pointer + (rows.to(tl.int64) * stride)[:, None] + column[None, :]
     if BLOCK == DIM:
-        return tl.load(address, mask=(local < limit)[:, None], other=0.0)
+        return tl.load(address, mask=(rows < count)[:, None], other=0.0)
     else:
-        return tl.load(address, mask=(local < limit)[:, None] & (column < DIM)[None, :], other=0.0)
+        return tl.load(address, mask=(rows < count)[:, None] & (column < DIM)[None, :], other=0.0)
 
 
 @triton.jit
-def put_tile(pointer, stride, local, limit, values, DIM: tl.constexpr, BLOCK: tl.constexpr):
+def put_tile(pointer, stride, rows, count, values, DIM: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)
-    inside = (local < limit)[:, None] & (column < DIM)[None, :]
-    tl.store(pointer + local[:, None] * stride + column[None, :], values.to(pointer.dtype.element_ty), mask=inside)
+    inside = (rows < count)[:, None] & (column < DIM)[None, :]
+    address = pointer + (rows.to(tl.int64) * stride)[:, None] + column[None, :]
+    tl.store(address, values.to(pointer.dtype.element_ty), mask=inside)
 
 
 @triton.jit
