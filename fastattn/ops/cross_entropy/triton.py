@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from fastattn.ops.cross_entropy.op import CrossEntropyProblem
 from fastattn.ops.cross_entropy.reference import check_targets
 
 KERNELS = Deferred("fastattn.ops.cross_entropy.triton_kernels")
+INTERPRETING = env.interpreting()
 CHUNK = 8192  # rows whose losses are summed up by one program
 
 
@@ -23,17 +26,17 @@ def supports(problem: CrossEntropyProblem) -> str | None:
     return None
 
 
+@functools.lru_cache(maxsize=4096)
 def _choice(direction: str, target: devices.Target, columns: int) -> tuple[str, int, tuning.Options]:
-    """(kernel, rows that a program takes, options): rows that do not fit into registers are taken in parts."""
+    """(kernel, rows that a program takes, options): rows that do not fit into registers are taken in parts.
+
+    Triton leaves assertions away unless it is told not to.
+    """
+    debugging = {"DEBUG": True, "debug": True} if env.debugging() else {"DEBUG": False}
     options = tuning.options("cross_entropy", f"{direction}_rows", target, dim=columns)
     if options["COLUMNS"] >= columns:
-        return f"{direction}_rows", options["ROWS"], options
-    return f"{direction}_long", 1, tuning.options("cross_entropy", f"{direction}_long", target)
-
-
-def _debugging() -> dict[str, bool]:
-    """Triton leaves assertions away unless it is told not to."""
-    return {"DEBUG": True, "debug": True} if env.debugging() else {"DEBUG": False}
+        return f"{direction}_rows", options["ROWS"], {**options, **debugging}
+    return f"{direction}_long", 1, {**tuning.options("cross_entropy", f"{direction}_long", target), **debugging}
 
 
 def _targets(target: Tensor) -> tuple[Tensor, int, bool]:
@@ -54,12 +57,14 @@ def forward(
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = input.shape
-    check_targets(target, columns, ignore_index)
-    losses, lse = torch.empty((2, rows), dtype=torch.float32, device=input.device).unbind()
-    total = torch.empty((), dtype=torch.float32, device=input.device)
+    if INTERPRETING:  # on a GPU kernels stay within memory, and say so under FASTATTN_DEBUG
+        check_targets(target, columns, ignore_index)
+    device = input.device
+    losses = torch.empty(rows, dtype=torch.float32, device=device)
+    lse, total = torch.empty_like(losses), torch.empty((), dtype=torch.float32, device=device)
     loss = losses if reduction == 0 else torch.empty_like(total)
     goal, goal_stride, probabilities = _targets(target)
-    on = devices.target_of(input.device)
+    on = devices.target_of(device)
     with devices.on(input):
         if columns == 0:
             lse.fill_(-torch.inf)
@@ -71,7 +76,7 @@ def forward(
                 losses, lse, read, goal, weight, stride, goal_stride, rows, columns, ignore_index,
                 label_smoothing, z_loss, softcap,
                 PROBABILITIES=probabilities, SMOOTH=label_smoothing > 0.0, CAPPED=softcap > 0.0,
-                **_debugging(), **options,
+                **options,
             )  # fmt: skip
         _reduce(
             None if reduction == 0 else loss, total, losses, None if probabilities else goal, weight, columns,
@@ -122,7 +127,8 @@ def backward(
     softcap: float = 0.0,
 ) -> Tensor:
     rows, columns = input.shape
-    check_targets(target, columns, ignore_index)
+    if INTERPRETING:
+        check_targets(target, columns, ignore_index)
     grad_input = torch.empty_like(input, memory_format=torch.contiguous_format)
     if grad_input.numel() == 0:
         return grad_input
@@ -136,7 +142,7 @@ def backward(
             grad_input, grad, read, goal, weight, weight_sum, lse, total, stride, goal_stride, rows, columns,
             ignore_index, label_smoothing, z_loss, softcap,
             REDUCTION=reduction, PROBABILITIES=probabilities, SMOOTH=smooth, CAPPED=softcap > 0.0,
-            **_debugging(), **options,
+            **options,
         )  # fmt: skip
     return grad_input
 
