@@ -243,7 +243,7 @@ struct BackwardPanel {
       if (!look(problem, sequence, batch, head, first, count, first_key, n, seen, bias)) continue;
       const int64_t kv_head = head / (problem.heads / problem.kv_heads);
       const Operand block = rows_operand<G>(problem.dtype, head_rows(p.key, problem.dtype, batch, kv_head, first_key),
-                                            n, problem.head_dim, keys);
+                                            n, problem.head_dim, false, keys);
       advance_softmax<G>(block, query, seen, score_scale(problem.scale).unit, vectors, true, nullptr,
                          tiles.probabilities, tiles.score_pairs, *statistics, nothing);
     }
@@ -446,10 +446,10 @@ __attribute__((noinline)) void backward_panels(const AttentionBackward& p, int c
       if (!panel.look_at(problem, first_key, seen)) continue;
       if (live == 0) {
         if (next_key < range.end) want_keys(p, prefetch, gradients.batch, gradients.kv_head, next_key, range.end);
-        keys = rows_operand<G>(problem.dtype, key_rows, keys_here, problem.head_dim, scratch.keys);
+        keys = rows_operand<G>(problem.dtype, key_rows, keys_here, problem.head_dim, count > 1, scratch.keys);
         values = rows_operand<G>(problem.dtype,
                                  head_rows(p.value, problem.dtype, gradients.batch, gradients.kv_head, first_key),
-                                 keys_here, problem.value_dim, scratch.values);
+                                 keys_here, problem.value_dim, count > 1, scratch.values);
         key_columns =
             columns_operand<G>(problem.dtype, key_rows, keys_here, problem.head_dim, false, scratch.key_columns);
       }

@@ -197,7 +197,7 @@ __attribute__((noinline)) int64_t forward_task(const AttentionForward& p, int64_
         continue;
       if (!ready) {
         keys = rows_operand<G>(problem.dtype, head_rows(p.key, problem.dtype, task.batch, task.kv_head, first_key),
-                               count, problem.head_dim, scratch.keys);
+                               count, problem.head_dim, panels > 1, scratch.keys);
         values =
             columns_operand<G>(problem.dtype, head_rows(p.value, problem.dtype, task.batch, task.kv_head, first_key),
                                count, problem.value_dim, true, scratch.values);

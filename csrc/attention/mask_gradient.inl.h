@@ -60,10 +60,10 @@ __attribute__((noinline)) void add_mask_gradient(const AttentionBackward& p, int
     if (!panel.look_at(problem, first_key, seen)) continue;
     const Operand keys =
         rows_operand<Single>(problem.dtype, head_rows(p.key, problem.dtype, panel.batch, kv_head, first_key), seen.keys,
-                             problem.head_dim, scratch.keys);
+                             problem.head_dim, false, scratch.keys);
     const Operand values =
         rows_operand<Single>(problem.dtype, head_rows(p.value, problem.dtype, panel.batch, kv_head, first_key),
-                             seen.keys, problem.value_dim, scratch.values);
+                             seen.keys, problem.value_dim, false, scratch.values);
     gradient_block<Single>(keys, values, panel.query, panel.grad, seen, score_scale(problem.scale).unit, panel.saved,
                            panel.dropout, panel.tiles, nothing);
     float* sums = scratch.sums + (first_key - begin) * kPanel;

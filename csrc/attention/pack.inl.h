@@ -102,16 +102,18 @@ __attribute__((noinline)) void transpose_from_panel(const float* s, int64_t rows
 constexpr int64_t kFarRows = 1536;
 
 // Rows that a product broadcasts, an element or pair of neighbours at a time: in place if the tiles can read them
-// there, else copied to `copy`.
+// there, else copied to `copy`. Far rows are worth a copy where several panels read them (`shared`).
 template <class G>
-FASTATTN_INLINE Operand rows_operand(DType dtype, Operand rows, int64_t count, int64_t columns, void* copy) {
+FASTATTN_INLINE Operand rows_operand(DType dtype, Operand rows, int64_t count, int64_t columns, bool shared,
+                                     void* copy) {
   const int64_t copy_row = padded_columns(columns);
+  const bool near = !shared || rows.row <= kFarRows;
   if constexpr (G::kPaired) {
-    if (count % kRowPad == 0 && columns % 2 == 0) return rows;
+    if (near && count % kRowPad == 0 && columns % 2 == 0) return rows;
     copy_halves(rows, count, columns, static_cast<bf16*>(copy), copy_row, padded_rows(count));
     return {static_cast<const char*>(copy), copy_row * static_cast<int64_t>(sizeof(bf16))};
   } else {
-    if (dtype == DType::f32 && count % kRowPad == 0) return rows;
+    if (near && dtype == DType::f32 && count % kRowPad == 0) return rows;
     widen_rows(dtype, rows, count, columns, static_cast<float*>(copy), copy_row, padded_rows(count));
     return {static_cast<const char*>(copy), copy_row * static_cast<int64_t>(sizeof(float))};
   }
