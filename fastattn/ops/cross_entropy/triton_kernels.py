@@ -140,9 +140,10 @@ def reduce(
     program = tl.program_id(0).to(tl.int64)
     loss = tl.zeros((BLOCK,), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
+    end = tl.minimum((program + 1) * chunk, rows)
     for start in range(0, chunk, BLOCK):
         row = program * chunk + start + tl.arange(0, BLOCK)
-        there = row < rows
+        there = row < end
         if loss_ptr is not None:
             loss += tl.load(losses_ptr + row, mask=there, other=0.0)
         if shares_ptr is not None:
@@ -166,8 +167,9 @@ def reduce(
 def _gradient(x, raw, shift, inverse, a, whole, grad, extra, softcap, PRECISE: tl.constexpr, CAPPED: tl.constexpr):
     """(softmax * sum(a) - a) * grad + softmax * extra, through the cap. whole: the sum of a."""
     p = (exp(x - shift) if PRECISE else fast_exp(x - shift)) * inverse
-    p = tl.where((whole == 0.0) & (extra == 0.0), 0.0, p)  # 0 * NaN: a row that does not count
-    found = (p * whole - a) * grad + p * extra
+    # A row that does not count, whatever is in it, and if the mean divides by 0.
+    p = tl.where((whole == 0.0) & (extra == 0.0), 0.0, p)
+    found = (p * whole - a) * tl.where(whole == 0.0, 0.0, grad) + p * extra
     if CAPPED:
         found *= _slope(raw, softcap)
     return found
