@@ -13,15 +13,6 @@ from fastattn.gpu.functions import keep_tile
 
 
 @triton.jit
-def _state(philox_ptr):
-    """(seed, offset) of dropout; loaded once, not in every step of a loop."""
-    if philox_ptr is not None:
-        return tl.load(philox_ptr), tl.load(philox_ptr + 1)
-    else:
-        return None, None
-
-
-@triton.jit
 def _kept(x, seed, offset, rows, first_column, threshold, scale, COLUMNS: tl.constexpr):
     """x, (rows, COLUMNS), with its elements dropped or scaled."""
     keep = keep_tile(seed, offset, (rows >> 32)[:, None], rows, first_column, threshold, COLUMNS)
@@ -30,12 +21,12 @@ def _kept(x, seed, offset, rows, first_column, threshold, scale, COLUMNS: tl.con
 
 @triton.jit
 def _normalised(
-    x_ptr, residual_ptr, x_stride, residual_stride, rows, column, first_column, inside, seed, offset, threshold, scale,
-    COLUMNS: tl.constexpr,
+    x_ptr, residual_ptr, philox_ptr, x_stride, residual_stride, rows, column, first_column, inside,
+    seed, offset, threshold, scale, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """What is normalised: x, or the residual plus x, rounded to the residual's dtype."""
     x = tl.load(x_ptr + rows[:, None] * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    if seed is not None:
+    if philox_ptr is not None:
         x = _kept(x, seed, offset, rows, first_column, threshold, scale, COLUMNS)
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + rows[:, None] * residual_stride + column, mask=inside, other=0.0)
@@ -77,10 +68,12 @@ def forward(
     exists = column < columns
     inside = (row < rows)[:, None] & exists
     count = columns * 1.0
-    seed, offset = _state(philox_ptr)
+    seed = tl.load(philox_ptr) if philox_ptr is not None else 0
+    offset = tl.load(philox_ptr + 1) if philox_ptr is not None else 0
     x = _normalised(
-        x_ptr, residual_ptr, x_stride, residual_stride, row, column, 0, inside, seed, offset, threshold, scale, COLUMNS
-    )
+        x_ptr, residual_ptr, philox_ptr, x_stride, residual_stride, row, column, 0, inside, seed, offset, threshold,
+        scale, COLUMNS,
+    )  # fmt: skip
     if sum_ptr is not None:
         tl.store(sum_ptr + row[:, None] * columns + column, x, mask=inside)
     if mean_ptr is not None:
@@ -105,14 +98,15 @@ def forward_long(
     lane = tl.arange(0, COLUMNS)[None, :]
     means = tl.zeros((1, COLUMNS), tl.float32)
     squares = tl.zeros((1, COLUMNS), tl.float32)
-    seed, offset = _state(philox_ptr)
+    seed = tl.load(philox_ptr) if philox_ptr is not None else 0
+    offset = tl.load(philox_ptr + 1) if philox_ptr is not None else 0
     steps = 0.0
     for first in tl.range(0, columns, COLUMNS, num_stages=STAGES):
         column = first + lane
         inside = column < columns
         x = _normalised(
-            x_ptr, residual_ptr, x_stride, residual_stride, row, column, first, inside, seed, offset, threshold, scale,
-            COLUMNS,
+            x_ptr, residual_ptr, philox_ptr, x_stride, residual_stride, row, column, first, inside, seed, offset,
+            threshold, scale, COLUMNS,
         )  # fmt: skip
         if sum_ptr is not None:
             tl.store(sum_ptr + row[:, None] * columns + column, x, mask=inside)
@@ -138,8 +132,8 @@ def forward_long(
         column = first + lane
         inside = column < columns
         x = _normalised(
-            x_ptr, residual_ptr, x_stride, residual_stride, row, column, first, inside, seed, offset, threshold, scale,
-            COLUMNS,
+            x_ptr, residual_ptr, philox_ptr, x_stride, residual_stride, row, column, first, inside, seed, offset,
+            threshold, scale, COLUMNS,
         )  # fmt: skip
         if mean_ptr is not None:
             x = x - mean[:, None]
@@ -161,7 +155,7 @@ def _gradient_and_standardised(
 
 @triton.jit
 def _write_gradients(
-    grad, grad_ptr, branch_ptr, grad_sum_ptr, grad_sum_stride, row, column, first_column, inside, columns,
+    grad, grad_ptr, branch_ptr, grad_sum_ptr, philox_ptr, grad_sum_stride, row, column, first_column, inside, columns,
     seed, offset, threshold, scale, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of what was normalised, and of the branch that was dropped or cast before it was added."""
@@ -170,7 +164,7 @@ def _write_gradients(
         grad += tl.load(at, mask=inside, other=0.0).to(tl.float32)
     tl.store(grad_ptr + row[:, None] * columns + column, grad, mask=inside)
     if branch_ptr is not None:
-        if seed is not None:
+        if philox_ptr is not None:
             grad = _kept(grad, seed, offset, row, first_column, threshold, scale, COLUMNS)
         tl.store(branch_ptr + row[:, None] * columns + column, grad, mask=inside)
 
@@ -202,7 +196,8 @@ def backward(
     count = columns * 1.0
     weight_sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     bias_sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    seed, offset = _state(philox_ptr)
+    seed = tl.load(philox_ptr) if philox_ptr is not None else 0
+    offset = tl.load(philox_ptr + 1) if philox_ptr is not None else 0
     if not REREAD:
         weight = _weight(weight_ptr, weight_offset, column, exists)
     for step in tl.range(0, chunk_rows, ROWS, num_stages=STAGES):
@@ -229,7 +224,7 @@ def backward(
             bias_sums += grad
         grad = (grad * weight - x * projection - grad_mean) * rstd[:, None]
         _write_gradients(
-            grad, grad_ptr, branch_ptr, grad_sum_ptr, grad_sum_stride, row, column, 0, inside, columns,
+            grad, grad_ptr, branch_ptr, grad_sum_ptr, philox_ptr, grad_sum_stride, row, column, 0, inside, columns,
             seed, offset, threshold, scale, COLUMNS,
         )  # fmt: skip
     column = tl.arange(0, COLUMNS)
@@ -283,7 +278,8 @@ def backward_long(
     weight = _weight(weight_ptr, weight_offset, column, exists)
     weight_sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     bias_sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    seed, offset = _state(philox_ptr)
+    seed = tl.load(philox_ptr) if philox_ptr is not None else 0
+    offset = tl.load(philox_ptr + 1) if philox_ptr is not None else 0
     for step in tl.range(0, chunk_rows, ROWS, num_stages=STAGES):
         row = chunk * chunk_rows + step + tl.arange(0, ROWS)
         exists_row = row < end
@@ -300,8 +296,8 @@ def backward_long(
         if mean_ptr is not None:
             grad -= tl.load(grad_means_ptr + row, mask=exists_row, other=0.0)[:, None]
         _write_gradients(
-            grad * rstd[:, None], grad_ptr, branch_ptr, grad_sum_ptr, grad_sum_stride, row, column, first, inside,
-            columns, seed, offset, threshold, scale, COLUMNS,
+            grad * rstd[:, None], grad_ptr, branch_ptr, grad_sum_ptr, philox_ptr, grad_sum_stride, row, column, first,
+            inside, columns, seed, offset, threshold, scale, COLUMNS,
         )  # fmt: skip
     column = first + tl.arange(0, COLUMNS)
     if weight_sums_ptr is not None:

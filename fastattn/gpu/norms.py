@@ -30,11 +30,11 @@ class Forward(NamedTuple):
 
 
 class Backward(NamedTuple):
-    """grad: of what was normalised. branch: of the input that was dropped or cast before it was added. (0,) stands for
-    gradients that nobody asks for."""
+    """grad: of what was normalised. branch: of the input that was dropped or cast before it was added, None where that
+    is the same. (0,) stands for a parameter's gradient that nobody asks for."""
 
     grad: Tensor
-    branch: Tensor
+    branch: Tensor | None
     weight: Tensor
     bias: Tensor
 
@@ -42,6 +42,13 @@ class Backward(NamedTuple):
 @functools.lru_cache(maxsize=4096)
 def _padded(columns: int) -> int:
     return max(16, 1 << (columns - 1).bit_length())
+
+
+def _matrix(shape: torch.Size, normalized_ndim: int) -> tuple[int, int]:
+    """(rows, columns) of what is normalised together."""
+    if normalized_ndim == 1:
+        return shape[:-1].numel(), shape[-1]
+    return math.prod(shape[: len(shape) - normalized_ndim]), math.prod(shape[len(shape) - normalized_ndim :])
 
 
 def _resident(dtype: torch.dtype, residual: bool, dropout: bool) -> int:
@@ -79,10 +86,9 @@ def forward(
     """op: "layer_norm" or "rms_norm", whose table is looked up."""
     shape, device = input.shape, input.device
     like = input if residual is None else residual
-    output = torch.empty(shape, dtype=like.dtype, device=device)
-    rows = math.prod(shape[: len(shape) - normalized_ndim])
-    columns = math.prod(shape[len(shape) - normalized_ndim :])
-    total = None if residual is None else torch.empty(shape, dtype=like.dtype, device=device)
+    output = torch.empty_like(like, memory_format=torch.contiguous_format)
+    rows, columns = _matrix(shape, normalized_ndim)
+    total = None if residual is None else torch.empty_like(output)
     mean = torch.empty((rows,), dtype=torch.float32, device=device) if op == "layer_norm" else None
     rstd = torch.empty((rows,), dtype=torch.float32, device=device)
     if columns == 0:
@@ -112,7 +118,7 @@ def _room(parameter: Tensor | None, wanted: bool, device: torch.device) -> Tenso
     """For the gradient of a parameter."""
     if parameter is None:
         return torch.empty((0,), dtype=torch.float32, device=device)
-    return torch.empty(parameter.shape if wanted else (0,), dtype=parameter.dtype, device=device)
+    return torch.empty_like(parameter) if wanted else parameter.new_empty((0,))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -124,7 +130,7 @@ def chunk_rows(rows: int, columns: int, resident: bool) -> int:
     if not resident:
         return min(64, rows)
     chunks = 512 if columns <= 2048 else 256 if columns <= 4096 else 128
-    return max(8, 16 if rows >= 2048 else 8, 4096 // columns, -(-rows // chunks))
+    return max(8, min(rows // 256, 32), 4096 // columns, -(-rows // chunks))
 
 
 def backward(
@@ -148,12 +154,11 @@ def backward(
     shape, device = input.shape, input.device
     apart = dropout_p > 0.0 or branch_dtype != input.dtype
     weight_grad, bias_grad = weight_grad and weight is not None, bias_grad and bias is not None
-    grad = torch.empty(shape, dtype=input.dtype, device=device)
-    branch = torch.empty(shape if apart else (0,), dtype=branch_dtype, device=device)
+    grad = torch.empty_like(input, memory_format=torch.contiguous_format)
+    branch = torch.empty(shape, dtype=branch_dtype, device=device) if apart else None
     results = Backward(grad, branch, _room(weight, weight_grad, device), _room(bias, bias_grad, device))
     sought = [tensor for tensor, wanted in ((results.weight, weight_grad), (results.bias, bias_grad)) if wanted]
-    rows = math.prod(shape[: len(shape) - normalized_ndim])
-    columns = math.prod(shape[len(shape) - normalized_ndim :])
+    rows, columns = _matrix(shape, normalized_ndim)
     if rows == 0 or columns == 0:
         for tensor in sought:
             tensor.zero_()
@@ -167,9 +172,9 @@ def backward(
     chunks = -(-rows // chunk)
     partials = partial_sums(len(sought), chunks, columns, device) if sought else None
     target = devices.target_of(device)
-    weight_sums = partials[0] if partials is not None and weight_grad else None
-    bias_sums = partials[-1] if partials is not None and bias_grad else None
-    written = grad, branch if apart else None, weight_sums, bias_sums
+    weight_sums = partials if weight_grad else None
+    bias_sums = partials[1] if partials is not None and weight_grad and bias_grad else partials if bias_grad else None
+    written = grad, branch, weight_sums, bias_sums
     read = g, s, x, weight, mean, rstd, philox, g_stride, s_stride, x_stride
     numbers = rows, columns, chunk, weight_offset, threshold, scale
     with devices.on(input):

@@ -37,7 +37,7 @@ def _kind(rows: int) -> str:
 
 
 def forward(input: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
-    output = torch.empty(input.shape, dtype=input.dtype, device=input.device)
+    output = torch.empty_like(input, memory_format=torch.contiguous_format)
     if output.numel() == 0:
         return output
     rows, columns = _matrix(input, bias)
@@ -58,11 +58,11 @@ def chunk_rows(rows: int, columns: int) -> int:
 def backward(
     grad_output: Tensor, input: Tensor, bias: Tensor | None, tanh: bool, bias_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    grad_input = torch.empty(input.shape, dtype=input.dtype, device=input.device)
+    grad_input = torch.empty_like(input, memory_format=torch.contiguous_format)
     if bias is None:
         grad_bias = torch.empty((0,), dtype=torch.float32, device=input.device)
     else:
-        grad_bias = torch.empty(bias.shape if bias_grad else (0,), dtype=bias.dtype, device=input.device)
+        grad_bias = torch.empty_like(bias) if bias_grad else bias.new_empty((0,))
     bias_grad = bias is not None and bias_grad
     if grad_input.numel() == 0:
         return grad_input, grad_bias.zero_()

@@ -88,6 +88,8 @@ def add_backward(
         "layer_norm", grad_output, grad_sum, sum, weight, bias, mean, rstd, philox, normalized_ndim, weight_offset,
         dropout_p, input_dtype, weight_grad, bias_grad,
     )  # fmt: skip
+    if branch is None:
+        branch = torch.empty((0,), dtype=input_dtype, device=sum.device)
     return branch, grad, grad_weight, grad_bias
 
 

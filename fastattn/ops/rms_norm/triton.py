@@ -77,7 +77,10 @@ def add_backward(
         "rms_norm", grad_output, grad_sum, sum, weight, None, None, rstd, philox, normalized_ndim, weight_offset,
         dropout_p, input_dtype, weight_grad, False,
     )  # fmt: skip
-    return result.branch, result.grad, result.weight
+    branch = result.branch
+    if branch is None:
+        branch = torch.empty((0,), dtype=input_dtype, device=sum.device)
+    return branch, result.grad, result.weight
 
 
 IMPLEMENTATION = Implementation(supports, forward, backward)
