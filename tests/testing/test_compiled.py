@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from fastattn import env, testing
 from fastattn.gpu import devices
 from fastattn.testing import compiled
 from fastattn.testing.compiled import Job, changes, compile_all, judge, read, write
+from fastattn.testing.problems import EVERY, problems
 from fastattn.testing.recorded import Launch, recording
 
 ROW = {
@@ -66,6 +68,23 @@ def test_the_table_has_a_line_for_every_row_in_order(tmp_path):
 needs_triton = pytest.mark.skipif(
     env.interpreting() or devices.triton_reason() is not None, reason="needs Triton's compiler"
 )
+
+
+@needs_triton
+def test_what_is_recorded():
+    swiglu = [problem for problem in problems() if problem.suite.name == "swiglu"]
+    broken = replace(swiglu[0], name="broken", build=lambda sampler: 1 / 0)
+    recorded = compiled.record([*swiglu, broken], most=10**6)
+    jobs = recorded.jobs.values()
+    assert {one.launch.target for one in jobs} == set(EVERY)
+    assert {one.launch.name for one in jobs} == {"swiglu/forward", "swiglu/backward"}
+    assert any("not by 16" in one.launch.variant for one in jobs if one.launch.target == "sm_90")
+    assert [line for line in compiled.never_used(recorded) if line.startswith("swiglu")] == []
+    assert recorded.raised == [
+        f"swiglu, broken, bfloat16 on {target}: ZeroDivisionError: division by zero" for target in EVERY
+    ]
+    few = compiled.record(swiglu, most=0)
+    assert few.jobs.keys() < recorded.jobs.keys() and compiled.never_used(few)
 
 
 @needs_triton
