@@ -18,7 +18,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/ready
 endif
 NATIVE := build/native
-INTERPRETED := tests/ops/test_conformance.py tests/gpu tests/bench/gpu
+INTERPRETED := tests/ops/test_conformance.py tests/ops/test_decode.py tests/ops/test_rotary.py tests/test_flash_attn.py tests/ops/test_bad_inference.py tests/gpu tests/bench/gpu
 
 .PHONY: setup demo test test-all gate test-torch-oldest test-triton-oldest neon lint format bench clean
 setup: $(READY) $(NATIVE)
