@@ -44,6 +44,16 @@ def add_terms(top, total, weights, weighted, x, a):
 
 
 @triton.jit
+def add_even_terms(top, total, weights, weighted, x, inside, spread):
+    """`add_terms` where a is `spread` inside. What is summed up depends on x, NaN or not: what depends on no memory
+    Triton lays out otherwise, and would bring from one layout to the other every time."""
+    now, total = add_exponentials(top, total, x)
+    weighted += tl.where(weights == 0.0, 0.0, weights * (top - now))
+    weighted += spread * tl.sum(tl.where(inside, x - now[None, :], 0.0), 0)
+    return now, total, weights + spread * tl.sum(tl.where(inside & (x == x), 1.0, 0.0), 0), weighted
+
+
+@triton.jit
 def sum_of_terms(top, weights, weighted, highest, log_total):
     """sum_c a_c (lse - x_c) of all lanes, lse = highest + log_total."""
     weighted += tl.where(weights == 0.0, 0.0, weights * (top - highest))

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from fastattn.gpu.functions import LOWEST, add_exponentials, combine_exponentials, exp, fast_exp, tanh
-from fastattn.gpu.losses import add_terms, class_targets, coefficients, sum_of_terms
+from fastattn.gpu.losses import add_even_terms, add_terms, class_targets, coefficients, sum_of_terms
 
 #: What is no reason for another compilation: nothing is loaded faster for knowing it.
 SIZES = ["rows", "ignore_index"]
@@ -104,9 +104,11 @@ def forward_long(
         x = x.to(tl.float32)
         if CAPPED:
             x = tl.where(inside, _capped(x, softcap, PRECISE), float("-inf"))
-        if SOFT:
+        if SOFT and (PROBABILITIES or weight_ptr is not None):
             a = coefficients(target_ptr + row * target_stride, weight_ptr, column, inside, share, spread, PROBABILITIES)
             top, total, weights, weighted = add_terms(top, total, weights, weighted, x, a)
+        elif SOFT:
+            top, total, weights, weighted = add_even_terms(top, total, weights, weighted, x, inside, spread)
         else:
             top, total = add_exponentials(top, total, x)
     highest, whole = combine_exponentials(top, total)
