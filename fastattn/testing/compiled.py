@@ -40,8 +40,8 @@ Key = tuple[str, str, str]
 NARROW = {
     ("column_kernels/column_sums", "stores", ""): "a program's share of one row of parameters",
     ("linear/through", "stores", ""): "a share of one row of the bias' gradient, where that is all there is to do",
-    ("linear/product", "stores", "gfx"): "AMD's matrix cores leave four numbers to a lane",
     ("attention/delta", "stores", ""): "one number of a row",
+    ("attention/backward_key", "loads", ""): "two numbers of a row, and masks, in the lanes that need them",
     ("decode/combine", "stores", ""): "one row of the result",
     ("decode/attend", "stores", ""): "few rows, as tensor cores leave them",
     ("cross_entropy/forward_rows", "stores", ""): "two numbers of a row",
@@ -195,11 +195,14 @@ def examine(job: Job) -> tuple[Row, list[str]]:
     except Exception as error:  # whatever a compiler raises is the finding
         return row, [f"does not compile: {type(error).__name__}: {str(error).strip()[:1000]}"]
     if job.aligned and job.launch.aligned:
-        wrong += [what for kind, what in assembly.narrow_accesses(seen) if not _narrow_by_nature(job.launch, kind)]
+        wrong += [what for kind, what in assembly.narrow_accesses(seen) if not _by_nature(job.launch, seen, kind)]
     return {**row, **seen.row()}, wrong
 
 
-def _narrow_by_nature(launch: Launch, kind: str) -> bool:
+def _by_nature(launch: Launch, seen: assembly.Facts, kind: str) -> bool:
+    """Whether accesses may be narrow. AMD's matrix cores leave four numbers of a row to a lane: 8 bytes are stored."""
+    if kind == "stores" and launch.target.startswith("gfx") and seen.matrix:
+        return True
     return any(key[:2] == (launch.name, kind) and launch.target.startswith(key[2]) for key in NARROW)
 
 
