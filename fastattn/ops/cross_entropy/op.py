@@ -135,6 +135,16 @@ def out_of_range(target: int, row: int, classes: int, ignore_index: int) -> str:
     )
 
 
+def check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Index targets are checked where that costs no synchronisation: on CPU tensors that hold values."""
+    if target.device.type != "cpu" or target.is_floating_point() or torch._C._functorch.is_batchedtensor(target):
+        return
+    bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise RuntimeError(out_of_range(int(target[row]), row, classes, ignore_index))
+
+
 def _check(
     input: Tensor,
     target: Tensor,

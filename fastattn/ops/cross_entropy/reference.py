@@ -7,17 +7,7 @@ from torch import Tensor
 
 from fastattn.dispatch import Implementation
 from fastattn.numerics import accumulation_dtype
-from fastattn.ops.cross_entropy.op import out_of_range
-
-
-def check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Index targets are checked where that costs no synchronisation: on CPU tensors that hold values."""
-    if target.device.type != "cpu" or target.is_floating_point() or torch._C._functorch.is_batchedtensor(target):
-        return
-    bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        raise RuntimeError(out_of_range(int(target[row]), row, classes, ignore_index))
+from fastattn.ops.cross_entropy.op import check_targets
 
 
 def _coefficients(

@@ -12,8 +12,7 @@ from fastattn.dispatch import Implementation
 from fastattn.gpu import devices, tuning
 from fastattn.gpu.deferred import Deferred
 from fastattn.gpu.rows import as_rows
-from fastattn.ops.cross_entropy.op import CrossEntropyProblem
-from fastattn.ops.cross_entropy.reference import check_targets
+from fastattn.ops.cross_entropy.op import CrossEntropyProblem, check_targets
 
 KERNELS = Deferred("fastattn.ops.cross_entropy.triton_kernels")
 INTERPRETING = env.interpreting()

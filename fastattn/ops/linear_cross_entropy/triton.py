@@ -17,8 +17,7 @@ from fastattn.dispatch import Implementation
 from fastattn.gpu import devices, tuning
 from fastattn.gpu.deferred import Deferred
 from fastattn.gpu.rows import as_rows
-from fastattn.ops.linear_cross_entropy.op import LinearCrossEntropyProblem
-from fastattn.ops.linear_cross_entropy.reference import check_targets
+from fastattn.ops.linear_cross_entropy.op import LinearCrossEntropyProblem, check_targets
 
 KERNELS = Deferred("fastattn.ops.linear_cross_entropy.triton_kernels")
 INTERPRETING = env.interpreting()
