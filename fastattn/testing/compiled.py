@@ -219,9 +219,13 @@ def compile_all(jobs: list[Job], workers: int) -> Iterator[tuple[Job, Row, list[
             broken = False
             while (queue or flying) and not broken:
                 while queue and len(flying) < (1 if alone else count + 1):
-                    job = queue.pop(0)
-                    flying[pool.submit(examine, job)] = job
-                for future in wait(flying, return_when=FIRST_COMPLETED).done:
+                    try:
+                        flying[pool.submit(examine, queue[0])] = queue[0]
+                    except BrokenProcessPool:  # before a result told of it
+                        broken = True
+                        break
+                    queue.pop(0)
+                for future in wait(flying, return_when=FIRST_COMPLETED).done if flying else ():
                     job = flying.pop(future)
                     try:
                         yield job, *future.result()
