@@ -220,7 +220,7 @@ def _options(kernel: str, tensor: Tensor, dim: int, size: int) -> Any:
 def _attend(call: Launch, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor) -> None:
     """query, key, value and output: (B, H, S, E) in any strides."""
     dim, value_dim = query.shape[3], value.shape[3]
-    options = _options("forward", query, max(dim, value_dim), call.keys)
+    options = _options("forward", query, max(dim, value_dim), call.queries)
     blocks = -(-call.queries // options["ROWS"]) if not call.sequences else _tiles(call, call.queries, options["ROWS"])
     lanes = call.batches * call.heads
     if lanes * blocks == 0:
@@ -333,7 +333,7 @@ def _differentiate(
                 assert parts is not None
                 grad_sinks = parts.sum((0, 2)).to(call.sinks.dtype)
 
-            chosen = _options("backward_query", query, wide, call.keys)
+            chosen = _options("backward_query", query, wide, call.queries)
             rows = chosen["ROWS"]
             blocks = _tiles(call, call.queries, rows) if call.sequences else -(-call.queries // rows)
             ranges: tuple[Any, int, int] = (None, 0, 0)
@@ -347,7 +347,7 @@ def _differentiate(
             )  # fmt: skip
 
         if kv_lanes * call.keys:
-            chosen = _options("backward_key", key, wide, call.queries)
+            chosen = _options("backward_key", key, wide, call.keys)
             columns = chosen["COLUMNS"]
             blocks = _tiles(call, call.keys, columns) if call.sequences else -(-call.keys // columns)
             ranges = (None, 0, 0)
