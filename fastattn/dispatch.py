@@ -120,7 +120,10 @@ class Bound:
         self.op, self.backend, self.implementation = op, backend, implementation
         self.supports = implementation.supports
         again = implementation.backward
-        traced = again if again is None or implementation.differentiable else op.differentiable_again(again)
+        # Transforms see through torch ops, by the rules that `define` gives them, and not through Python that launches.
+        visible = implementation if implementation.differentiable else op.as_torch_ops(backend, implementation)
+        seen = visible.backward
+        traced = seen if seen is None or implementation.differentiable else op.differentiable_again(seen)
         self.public = op.define(backend, implementation, traced)
         self.forward = run = _direct(implementation.forward)
         self.backward = kernel = None if again is None else _direct(again)
@@ -144,7 +147,7 @@ class Bound:
         # The twin that torch.func's transforms (grad, vmap, ...) can see through.
         self.transformed = _function(
             op.name,
-            forward=implementation.forward,
+            forward=visible.forward,
             setup_context=op.setup_context,
             backward=functools.partial(op.backward, traced),
             generate_vmap_rule=True,
@@ -244,6 +247,11 @@ class Op:
         self._chosen: dict[Any, Bound] = {}
         self._native: Bound | None = None
         OPS[name] = self
+
+    def as_torch_ops(self, backend: str, implementation: Implementation) -> Implementation:
+        """The same kernels, called as the torch ops that they are registered as."""
+        backward = None if implementation.backward is None else NativeKernel(f"{self.name}_backward", backend)
+        return replace(implementation, forward=NativeKernel(f"{self.name}_forward", backend), backward=backward)
 
     def define(
         self, backend: str, implementation: Implementation, traced: Callable[..., Any] | None
@@ -435,7 +443,8 @@ class Op:
 
 
 class NativeKernel:
-    """A kernel that fastattn._C registers under the schema's own name; calls go straight to that torch op."""
+    """A kernel that is registered under the schema's own name, by fastattn._C for one; calls go straight to that torch
+    op."""
 
     def __init__(self, name: str, backend: str) -> None:
         self.name, self.backend = name, backend

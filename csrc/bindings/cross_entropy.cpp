@@ -55,6 +55,7 @@ Problem problem(const Tensor& input, const Tensor& target, const std::optional<T
                      " at row ", row, " is not in [0, ", columns, ") and is not ignore_index (", ignore_index, ")");
     }
   }
+  FASTATTN_CHECK(columns > 0, "cross_entropy: input must have classes, got shape (", rows, ", 0)");
   return out;
 }
 

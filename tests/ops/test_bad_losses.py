@@ -346,3 +346,11 @@ def test_the_bindings_check_for_themselves(name, skip_without_native):
     """Exported graphs call the raw ops without the public functions in front of them."""
     with pytest.raises(RuntimeError):
         RAW_BAD[name]()
+
+
+def test_rows_of_no_classes_are_not_the_cpu_kernels(skip_without_native):
+    """Probabilities of no classes are a problem without a gradient, and nothing to read."""
+    nothing = torch.randn(3, 0)
+    with pytest.raises(fastattn.BackendUnsupported, match="has no kernel for rows of no classes"):
+        fastattn.cross_entropy(nothing, nothing, backend="cpu")
+    assert torch.equal(fastattn.cross_entropy(nothing, nothing, reduction="none"), torch.zeros(3))
