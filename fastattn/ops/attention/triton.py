@@ -209,18 +209,18 @@ def _empty_like(like: Tensor, width: int) -> Tensor:
     return like.new_empty((batch, heads, length, width))
 
 
-def _options(kernel: str, tensor: Tensor, dim: int, size: int) -> Any:
-    target = devices.target_of(tensor.device)
-    options = tuning.options("attention", kernel, target, tensor.dtype, dim, "", size)
-    if env.debugging() and target.name != "interpreter":  # Triton leaves assertions away unless it is told not to
-        return {**options, "debug": True}
-    return options
+def _options(kernel: str, tensor: Tensor, dim: int, size: int, features: int = 0) -> Any:
+    chosen = tuning.options(
+        "attention", kernel, devices.target_of(tensor.device), dtype=tensor.dtype, dim=dim, size=size
+    )
+    # Assertions are compiled only where the launch says so.
+    return {**chosen, "debug": True} if features & bits.DEBUG and tensor.is_cuda else chosen
 
 
 def _attend(call: Launch, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor) -> None:
     """query, key, value and output: (B, H, S, E) in any strides."""
     dim, value_dim = query.shape[3], value.shape[3]
-    options = _options("forward", query, max(dim, value_dim), call.queries)
+    options = _options("forward", query, max(dim, value_dim), call.queries, call.features)
     blocks = -(-call.queries // options["ROWS"]) if not call.sequences else _tiles(call, call.queries, options["ROWS"])
     lanes = call.batches * call.heads
     if lanes * blocks == 0:
@@ -333,7 +333,7 @@ def _differentiate(
                 assert parts is not None
                 grad_sinks = parts.sum((0, 2)).to(call.sinks.dtype)
 
-            chosen = _options("backward_query", query, wide, call.queries)
+            chosen = _options("backward_query", query, wide, call.queries, features)
             rows = chosen["ROWS"]
             blocks = _tiles(call, call.queries, rows) if call.sequences else -(-call.queries // rows)
             ranges: tuple[Any, int, int] = (None, 0, 0)
@@ -347,7 +347,7 @@ def _differentiate(
             )  # fmt: skip
 
         if kv_lanes * call.keys:
-            chosen = _options("backward_key", key, wide, call.keys)
+            chosen = _options("backward_key", key, wide, call.keys, features)
             columns = chosen["COLUMNS"]
             blocks = _tiles(call, call.keys, columns) if call.sequences else -(-call.keys // columns)
             ranges = (None, 0, 0)
