@@ -18,6 +18,8 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/ready
 endif
 NATIVE := build/native
+# Interpreted kernels keep one core busy: a process for each of two cores.
+SPREAD := -n 2 --dist loadgroup
 INTERPRETED := tests/ops/test_conformance.py tests/ops/test_decode.py tests/ops/test_rotary.py tests/test_flash_attn.py tests/ops/test_bad_inference.py tests/gpu tests/bench/gpu
 
 .PHONY: setup demo test test-all gate test-torch-oldest test-triton-oldest neon lint format bench clean
@@ -41,11 +43,11 @@ demo: setup
 # The second run is of the kernels for GPUs, in Triton's interpreter, which is a mode of the whole process.
 test: setup
 	$(PYTHON) -m pytest -m "not slow"
-	TRITON_INTERPRET=1 $(PYTHON) -m pytest -m "not slow" $(INTERPRETED)
+	TRITON_INTERPRET=1 $(PYTHON) -m pytest -m "not slow" $(SPREAD) $(INTERPRETED)
 
 test-all: setup lint test-torch-oldest test-triton-oldest
 	$(PYTHON) -m pytest
-	TRITON_INTERPRET=1 $(PYTHON) -m pytest --timeout 900 $(INTERPRETED)
+	TRITON_INTERPRET=1 $(PYTHON) -m pytest --timeout 900 $(SPREAD) $(INTERPRETED)
 	FASTATTN_BACKEND=cpu $(PYTHON) -m pytest -m "not slow"
 
 # Every GPU kernel, compiled for every GPU that it is for, held to laws and to the committed table (docs/gpu.md): half an
@@ -62,8 +64,8 @@ test-torch-oldest: setup
 # The kernels for GPUs in the interpreter of the oldest triton that they support.
 test-triton-oldest: setup
 	$(PY) -m venv .venv-triton-oldest
-	.venv-triton-oldest/bin/python -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)" triton==3.6.0 numpy pytest pytest-timeout pytest-benchmark expecttest hypothesis
-	TRITON_INTERPRET=1 .venv-triton-oldest/bin/python -m pytest -m "not slow" $(INTERPRETED)
+	.venv-triton-oldest/bin/python -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)" triton==3.6.0 numpy pytest pytest-timeout pytest-xdist pytest-benchmark expecttest hypothesis
+	TRITON_INTERPRET=1 .venv-triton-oldest/bin/python -m pytest -m "not slow" $(SPREAD) $(INTERPRETED)
 
 # The NEON kernels, cross-compiled, against the conformance cases in emulation: about half an hour (Debian, Ubuntu).
 neon: $(READY)

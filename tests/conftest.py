@@ -11,8 +11,6 @@ import torch
 
 from fastattn import backends, testing
 
-SKIPS = pytest.StashKey[Counter]()
-
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
@@ -30,13 +28,12 @@ def skip_without_native():
 
 
 def pytest_configure(config):
-    config.stash[SKIPS] = Counter()
     torch.set_num_threads(min(torch.get_num_threads(), 4))
 
 
 def record_skip(request, backend: str, reason: str) -> None:
-    """Notes a case that a backend does not serve, for the table, and skips."""
-    request.config.stash[SKIPS][backend, reason] += 1
+    """Notes a case that a backend does not serve, for the table, and skips; reports carry it between processes."""
+    request.node.user_properties.append(("unserved", (backend, reason)))
     pytest.skip(f"{backend}: {reason}")
 
 
@@ -55,7 +52,8 @@ def skip_unserved(request):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    skips = config.stash[SKIPS]
+    properties = [p for report in terminalreporter.getreports("skipped") for p in report.user_properties]
+    skips = Counter(tuple(value) for name, value in properties if name == "unserved")
     if not skips and not any("test_conformance" in str(r.nodeid) for r in terminalreporter.getreports("passed")):
         return
     terminalreporter.section("cases that a backend does not serve")

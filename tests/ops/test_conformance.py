@@ -29,9 +29,14 @@ def device_of(backend):
     return "cuda" if backend == "triton" and not INTERPRETING and torch.cuda.is_available() else "cpu"
 
 
-def effort(case):
-    """Marks for a case: interpreted kernels take thousands of times as long."""
-    return [pytest.mark.slow] if INTERPRETING and not case.core else []
+def effort(case, dtype=torch.bfloat16):
+    """Marks for a case: interpreted kernels take thousands of times as long, and float16 takes bfloat16's paths."""
+    return [pytest.mark.slow] if INTERPRETING and not (case.core and dtype != torch.float16) else []
+
+
+def together(suite):
+    """Where tests are spread over processes: those that share what they have computed stay in one."""
+    return pytest.mark.xdist_group(suite.name)
 
 
 # The backend varies fastest: the truth of a case is computed once for all of them.
@@ -42,7 +47,7 @@ ALL = [
         dtype,
         backend,
         id=f"{suite.name}-{case.name.replace(' ', '_')}-{name_of(dtype)}-{backend}",
-        marks=effort(case),
+        marks=[*effort(case, dtype), together(suite)],
     )
     for suite in SUITES.values()
     for dtype in DTYPES
@@ -69,18 +74,18 @@ def test_case(suite, case, dtype, backend, skip_unserved):
 
 @pytest.mark.parametrize("backend", TESTED)
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=name_of)
-@pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES)
+@pytest.mark.parametrize("suite", [pytest.param(s, marks=together(s), id=s.name) for s in SUITES.values()])
 def test_geometric_mean(suite, dtype, backend):
     """Over all cases of an op the error is at most 1.1 x torch's."""
     reports = []
     for case in suite.cases:
-        if effort(case):
+        if effort(case, dtype):
             continue
         arguments = suite.arguments(case, device_of(backend), dtype)
         if explain(suite.function, **arguments, backend=backend).reasons[backend] is None:
             reports.append(report(suite.name, case.name, dtype, backend))
     if not reports:
-        pytest.skip(f"{backend}: {probe(backend)}")
+        pytest.skip(f"{backend}: {probe(backend) or 'interpreted only where slow tests are wanted'}")
     assert testing.geometric_mean_ratio(reports, dtype) <= numerics.GEOMETRIC_MEAN
 
 
