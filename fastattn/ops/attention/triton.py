@@ -214,7 +214,7 @@ def _options(kernel: str, tensor: Tensor, dim: int, size: int, features: int = 0
         "attention", kernel, devices.target_of(tensor.device), dtype=tensor.dtype, dim=dim, size=size
     )
     # Assertions are compiled only where the launch says so.
-    return {**chosen, "debug": True} if features & bits.DEBUG and tensor.is_cuda else chosen
+    return {**chosen, "debug": True} if features & bits.DEBUG else chosen
 
 
 def _attend(call: Launch, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor) -> None:
