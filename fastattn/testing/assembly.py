@@ -211,9 +211,9 @@ def products(kernel: Any) -> dict[str, int]:
     return dict(found)
 
 
-def complaints(launch: Launch, kernel: Any, seen: Facts, *, spills: bool = False) -> list[str]:
+def complaints(launch: Launch, kernel: Any, seen: Facts, *, spills: bool = False, waits: bool = False) -> list[str]:
     """The laws that a kernel breaks, whatever the table says; empty when it is as it should be. spills: there may be
-    some."""
+    some. waits: asynchronous products may wait for each other."""
     wrong = []
     target = devices.KNOWN[launch.target]
     if seen.shared > target.shared_memory:
@@ -226,7 +226,8 @@ def complaints(launch: Launch, kernel: Any, seen: Facts, *, spills: bool = False
         wrong.append(f"float32 products are rounded to tf32: {asked}, {seen.matrix}")
     if seen.spills and not spills:
         wrong.append(f"{seen.spills} spills")
-    wrong += serialised(kernel)
+    if not waits:
+        wrong += serialised(kernel)
     return wrong
 
 

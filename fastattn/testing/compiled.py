@@ -69,6 +69,12 @@ class Job:
         return not self.aligned or assembly.wide_heads(self.launch.target, self.dim)
 
     @property
+    def waits(self) -> bool:
+        """Whether asynchronous products may wait for each other: they hide nothing behind each other where a head fills
+        the registers, and odd strides are read element by element."""
+        return not self.aligned or self.dim > 128
+
+    @property
     def key(self) -> Key:
         return self.launch.name, self.launch.target, self.launch.variant
 
@@ -191,7 +197,7 @@ def examine(job: Job) -> tuple[Row, list[str]]:
     try:
         kernel = job.launch.compile()
         seen = assembly.facts(kernel)
-        wrong = assembly.complaints(job.launch, kernel, seen, spills=job.spills)
+        wrong = assembly.complaints(job.launch, kernel, seen, spills=job.spills, waits=job.waits)
     except Exception as error:  # whatever a compiler raises is the finding
         return row, [f"does not compile: {type(error).__name__}: {str(error).strip()[:1000]}"]
     if job.aligned and job.launch.aligned:

@@ -210,9 +210,8 @@ def _empty_like(like: Tensor, width: int) -> Tensor:
 
 
 def _options(kernel: str, tensor: Tensor, dim: int, size: int, features: int = 0) -> Any:
-    chosen = tuning.options(
-        "attention", kernel, devices.target_of(tensor.device), dtype=tensor.dtype, dim=dim, size=size
-    )
+    kind = "featured" if features & bits.HEAVY else "plain"
+    chosen = tuning.options("attention", kernel, devices.target_of(tensor.device), tensor.dtype, dim, kind, size)
     # Assertions are compiled only where the launch says so.
     return {**chosen, "debug": True} if features & bits.DEBUG else chosen
 

@@ -21,3 +21,5 @@ GRAD_LSE = 4096
 REST = 8192
 #: Values in tensors are asserted.
 DEBUG = 16384
+#: What a tile needs registers for beyond the plain product: kernels with any of these have smaller tiles ("featured").
+HEAVY = DOCUMENTS | BOOL_MASK | ADDITIVE_MASK | SOFTCAP | ALIBI | DROPOUT
