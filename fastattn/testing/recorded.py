@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -150,13 +151,16 @@ def _decoded(value: Any) -> Any:
     return value
 
 
+_numbers = itertools.count()
+
+
 class _Driver:
     """Stands for Triton's driver of a device that is not here. Every one is a device of its own, so that kernels that
     were recorded for another are not taken for compiled."""
 
     def __init__(self, target: str) -> None:
         self._target = gpu_target(target)
-        self._device = f"{target} recorded by {id(self)}"
+        self._device = f"{target} recorded as number {next(_numbers)}"
 
     def get_current_target(self) -> Any:
         return self._target

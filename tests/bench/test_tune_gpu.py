@@ -75,8 +75,9 @@ def test_what_is_measured_is_what_is_looked_up(file, monkeypatch):
             return sum(1.0 if options["num_warps"] == 8 else 2.0 for options in launched)
 
     monkeypatch.setattr(tune_gpu, "_close", lambda a, b: True)
-    with launch_cost.launching_nothing(), devices.assume(device):
-        monkeypatch.setattr(JITFunction, "run", lambda self, *args, grid, warmup, **named: launched.append(named))
+    # Undone before the launcher is put back, or that one would be undone.
+    with launch_cost.launching_nothing(), devices.assume(device), monkeypatch.context() as patch:
+        patch.setattr(JITFunction, "run", lambda self, *args, grid, warmup, **named: launched.append(named))
         tables = tune_gpu.tune([(small, small.workloads[0], torch.bfloat16)], "cpu", Clock(), seconds=0.0)
         assert {name: len(entries) for name, entries in tables["swiglu"].items()} == {"forward": 1, "backward": 1}
         measured.write(file, device.device, tables)
