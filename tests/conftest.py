@@ -9,7 +9,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
-from fastattn import backends, testing
+from fastattn import backends, env, testing
+from fastattn.gpu import devices
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +30,21 @@ def skip_without_native():
 
 def pytest_configure(config):
     torch.set_num_threads(min(torch.get_num_threads(), 4))
+    if env.interpreting():
+        backends.probe("triton")  # repairs the interpreter, for kernels that tests define as for ours
+
+
+def pytest_collection_modifyitems(config, items):
+    """What belongs to the run in the other of Triton's two modes is not part of this one."""
+    here, there = ("interpreted", "compiled") if env.interpreting() else ("compiled", "interpreted")
+    elsewhere = [item for item in items if item.get_closest_marker(there)]
+    if elsewhere:
+        config.hook.pytest_deselected(items=elsewhere)
+        items[:] = [item for item in items if not item.get_closest_marker(there)]
+    reason = devices.triton_reason()
+    for item in items if reason is not None else ():
+        if item.get_closest_marker(here):
+            item.add_marker(pytest.mark.skip(reason=f"triton: {reason}"))
 
 
 def record_skip(request, backend: str, reason: str) -> None:

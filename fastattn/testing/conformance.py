@@ -224,6 +224,17 @@ def check(
     return report
 
 
+def assert_lawful(result: Tensor, peer: Tensor, truth: Tensor) -> None:
+    """ConformanceError unless a result keeps the accuracy law, given the peer's result and the truth in float64."""
+    if result.shape != peer.shape or result.dtype != peer.dtype:
+        raise ConformanceError(f"{result.dtype} {tuple(result.shape)} and not {peer.dtype} {tuple(peer.shape)}")
+    if not same_nonfinite(result, truth):
+        raise ConformanceError("not NaN and infinite exactly where the truth is")
+    broken = violation(error(result, truth), error(peer, truth), result.dtype)
+    if broken is not None:
+        raise ConformanceError(broken)
+
+
 def geometric_mean_ratio(reports: Iterable[Report], dtype: torch.dtype) -> float:
     """Geometric mean of our norm error over torch's, which the law wants to be at most 1.1.
 

@@ -4,11 +4,9 @@ import pytest
 import torch
 
 import fastattn
-from fastattn import env
 from fastattn.bench import launch_cost
-from fastattn.gpu import devices
 
-pytestmark = pytest.mark.skipif(env.interpreting() or devices.triton_reason() is not None, reason="needs Triton")
+pytestmark = pytest.mark.compiled
 
 #: Python functions entered by a forward. A time would depend on the neighbours; 15 us are about 60 of them.
 MOST_FRAMES = 75

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-from fastattn import env
 from fastattn.bench import launch_cost, tune, tune_gpu
 from fastattn.cases import Suite
 from fastattn.gpu import devices, measured, tuning
@@ -59,7 +58,7 @@ def file(tmp_path, monkeypatch):
     tuning.forget()
 
 
-@pytest.mark.skipif(env.interpreting() or devices.triton_reason() is not None, reason="needs Triton")
+@pytest.mark.compiled
 def test_what_is_measured_is_what_is_looked_up(file, monkeypatch):
     """The whole path but the GPU."""
     from triton.runtime.jit import JITFunction
@@ -87,7 +86,7 @@ def test_what_is_measured_is_what_is_looked_up(file, monkeypatch):
     assert tuning.options("swiglu", "forward", devices.KNOWN["sm_90"], size=4096)["num_warps"] == 4
 
 
-@pytest.mark.skipif(env.interpreting() or devices.triton_reason() is not None, reason="needs Triton")
+@pytest.mark.compiled
 def test_a_forced_option_is_launched_with(monkeypatch):
     device = devices.Target("sm_90", 132, 232_448)
     small = Suite(**{**vars(SUITES[0]), "workloads": (workload(4, 4096),)})

@@ -5,22 +5,19 @@ import math
 import pytest
 import torch
 
-from fastattn import backends, env
+pytestmark = pytest.mark.interpreted
 
-pytestmark = pytest.mark.skipif(not env.interpreting(), reason="runs under TRITON_INTERPRET=1")
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+from fastattn.gpu.activations import gelu, gelu_derivative  # noqa: E402
 
-if env.interpreting() and backends.probe("triton") is None:
-    import triton
-    import triton.language as tl
 
-    from fastattn.gpu.activations import gelu, gelu_derivative
-
-    @triton.jit
-    def apply(x_ptr, y_ptr, slope_ptr, TANH: tl.constexpr, FINE: tl.constexpr, COUNT: tl.constexpr):
-        i = tl.arange(0, COUNT)
-        x = tl.load(x_ptr + i)
-        tl.store(y_ptr + i, gelu(x, TANH, FINE))
-        tl.store(slope_ptr + i, gelu_derivative(x, TANH, FINE))
+@triton.jit
+def apply(x_ptr, y_ptr, slope_ptr, TANH: tl.constexpr, FINE: tl.constexpr, COUNT: tl.constexpr):
+    i = tl.arange(0, COUNT)
+    x = tl.load(x_ptr + i)
+    tl.store(y_ptr + i, gelu(x, TANH, FINE))
+    tl.store(slope_ptr + i, gelu_derivative(x, TANH, FINE))
 
 
 def truth(x, tanh):

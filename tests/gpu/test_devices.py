@@ -98,7 +98,7 @@ def test_what_is_wrong_with_the_gpu_is_a_reason(gpu_is, machine, reason):
     assert devices._device_reason() == reason
 
 
-@pytest.mark.skipif(env.interpreting(), reason="the interpreter needs no GPU")
+@pytest.mark.compiled
 def test_the_gpu_comes_before_triton(gpu_is, triton_is):
     gpu_is(available=False)
     triton_is("3.5.1")
@@ -189,7 +189,7 @@ def test_a_broken_triton_breaks_no_import(tmp_path, source, reason):
     assert done.stdout.strip() == reason
 
 
-@pytest.mark.skipif(env.interpreting(), reason="the interpreter loads kernels to repair them")
+@pytest.mark.compiled
 def test_kernels_are_not_loaded_before_a_launch():
     program = "import sys, fastattn; print([m for m in sys.modules if m.startswith('fastattn') and 'kernels' in m])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

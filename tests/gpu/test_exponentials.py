@@ -3,32 +3,30 @@
 import pytest
 import torch
 
-from fastattn import backends, env
+pytestmark = pytest.mark.interpreted
 
-pytestmark = pytest.mark.skipif(not env.interpreting(), reason="runs under TRITON_INTERPRET=1")
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+from fastattn.gpu.functions import LOWEST, add_exponentials, combine_exponentials, exp, fast_exp  # noqa: E402
 
-if env.interpreting() and backends.probe("triton") is None:
-    import triton
-    import triton.language as tl
 
-    from fastattn.gpu.functions import LOWEST, add_exponentials, combine_exponentials, exp, fast_exp
+@triton.jit
+def apply_exp(x_ptr, y_ptr, COUNT: tl.constexpr, FAST: tl.constexpr):
+    i = tl.arange(0, COUNT)
+    x = tl.load(x_ptr + i)
+    tl.store(y_ptr + i, fast_exp(x) if FAST else exp(x))
 
-    @triton.jit
-    def apply_exp(x_ptr, y_ptr, COUNT: tl.constexpr, FAST: tl.constexpr):
-        i = tl.arange(0, COUNT)
-        x = tl.load(x_ptr + i)
-        tl.store(y_ptr + i, fast_exp(x) if FAST else exp(x))
 
-    @triton.jit
-    def sum_up(x_ptr, top_ptr, total_ptr, columns, PARTS: tl.constexpr, LANES: tl.constexpr):
-        top = tl.full((LANES,), LOWEST, tl.float32)
-        total = tl.zeros((LANES,), tl.float32)
-        for start in range(0, columns, PARTS * LANES):
-            place = start + tl.arange(0, PARTS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-            top, total = add_exponentials(top, total, tl.load(x_ptr + place, mask=place < columns, other=float("-inf")))
-        highest, whole = combine_exponentials(top, total)
-        tl.store(top_ptr, highest)
-        tl.store(total_ptr, whole)
+@triton.jit
+def sum_up(x_ptr, top_ptr, total_ptr, columns, PARTS: tl.constexpr, LANES: tl.constexpr):
+    top = tl.full((LANES,), LOWEST, tl.float32)
+    total = tl.zeros((LANES,), tl.float32)
+    for start in range(0, columns, PARTS * LANES):
+        place = start + tl.arange(0, PARTS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+        top, total = add_exponentials(top, total, tl.load(x_ptr + place, mask=place < columns, other=float("-inf")))
+    highest, whole = combine_exponentials(top, total)
+    tl.store(top_ptr, highest)
+    tl.store(total_ptr, whole)
 
 
 def test_exp_is_exact_to_a_unit_in_the_last_place():

@@ -3,30 +3,30 @@
 import pytest
 import torch
 
-from fastattn import backends, env, philox
+from fastattn import philox
 
-pytestmark = pytest.mark.skipif(not env.interpreting(), reason="runs under TRITON_INTERPRET=1")
+pytestmark = pytest.mark.interpreted
 
-if env.interpreting() and backends.probe("triton") is None:
-    import triton
-    import triton.language as tl
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+from fastattn.gpu.functions import keep_tile, tanh  # noqa: E402
 
-    from fastattn.gpu.functions import keep_tile, tanh
 
-    @triton.jit
-    def apply_tanh(x_ptr, y_ptr, COUNT: tl.constexpr):
-        i = tl.arange(0, COUNT)
-        tl.store(y_ptr + i, tanh(tl.load(x_ptr + i)))
+@triton.jit
+def apply_tanh(x_ptr, y_ptr, COUNT: tl.constexpr):
+    i = tl.arange(0, COUNT)
+    tl.store(y_ptr + i, tanh(tl.load(x_ptr + i)))
 
-    @triton.jit
-    def write_mask(
-        mask_ptr, state_ptr, lane, first_row, first_column, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-    ):
-        rows = first_row + tl.arange(0, ROWS)
-        seed, offset = tl.load(state_ptr), tl.load(state_ptr + 1)
-        kept = keep_tile(seed, offset, lane, rows, first_column, threshold, COLUMNS)
-        place = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        tl.store(mask_ptr + place, kept.to(tl.int8))
+
+@triton.jit
+def write_mask(
+    mask_ptr, state_ptr, lane, first_row, first_column, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    rows = first_row + tl.arange(0, ROWS)
+    seed, offset = tl.load(state_ptr), tl.load(state_ptr + 1)
+    kept = keep_tile(seed, offset, lane, rows, first_column, threshold, COLUMNS)
+    place = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    tl.store(mask_ptr + place, kept.to(tl.int8))
 
 
 def test_tanh_is_exact_to_a_few_units_in_the_last_place():

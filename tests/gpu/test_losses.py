@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 
-from fastattn import cross_entropy, env, linear_cross_entropy
+from fastattn import cross_entropy, linear_cross_entropy
 
-pytestmark = pytest.mark.skipif(not env.interpreting(), reason="runs under TRITON_INTERPRET=1")
+pytestmark = pytest.mark.interpreted
 
 INDICES = torch.tensor([1, 2, -100])
 WEIGHT = torch.rand(5000, generator=torch.Generator().manual_seed(1))

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fastattn import env, log_softmax, softmax
+from fastattn import log_softmax, softmax
 
-pytestmark = pytest.mark.skipif(not env.interpreting(), reason="runs under TRITON_INTERPRET=1")
+pytestmark = pytest.mark.interpreted
 
 
 def both(function, input, **call):

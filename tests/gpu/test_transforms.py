@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fastattn import env, swiglu
+from fastattn import swiglu
 
-pytestmark = pytest.mark.skipif(not env.interpreting(), reason="runs under TRITON_INTERPRET=1")
+pytestmark = pytest.mark.interpreted
 
 
 def loss(backend):

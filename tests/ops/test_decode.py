@@ -6,16 +6,13 @@ import pytest
 import torch
 
 import fastattn
-from fastattn import env
 from fastattn.bench.launch_cost import launching_nothing
 from fastattn.flash_attn import flash_attn_with_kvcache
-from fastattn.gpu import devices
 from fastattn.ops.decode.append import append_to_cache
 from fastattn.testing.opcheck import available_backends
 
 BACKENDS = available_backends("cpu")
 KERNELS = [name for name in BACKENDS if name != "reference"]
-interpreted = pytest.mark.skipif(not env.interpreting(), reason="kernels for GPUs on CPU tensors: TRITON_INTERPRET=1")
 
 
 def draw(*shapes, dtype=torch.float32):
@@ -135,7 +132,7 @@ WRONG = {
 }
 
 
-@interpreted
+@pytest.mark.interpreted
 @pytest.mark.parametrize("wrong", WRONG)
 def test_kernels_stay_within_the_cache(wrong, monkeypatch):
     """Around the caches is NaN: a kernel that read it would return NaN, one that wrote would remove it."""
@@ -167,7 +164,7 @@ def test_kernels_stay_within_the_cache(wrong, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(caches, before, strict=True))
 
 
-@interpreted
+@pytest.mark.interpreted
 def test_an_overflowing_cache_keeps_what_is_behind_its_end(monkeypatch):
     """What fits is written; the next sequence's slots, which are behind this one's, are not."""
     monkeypatch.setattr(importlib.import_module("fastattn.ops.decode.triton"), "places", lambda *_: None)
@@ -189,7 +186,7 @@ class Unseen(torch.Tensor):
         return super().__torch_function__(function, types, args, kwargs or {})
 
 
-@pytest.mark.skipif(env.interpreting() or devices.triton_reason() is not None, reason="needs Triton's launcher")
+@pytest.mark.compiled
 def test_nothing_is_looked_at_before_a_launch():
     def unseen(values, dtype=torch.int32):
         return torch.tensor(values, dtype=dtype).as_subclass(Unseen)

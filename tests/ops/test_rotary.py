@@ -6,11 +6,9 @@ import pytest
 import torch
 
 import fastattn
-from fastattn import env
 from fastattn.testing.opcheck import available_backends
 
 BACKENDS = available_backends("cpu")
-interpreted = pytest.mark.skipif(not env.interpreting(), reason="kernels for GPUs on CPU tensors: TRITON_INTERPRET=1")
 
 
 def tables(positions, half, dtype=torch.float32):
@@ -53,7 +51,7 @@ def test_in_place_is_what_a_new_tensor_would_be(backend, form, half, interleaved
     assert torch.equal(whole[~inside], before[~inside])
 
 
-@interpreted
+@pytest.mark.interpreted
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("wrong", ["offset", "offsets", "ends", "late ends", "no tables"])
 def test_kernels_stay_within_the_tables(wrong, interleaved, monkeypatch):

@@ -2,8 +2,6 @@
 
 import pytest
 
-from fastattn import env
-from fastattn.gpu import devices
 from fastattn.testing import assembly
 from fastattn.testing.recorded import Launch, gpu_target
 
@@ -78,19 +76,15 @@ def test_accesses_of_aligned_tensors_are_wide():
     assert narrow(stores={"2": 1}) == ["stores of aligned tensors are narrow: {'2': 1}"]
 
 
-needs_triton = pytest.mark.skipif(
-    env.interpreting() or devices.triton_reason() is not None, reason="needs Triton's compiler"
-)
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
 
-if not env.interpreting() and devices.triton_reason() is None:
-    import triton
-    import triton.language as tl
 
-    @triton.jit
-    def product(a_ptr, b_ptr, c_ptr, SIZE: tl.constexpr, PRECISION: tl.constexpr):
-        places = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
-        c = tl.dot(tl.load(a_ptr + places), tl.load(b_ptr + places), input_precision=PRECISION)
-        tl.store(c_ptr + places, c)
+@triton.jit
+def product(a_ptr, b_ptr, c_ptr, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    places = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    c = tl.dot(tl.load(a_ptr + places), tl.load(b_ptr + places), input_precision=PRECISION)
+    tl.store(c_ptr + places, c)
 
 
 def compiled(target, dtype, size, precision, **options):
@@ -108,7 +102,7 @@ def complaints(target, kernel):
     return assembly.complaints(launch_for(target), kernel, assembly.facts(kernel))
 
 
-@needs_triton
+@pytest.mark.compiled
 @pytest.mark.parametrize(("target", "name"), [("sm_80", "HMMA"), ("sm_90", "HGMMA"), ("gfx942", "MFMA")])
 def test_sixteen_bit_products_are_seen(target, name):
     kernel = compiled(target, "bf16", 64, "ieee")
@@ -117,14 +111,14 @@ def test_sixteen_bit_products_are_seen(target, name):
     assert complaints(target, kernel) == []
 
 
-@needs_triton
+@pytest.mark.compiled
 def test_the_law_against_tf32():
     (complaint,) = complaints("sm_80", compiled("sm_80", "fp32", 64, "tf32"))
     assert complaint.startswith("float32 products are rounded to tf32")
     assert complaints("sm_80", compiled("sm_80", "fp32", 32, "ieee")) == []
 
 
-@needs_triton
+@pytest.mark.compiled
 def test_the_law_against_spills():
     found = complaints("sm_80", compiled("sm_80", "bf16", 64, "ieee", num_warps=1, maxnreg=40))
     assert [what.split()[1] for what in found] == ["spills"]

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from fastattn import env, testing
-from fastattn.gpu import devices
 from fastattn.testing import compiled
 from fastattn.testing.compiled import Job, changes, compile_all, judge, read, write
 from fastattn.testing.problems import EVERY, problems
@@ -65,12 +64,7 @@ def test_the_table_has_a_line_for_every_row_in_order(tmp_path):
     assert sum('"kernel"' in line for line in (tmp_path / "t.json").read_text().splitlines()) == 2
 
 
-needs_triton = pytest.mark.skipif(
-    env.interpreting() or devices.triton_reason() is not None, reason="needs Triton's compiler"
-)
-
-
-@needs_triton
+@pytest.mark.compiled
 def test_what_is_recorded():
     swiglu = [problem for problem in problems() if problem.suite.name == "swiglu"]
     broken = replace(swiglu[0], name="broken", build=lambda sampler: 1 / 0)
@@ -87,7 +81,7 @@ def test_what_is_recorded():
     assert few.jobs.keys() < recorded.jobs.keys() and compiled.never_used(few)
 
 
-@needs_triton
+@pytest.mark.compiled
 def test_a_compiler_that_dies_takes_nothing_with_it(tmp_path, monkeypatch):
     (tmp_path / "room").mkdir()
     (tmp_path / "room" / "dies.py").write_text("import os\nos._exit(3)\n")
@@ -104,7 +98,7 @@ def test_a_compiler_that_dies_takes_nothing_with_it(tmp_path, monkeypatch):
         )
 
 
-@needs_triton
+@pytest.mark.compiled
 @pytest.mark.timeout(900)
 def test_quick_subset():
     """One problem of every op, for the main targets."""
@@ -115,7 +109,7 @@ def test_quick_subset():
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
 
 
-@needs_triton
+@pytest.mark.compiled
 def test_the_committed_table_is_one():
     document = json.loads(compiled.TABLE.read_text())
     assert document["triton"] and len({compiled.key_of(row) for row in document["rows"]}) == len(document["rows"])
@@ -131,7 +125,7 @@ ASSERTING = [
 ]
 
 
-@needs_triton
+@pytest.mark.compiled
 @pytest.mark.parametrize(("suite", "case", "message"), ASSERTING, ids=lambda part: part.replace(" ", "_"))
 def test_values_are_asserted_on_the_device_when_debugging(suite, case, message, monkeypatch):
     """A device assert without the launch option `debug` is nothing."""

@@ -4,18 +4,16 @@ import pytest
 import torch
 
 import fastattn
-from fastattn import backends, dispatch, env
+from fastattn import backends, dispatch
 from fastattn.gpu import devices
 
-pytestmark = pytest.mark.skipif(
-    env.interpreting() or devices.triton_reason() is not None, reason="needs Triton's compiler"
-)
+pytestmark = pytest.mark.compiled
 
-if not env.interpreting() and devices.triton_reason() is None:
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
+pytest.importorskip("triton")
+from triton.runtime import driver  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
 
-    from fastattn.testing.recorded import Launch, recording
+from fastattn.testing.recorded import Launch, recording  # noqa: E402
 
 
 def halves(rows, columns, dtype=torch.bfloat16, **kwargs):

@@ -4,10 +4,9 @@ import json
 
 import pytest
 
-from fastattn import env
 from fastattn.bench.gpu import sections, supervisor
 
-pytestmark = pytest.mark.skipif(not env.interpreting(), reason="runs under TRITON_INTERPRET=1")
+pytestmark = pytest.mark.interpreted
 
 
 def test_everything_runs_and_is_right(tmp_path, capsys):
