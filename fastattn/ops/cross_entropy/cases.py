@@ -88,11 +88,13 @@ def _build(
     probability_dtype: torch.dtype | None = None,
     weight: bool = False,
     weight_dtype: torch.dtype | None = None,
+    unweighted: bool = False,
     ignored: int | None = None,
     target_dtype: torch.dtype = torch.int64,
     draw: Draw = _contiguous,
     **call: Any,
 ) -> Callable[[Sampler], Arguments]:
+    """unweighted: of every third class the weight is 0."""
     classes = shape[min(len(shape) - 1, 1)]
 
     def build(s: Sampler) -> Arguments:
@@ -103,6 +105,8 @@ def _build(
             arguments["target"] = _indices(s, shape, ignored, target_dtype)
         if weight:
             arguments["weight"] = s.uniform(classes, low=0.1, high=2.0, dtype=weight_dtype)
+            if unweighted:
+                arguments["weight"][::3] = 0.0
         if ignored is not None:
             arguments["ignore_index"] = ignored
         return arguments
@@ -179,6 +183,20 @@ def _cases() -> Iterator[Case]:
         yield Case(f"{name} 3 dims", _build((4, 7, 9), **features))
         yield Case(f"{name} strided rows", _build((12, 70), draw=strided_rows, **features))
         yield Case(f"{name} large logits", _build((24, 90), draw=lambda s, *n: s.normal(*n, std=50.0), **features))
+    # Longer than registers hold: read in parts.
+    combined: dict[str, dict[str, Any]] = {
+        "smoothing z_loss": {"label_smoothing": 0.2, "z_loss": 0.1, "ignored": -100},
+        "softcap sum": {"softcap": 5.0, "reduction": "sum", "ignored": -100},
+        "smoothing softcap probabilities": {"label_smoothing": 0.1, "softcap": 3.0, "probabilities": True},
+    }
+    for name, features in combined.items():
+        yield Case(
+            f"long rows, weights of 0, {name}", _build((6, 5000), weight=True, unweighted=True, **features),
+            LOGITS_AND_TARGET if "probabilities" in features else None, core=name == "smoothing z_loss",
+        )  # fmt: skip
+    yield Case("weights of 0", _build((24, 19), weight=True, unweighted=True, label_smoothing=0.2), core=True)
+    # So far from zero that lse is too coarse for their probabilities.
+    yield Case("long rows far above zero", _build((6, 5000), draw=lambda s, *n: s.normal(*n, mean=3000.0, std=2.0)))
     yield Case("z_loss returned", _build((24, 19), ignored=3, z_loss=0.05, return_z_loss=True))
     yield Case("z_loss returned none", _build((24, 19), ignored=3, z_loss=0.05, return_z_loss=True, reduction="none"))
     yield Case("strided rows", _build((12, 70), draw=strided_rows), core=True)
@@ -199,6 +217,21 @@ def _cases() -> Iterator[Case]:
     yield Case("all ignored, sum", all_ignored("sum"))
     yield Case("all ignored, none", all_ignored("none"), core=True)
     yield Case("all ignored, mean", all_ignored("mean"), differentiable=())  # 0 / 0, as torch's
+
+    def no_weight(classes: int) -> Callable[[Sampler], Arguments]:
+        """A mean that divides by 0: rows that count have NaN for gradients, ignored ones 0."""
+
+        def build(s: Sampler) -> Arguments:
+            arguments = _build((9, classes), weight=True, unweighted=True)(s)
+            return {
+                **arguments,
+                "target": (s.integers(9, high=3) * 3).index_fill(0, torch.tensor([2, 7], device=s.device), -100),
+            }
+
+        return build
+
+    for classes in (19, 5000):
+        yield Case(f"targets of no weight, {classes} classes", no_weight(classes))
 
     def minus_inf(s: Sampler) -> Arguments:
         """Impossible classes that are nobody's target, and one that is: its loss is infinite."""

@@ -88,11 +88,11 @@ def backward(
     # Not exp(x - lse): the rounding of a large lse would be an error of the whole row.
     x = _logits(input, softcap)
     probabilities = torch.softmax(x, dim=1)
-    counted = (a != 0.0).any(1, keepdim=True)
-    gradient = ((probabilities * a.sum(1, keepdim=True) - a) * per_row).masked_fill(~counted, 0.0)
+    ignored = _ignored(target, ignore_index)[:, None]
+    gradient = ((probabilities * a.sum(1, keepdim=True) - a) * per_row).masked_fill(ignored, 0.0)
     if z_loss:
         share = 2.0 * z_loss * torch.logsumexp(x, dim=1, keepdim=True) * probabilities
-        gradient = gradient + (share * per_row).masked_fill(_ignored(target, ignore_index)[:, None], 0.0)
+        gradient = gradient + (share * per_row).masked_fill(ignored, 0.0)
     if softcap:
         gradient = gradient * (1.0 - (x / softcap).square())
     return gradient.to(input.dtype).contiguous()

@@ -169,9 +169,7 @@ def reduce(
 def _gradient(x, raw, shift, inverse, a, whole, grad, extra, softcap, PRECISE: tl.constexpr, CAPPED: tl.constexpr):
     """(softmax * sum(a) - a) * grad + softmax * extra, through the cap. whole: the sum of a."""
     p = (exp(x - shift) if PRECISE else fast_exp(x - shift)) * inverse
-    # A row that does not count, whatever is in it, and if the mean divides by 0.
-    p = tl.where((whole == 0.0) & (extra == 0.0), 0.0, p)
-    found = (p * whole - a) * tl.where(whole == 0.0, 0.0, grad) + p * extra
+    found = (p * whole - a) * grad + p * extra
     if CAPPED:
         found *= _slope(raw, softcap)
     return found
@@ -208,7 +206,7 @@ def backward_rows(
         if REDUCTION == 1:
             grad /= tl.load(total_ptr)
         grad += tl.zeros_like(top)
-    extra = 0.0 * grad
+    extra = tl.zeros_like(grad)
     if z_loss != 0.0:
         extra = grad * 2.0 * z_loss * tl.load(lse_ptr + row, mask=there, other=0.0)
     if PROBABILITIES:

@@ -114,6 +114,14 @@ def _cases() -> Iterator[Case]:
             core=reduction == "mean",
         )
     yield Case("positions of probabilities", _build((12, 30), 9, positions=(2,), probabilities=True), PROBABILITIES)
+
+    def no_weight(s: Sampler) -> Arguments:
+        """A mean that divides by 0."""
+        arguments = _build((9, 30), 19, weight=True)(s)
+        arguments["weight"][::3] = 0.0
+        return {**arguments, "target": s.integers(9, high=3) * 3}
+
+    yield Case("targets of no weight", no_weight, core=True)
     yield Case("int32 targets", _build((24, 30), 19, target_dtype=torch.int32))
     yield Case("rows of a larger tensor", _build((24, 30), 40, draw=strided_rows), core=True)
     yield Case("transposed", _build((24, 30), 40, draw=transposed))

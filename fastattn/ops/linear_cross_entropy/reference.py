@@ -48,9 +48,9 @@ def _gradients(
     logits = _logits(input, weight, bias)
     a, total = _coefficients(weight.shape[0], logits.dtype, target, class_weight, ignore_index, smoothing)
     per_row = grad[:, None] if reduction == 0 else (grad / total if reduction == 1 else grad)
-    counted = (a != 0.0).any(1, keepdim=True)
     of_logits = (torch.softmax(logits, 1) * a.sum(1, keepdim=True) - a) * per_row
-    of_logits = of_logits.masked_fill(~counted, 0.0)
+    if not target.is_floating_point():
+        of_logits = of_logits.masked_fill((target == ignore_index)[:, None], 0.0)
     return of_logits @ weight.to(logits.dtype), of_logits.t() @ input.to(logits.dtype), of_logits.sum(0)
 
 

@@ -24,8 +24,7 @@ def _logits(logits_ptr, bias_ptr, column, inside):
 def _gradient(x, highest, inverse, a, whole, factor, PRECISE: tl.constexpr):
     """(softmax * sum(a) - a) * factor. whole: the sum of a."""
     p = (exp(x - highest) if PRECISE else fast_exp(x - highest)) * inverse
-    # A row that does not count, whatever is in it, and if the mean divides by 0.
-    return (tl.where(whole == 0.0, 0.0, p * whole) - a) * tl.where(whole == 0.0, 0.0, factor)
+    return (p * whole - a) * factor
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -111,6 +111,17 @@ def _some_minus_inf(s: Sampler, *shape: int) -> Tensor:
     return s.normal(*shape).masked_fill(strange, -torch.inf)
 
 
+def _dead_row(rows: int, columns: int) -> Callable[[Sampler], Tensor]:
+    """A mask whose second row hides everything."""
+
+    def build(s: Sampler) -> Tensor:
+        mask = s.chance(rows, columns, p=0.7)
+        mask[1] = False
+        return mask
+
+    return build
+
+
 def _build(
     shape: tuple[int, ...], dim: int = -1, draw: Draw = _contiguous, dtype: torch.dtype | None = None
 ) -> Callable[[Sampler], Arguments]:
@@ -207,6 +218,23 @@ def _cases(log: bool) -> Iterator[Case]:
             yield Case(f"causal {alignment} {rows}x{columns}", featured(2, rows, columns, **causal), core=rows == 70)
         yield Case(
             f"causal {alignment} scale mask", featured(2, 3, 12, 70, scale=0.3, mask=added(2, 1, 1, 70), **causal), both
+        )
+
+        # Longer than registers hold: read twice, in parts.
+        long = (2, 3, 9001)
+        yield Case(f"long rows causal {alignment}", featured(*long, **causal))
+        yield Case(f"long rows causal {alignment} bool mask", featured(*long, mask=_dead_row(*long[1:]), **causal),
+                   core=alignment == "bottom_right")  # fmt: skip
+        yield Case(
+            f"long rows causal {alignment} mask", featured(*long, mask=added(2, 1, 9001), scale=-0.5, **causal), both
+        )
+    for repeats in ((2, 1, 3, 1, 2, 1, 3, 5), (1, 3, 1, 2, 1, 3, 1, 1), (2, 3, 1, 2, 2, 1, 3, 5)):
+        grad = both if repeats[-1] > 1 else ("input",)  # what is added to whole rows has a gradient of 0
+        yield Case(
+            f"mask of 8 dims {'x'.join(map(str, repeats))}",
+            featured(2, 3, 3, 2, 2, 3, 3, 5, mask=added(*repeats)),
+            grad,
+            core=repeats[-1] == 1,
         )
 
     def dead_rows(s: Sampler) -> Arguments:
