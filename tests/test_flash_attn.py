@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from fastattn import testing
 from fastattn.flash_attn import flash_attn_with_kvcache
 from fastattn.testing.opcheck import available_backends
 
@@ -34,7 +35,7 @@ def attend(q, k, v, causal, window, softcap, slopes):
         scores = torch.tanh(scores / softcap) * softcap
     distance = torch.arange(k.shape[0])[None, :] - (torch.arange(q.shape[0])[:, None] + k.shape[0] - q.shape[0])
     if slopes is not None:
-        scores = scores - slopes.view(-1, 1, 1) * distance.abs()
+        scores = scores - slopes.to(scores.dtype).view(-1, 1, 1) * distance.abs()
     left, right = window[0], 0 if causal else window[1]
     hidden = torch.zeros_like(distance, dtype=torch.bool)
     if left >= 0:
@@ -95,26 +96,29 @@ def test_against_a_formula(backend, kind, style, mask, dtype):
         return_softmax_lse=True, backend=backend, **caches.arguments(),
     )  # fmt: skip
     assert output.shape == q.shape and output.dtype == dtype and lse.shape == (batch, heads, new)
-    accuracy = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
     untouched = torch.ones(caches.k.shape[:2], dtype=torch.bool)
     for b in range(batch):
         begin, end = int(leftpad[b]), int(lengths[b])
         positions = end + torch.arange(new)
-        query, key = q[b].double(), k[b].double()
+        places = positions if mask != "none" else torch.full((new,), end)
+        query, key = q[b], k[b]
         if style is not None:
-            c, s = cos.double(), sin.double()
-            key = rotate(key, c, s, style, positions)
-            query = rotate(query, c, s, style, positions if mask != "none" else torch.full((new,), end))
-        torch.testing.assert_close(
-            caches.slots(caches.k, b, end, end + new).double(), key, atol=accuracy, rtol=accuracy
-        )
+            exact = rotate(key.double(), cos.double(), sin.double(), style, positions)
+            key = caches.slots(caches.k, b, end, end + new)
+            testing.assert_lawful(key, rotate(k[b], cos, sin, style, positions), exact)
+            query = rotate(query, cos, sin, style, places)
+        else:
+            assert torch.equal(caches.slots(caches.k, b, end, end + new), key)
         assert torch.equal(caches.slots(caches.v, b, end, end + new), v[b])
         for i in range(end, end + new):
             untouched[caches.at(b, i)] = False
-        keys, values = (caches.slots(cache, b, begin, end + new).double() for cache in (caches.k, caches.v))
-        expected = attend(query, keys, values, causal, window, softcap, slopes)
-        error = (output[b].double() - expected).norm() / expected.norm()
-        assert error < accuracy, f"sequence {b}: {error}"
+        caches_now = [caches.slots(cache, b, begin, end + new) for cache in (caches.k, caches.v)]
+        exact_query = q[b].double()
+        if style is not None:
+            exact_query = rotate(exact_query, cos.double(), sin.double(), style, places)
+        truth = attend(exact_query, *(cache.double() for cache in caches_now), causal, window, softcap, slopes)
+        peer = attend(query, *caches_now, causal, window, softcap, slopes)
+        testing.assert_lawful(output[b], peer.to(dtype), truth)
     assert torch.equal(caches.k[untouched], before_k[untouched])
     assert torch.equal(caches.v[untouched], before_v[untouched])
 

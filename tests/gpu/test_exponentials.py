@@ -8,6 +8,7 @@ pytestmark = pytest.mark.interpreted
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 from fastattn.gpu.functions import LOWEST, add_exponentials, combine_exponentials, exp, fast_exp  # noqa: E402
+from fastattn.testing import assert_lawful  # noqa: E402
 
 
 @triton.jit
@@ -50,12 +51,14 @@ def test_exponentials_of_what_is_not_finite(fast):
 @pytest.mark.parametrize("columns", [1, 63, 64, 65, 1000])
 @pytest.mark.parametrize("mean", [0.0, -1e4, 3e38])
 def test_online_sums(columns, mean):
-    x = torch.randn(columns, generator=torch.Generator().manual_seed(columns)) * 3 + mean
-    x[columns // 2 + 1 :: 3] = -torch.inf
-    top, total = torch.empty(()), torch.empty(())
-    sum_up[(1,)](x, top, total, columns, PARTS=4, LANES=16)
-    assert top == x.max()
-    torch.testing.assert_close(total, (x.double() - x.max()).exp().sum().float(), rtol=1e-6, atol=0)
+    drawn = torch.randn(32, columns, generator=torch.Generator().manual_seed(columns)) * 3 + mean
+    drawn[:, columns // 2 + 1 :: 3] = -torch.inf
+    tops, totals = torch.empty(32), torch.empty(32)
+    for x, top, total in zip(drawn, tops, totals, strict=True):
+        sum_up[(1,)](x, top, total, columns, PARTS=4, LANES=16)
+    highest = drawn.amax(1, keepdim=True)
+    assert torch.equal(tops, highest.squeeze(1))
+    assert_lawful(totals, (drawn - highest).exp().sum(1), (drawn.double() - highest).exp().sum(1))
 
 
 def test_online_sums_of_nothing_and_of_nan():

@@ -221,6 +221,12 @@ def _cases() -> Iterator[Case]:
                core=True)  # fmt: skip
     for splits in (1, 2, 7):
         yield Case(f"{splits} splits", _build(2, 4, 2, 1, 3000, 64, num_splits=splits, return_lse=True))
+    for splits in (3, 100, 2**31):
+        build = _build(2, 2, 1, 1, 1500, 16, lengths=(1500, 333), leftpad=(130, 0), num_splits=splits)
+        yield Case(f"{splits} splits of ragged sequences", build, draws=4, core=splits == 100)
+    for scale in (-0.3, 0.0, 1e-38, -1e-38):
+        build = _build(2, 2, 1, 2, 40, 16, lengths=(33, 7), causal=True, scale=scale, return_lse=True)
+        yield Case(f"scale {scale}", build, draws=4)
     yield Case("large scores", _build(2, 4, 2, 1, 300, 64, std=20.0))
     yield Case("large scores, many rows", _build(2, 16, 2, 2, 300, 64, std=20.0))
     for what, sizes in {"no sequences": (0, 2, 2, 1, 5, 8), "no queries": (2, 2, 2, 0, 5, 8),
