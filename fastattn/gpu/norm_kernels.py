@@ -13,21 +13,32 @@ from fastattn.gpu.functions import keep_tile
 
 
 @triton.jit
-def _kept(x, seed, offset, rows, first_column, threshold, scale, COLUMNS: tl.constexpr):
+def _dropout(philox_ptr, threshold, scale):
+    """What `_kept` needs to know."""
+    if philox_ptr is not None:
+        return tl.load(philox_ptr), tl.load(philox_ptr + 1), threshold, scale
+    else:
+        return 0, 0, threshold, scale
+
+
+@triton.jit
+def _kept(x, philox_ptr, dropout, rows, first_column, COLUMNS: tl.constexpr):
     """x, (rows, COLUMNS), with its elements dropped or scaled."""
-    keep = keep_tile(seed, offset, (rows >> 32)[:, None], rows, first_column, threshold, COLUMNS)
-    return tl.where(keep, x * scale, 0.0)
+    if philox_ptr is not None:
+        seed, offset, threshold, scale = dropout
+        keep = keep_tile(seed, offset, (rows >> 32)[:, None], rows, first_column, threshold, COLUMNS)
+        x = tl.where(keep, x * scale, 0.0)
+    return x
 
 
 @triton.jit
 def _normalised(
-    x_ptr, residual_ptr, philox_ptr, x_stride, residual_stride, rows, column, first_column, inside,
-    seed, offset, threshold, scale, COLUMNS: tl.constexpr,
+    x_ptr, residual_ptr, x_stride, residual_stride, philox_ptr, dropout, rows, column, first_column, inside,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """What is normalised: x, or the residual plus x, rounded to the residual's dtype."""
     x = tl.load(x_ptr + rows[:, None] * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    if philox_ptr is not None:
-        x = _kept(x, seed, offset, rows, first_column, threshold, scale, COLUMNS)
+    x = _kept(x, philox_ptr, dropout, rows, first_column, COLUMNS)
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + rows[:, None] * residual_stride + column, mask=inside, other=0.0)
         x = (residual.to(tl.float32) + x).to(residual.dtype).to(tl.float32)
@@ -68,12 +79,10 @@ def forward(
     exists = column < columns
     inside = (row < rows)[:, None] & exists
     count = columns * 1.0
-    seed = tl.load(philox_ptr) if philox_ptr is not None else 0
-    offset = tl.load(philox_ptr + 1) if philox_ptr is not None else 0
+    dropout = _dropout(philox_ptr, threshold, scale)
     x = _normalised(
-        x_ptr, residual_ptr, philox_ptr, x_stride, residual_stride, row, column, 0, inside, seed, offset, threshold,
-        scale, COLUMNS,
-    )  # fmt: skip
+        x_ptr, residual_ptr, x_stride, residual_stride, philox_ptr, dropout, row, column, 0, inside, COLUMNS
+    )
     if sum_ptr is not None:
         tl.store(sum_ptr + row[:, None] * columns + column, x, mask=inside)
     if mean_ptr is not None:
@@ -98,16 +107,14 @@ def forward_long(
     lane = tl.arange(0, COLUMNS)[None, :]
     means = tl.zeros((1, COLUMNS), tl.float32)
     squares = tl.zeros((1, COLUMNS), tl.float32)
-    seed = tl.load(philox_ptr) if philox_ptr is not None else 0
-    offset = tl.load(philox_ptr + 1) if philox_ptr is not None else 0
+    dropout = _dropout(philox_ptr, threshold, scale)
     steps = 0.0
     for first in tl.range(0, columns, COLUMNS, num_stages=STAGES):
         column = first + lane
         inside = column < columns
         x = _normalised(
-            x_ptr, residual_ptr, philox_ptr, x_stride, residual_stride, row, column, first, inside, seed, offset,
-            threshold, scale, COLUMNS,
-        )  # fmt: skip
+            x_ptr, residual_ptr, x_stride, residual_stride, philox_ptr, dropout, row, column, first, inside, COLUMNS
+        )
         if sum_ptr is not None:
             tl.store(sum_ptr + row[:, None] * columns + column, x, mask=inside)
         if mean_ptr is not None:
@@ -132,9 +139,8 @@ def forward_long(
         column = first + lane
         inside = column < columns
         x = _normalised(
-            x_ptr, residual_ptr, philox_ptr, x_stride, residual_stride, row, column, first, inside, seed, offset,
-            threshold, scale, COLUMNS,
-        )  # fmt: skip
+            x_ptr, residual_ptr, x_stride, residual_stride, philox_ptr, dropout, row, column, first, inside, COLUMNS
+        )
         if mean_ptr is not None:
             x = x - mean[:, None]
         y = _scaled(x * rstd[:, None], weight_ptr, bias_ptr, weight_offset, column, inside)
@@ -155,8 +161,8 @@ def _gradient_and_standardised(
 
 @triton.jit
 def _write_gradients(
-    grad, grad_ptr, branch_ptr, grad_sum_ptr, philox_ptr, grad_sum_stride, row, column, first_column, inside, columns,
-    seed, offset, threshold, scale, COLUMNS: tl.constexpr,
+    grad, grad_ptr, branch_ptr, grad_sum_ptr, grad_sum_stride, philox_ptr, dropout, row, column, first_column, inside,
+    columns, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of what was normalised, and of the branch that was dropped or cast before it was added."""
     if grad_sum_ptr is not None:
@@ -164,8 +170,7 @@ def _write_gradients(
         grad += tl.load(at, mask=inside, other=0.0).to(tl.float32)
     tl.store(grad_ptr + row[:, None] * columns + column, grad, mask=inside)
     if branch_ptr is not None:
-        if philox_ptr is not None:
-            grad = _kept(grad, seed, offset, row, first_column, threshold, scale, COLUMNS)
+        grad = _kept(grad, philox_ptr, dropout, row, first_column, COLUMNS)
         tl.store(branch_ptr + row[:, None] * columns + column, grad, mask=inside)
 
 
@@ -176,6 +181,13 @@ def _mean(grad, mean_ptr, count):
         return tl.div_rn(tl.sum(grad, 1), count)[:, None]
     else:
         return 0.0
+
+
+@triton.jit
+def _store_sum(sums_ptr, sums, at, exists):
+    """A chunk's part of a parameter's gradient, unless nobody asks for it."""
+    if sums_ptr is not None:
+        tl.store(sums_ptr + at, tl.sum(sums, 0), mask=exists)
 
 
 @triton.jit
@@ -196,8 +208,7 @@ def backward(
     count = columns * 1.0
     weight_sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     bias_sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    seed = tl.load(philox_ptr) if philox_ptr is not None else 0
-    offset = tl.load(philox_ptr + 1) if philox_ptr is not None else 0
+    dropout = _dropout(philox_ptr, threshold, scale)
     if not REREAD:
         weight = _weight(weight_ptr, weight_offset, column, exists)
     for step in tl.range(0, chunk_rows, ROWS, num_stages=STAGES):
@@ -224,14 +235,23 @@ def backward(
             bias_sums += grad
         grad = (grad * weight - x * projection - grad_mean) * rstd[:, None]
         _write_gradients(
-            grad, grad_ptr, branch_ptr, grad_sum_ptr, philox_ptr, grad_sum_stride, row, column, 0, inside, columns,
-            seed, offset, threshold, scale, COLUMNS,
-        )  # fmt: skip
+            grad,
+            grad_ptr,
+            branch_ptr,
+            grad_sum_ptr,
+            grad_sum_stride,
+            philox_ptr,
+            dropout,
+            row,
+            column,
+            0,
+            inside,
+            columns,
+            COLUMNS,
+        )
     column = tl.arange(0, COLUMNS)
-    if weight_sums_ptr is not None:
-        tl.store(weight_sums_ptr + chunk * columns + column, tl.sum(weight_sums, 0), mask=column < columns)
-    if bias_sums_ptr is not None:
-        tl.store(bias_sums_ptr + chunk * columns + column, tl.sum(bias_sums, 0), mask=column < columns)
+    _store_sum(weight_sums_ptr, weight_sums, chunk * columns + column, column < columns)
+    _store_sum(bias_sums_ptr, bias_sums, chunk * columns + column, column < columns)
 
 
 @triton.jit
@@ -278,8 +298,7 @@ def backward_long(
     weight = _weight(weight_ptr, weight_offset, column, exists)
     weight_sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     bias_sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    seed = tl.load(philox_ptr) if philox_ptr is not None else 0
-    offset = tl.load(philox_ptr + 1) if philox_ptr is not None else 0
+    dropout = _dropout(philox_ptr, threshold, scale)
     for step in tl.range(0, chunk_rows, ROWS, num_stages=STAGES):
         row = chunk * chunk_rows + step + tl.arange(0, ROWS)
         exists_row = row < end
@@ -296,11 +315,9 @@ def backward_long(
         if mean_ptr is not None:
             grad -= tl.load(grad_means_ptr + row, mask=exists_row, other=0.0)[:, None]
         _write_gradients(
-            grad * rstd[:, None], grad_ptr, branch_ptr, grad_sum_ptr, philox_ptr, grad_sum_stride, row, column, first,
-            inside, columns, seed, offset, threshold, scale, COLUMNS,
+            grad * rstd[:, None], grad_ptr, branch_ptr, grad_sum_ptr, grad_sum_stride, philox_ptr, dropout, row, column,
+            first, inside, columns, COLUMNS,
         )  # fmt: skip
     column = first + tl.arange(0, COLUMNS)
-    if weight_sums_ptr is not None:
-        tl.store(weight_sums_ptr + chunk * columns + column, tl.sum(weight_sums, 0), mask=column < columns)
-    if bias_sums_ptr is not None:
-        tl.store(bias_sums_ptr + chunk * columns + column, tl.sum(bias_sums, 0), mask=column < columns)
+    _store_sum(weight_sums_ptr, weight_sums, chunk * columns + column, column < columns)
+    _store_sum(bias_sums_ptr, bias_sums, chunk * columns + column, column < columns)

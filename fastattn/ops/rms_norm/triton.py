@@ -1,4 +1,4 @@
-"""RMSNorm on the triton backend: fastattn/gpu/norms.py, which serves both norms."""
+"""RMSNorm on the triton backend: fastattn/gpu/norms.py, which serves both norms; this one without mean and bias."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from fastattn.dispatch import Implementation
-from fastattn.gpu import norms
+from fastattn.gpu.norms import Norm
 from fastattn.ops.rms_norm.op import RMSNormProblem
+
+NORM = Norm("rms_norm", centred=False)
 
 
 def supports(problem: RMSNormProblem) -> str | None:
@@ -23,8 +25,8 @@ def forward(
     eps: float,
     weight_offset: float,
 ) -> tuple[Tensor, Tensor]:
-    result = norms.forward("rms_norm", input, None, weight, None, None, normalized_ndim, eps, weight_offset)
-    return result.output, result.rstd
+    output, _, rstd = NORM.forward(input, weight, None, normalized_ndim, eps, weight_offset)
+    return output, rstd
 
 
 def backward(
@@ -36,11 +38,10 @@ def backward(
     weight_offset: float,
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    result = norms.backward(
-        "rms_norm", grad_output, None, input, weight, None, None, rstd, None, normalized_ndim, weight_offset, 0.0,
-        input.dtype, weight_grad, False,
-    )  # fmt: skip
-    return result.grad, result.weight
+    grad_input, grad_weight, _ = NORM.backward(
+        grad_output, input, weight, None, None, rstd, normalized_ndim, weight_offset, weight_grad, False
+    )
+    return grad_input, grad_weight
 
 
 def add_forward(
@@ -53,8 +54,8 @@ def add_forward(
     weight_offset: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    output, total, _, rstd = norms.forward(
-        "rms_norm", input, residual, weight, None, philox, normalized_ndim, eps, weight_offset, dropout_p
+    output, total, _, rstd = NORM.add_forward(
+        input, residual, weight, None, philox, normalized_ndim, eps, weight_offset, dropout_p
     )
     assert total is not None
     return output, total, rstd
@@ -73,14 +74,11 @@ def add_backward(
     input_dtype: torch.dtype,
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    result = norms.backward(
-        "rms_norm", grad_output, grad_sum, sum, weight, None, None, rstd, philox, normalized_ndim, weight_offset,
-        dropout_p, input_dtype, weight_grad, False,
+    branch, grad, grad_weight, _ = NORM.add_backward(
+        grad_output, grad_sum, sum, weight, None, None, rstd, philox, normalized_ndim, weight_offset, dropout_p,
+        input_dtype, weight_grad, False,
     )  # fmt: skip
-    branch = result.branch
-    if branch is None:
-        branch = torch.empty((0,), dtype=input_dtype, device=sum.device)
-    return branch, result.grad, result.weight
+    return branch, grad, grad_weight
 
 
 IMPLEMENTATION = Implementation(supports, forward, backward)
