@@ -13,21 +13,17 @@ import triton.language as tl
 
 from fastattn.gpu.functions import LOG2E, tanh
 from fastattn.ops.attention.triton_scores import (
-    ALIBI,
     DOCUMENTS,
     DROPOUT,
     FOLDED,
     GRAD_LSE,
-    LEAST,
     MASKS,
-    MOST,
     PACKED,
     REST,
     SINKS,
     SOFTCAP,
     TESTED,
-    any_visible,
-    is_live,
+    ids_of,
     kept,
     key_blocks,
     live_blocks,
@@ -36,10 +32,14 @@ from fastattn.ops.attention.triton_scores import (
     nth_block,
     packed_other,
     packed_tile,
+    placed,
     prefix_of,
     put_tile,
     query_blocks,
+    query_program,
+    slope_of,
     task,
+    tested_tile,
     tile_at,
     used_keys,
     visible,
@@ -186,61 +186,33 @@ def backward_query(
     BLOCK_VALUE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A block of queries of one head."""
-    block, lane = task(blocks, lanes, group)
-    block = blocks - 1 - block
-    head = lane % heads
-    batch = lane // heads
-    if PACKED & FEATURES:
-        number, query_start, queries, first_row = packed_tile(cu_queries_ptr, block, sequences, queries, ROWS)
+    head, batch, lane, base, _number, queries, keys, shift, query_start, key_start, first_row = query_program(
+        blocks, lanes, group, queries, keys, shift, heads, cu_queries_ptr, cu_keys_ptr, used_ptr, sequences, FEATURES,
+        ROWS,
+    )  # fmt: skip
+    if PACKED & FEATURES:  # noqa: SIM102, a constant
         if first_row >= queries:
             return
-        first_key, room = packed_other(cu_keys_ptr, number, sequences, keys)
-        keys = used_keys(used_ptr, number, sequences, room)
-        shift = keys - queries
-        lane = (number - 1) * heads + head
-        batch = tl.maximum(number - 1, 0)
-        query_ptr += wide(query_start) * query_row
-        grad_ptr += wide(query_start) * grad_row
-        grad_query_ptr += wide(query_start) * result_row
-        key_ptr += wide(first_key) * key_row
-        value_ptr += wide(first_key) * value_row
-        lse_ptr += query_start
-        delta_ptr += query_start
-        if REST & FEATURES:
-            rest_ptr += query_start
-        base = tl.full((), 0, tl.int64)
-    else:
-        first_row = block * ROWS
-        base = wide(batch)
-    kv_head = wide(head // grouped)
-    query_ptr += base * query_batch + wide(head) * query_head
-    grad_ptr += base * grad_batch + wide(head) * grad_head
-    grad_query_ptr += base * result_batch + wide(head) * result_head
-    key_ptr += base * key_batch + kv_head * key_head
-    value_ptr += base * value_batch + kv_head * value_head
-    statistics = base * lse_batch + wide(head) * lse_head
+    kv_head = head // grouped
+    query_ptr = placed(query_ptr, base, query_batch, head, query_head, query_start, query_row)
+    grad_ptr = placed(grad_ptr, base, grad_batch, head, grad_head, query_start, grad_row)
+    grad_query_ptr = placed(grad_query_ptr, base, result_batch, head, result_head, query_start, result_row)
+    key_ptr = placed(key_ptr, base, key_batch, kv_head, key_head, key_start, key_row)
+    value_ptr = placed(value_ptr, base, value_batch, kv_head, value_head, key_start, value_row)
+    statistics = placed(0, base, lse_batch, head, lse_head, query_start, 1)
 
     rows = first_row + tl.arange(0, ROWS)
     row = rows[:, None]
-    there = rows < queries
     last_row = tl.minimum(first_row + ROWS, queries) - 1
     query = tile_at(query_ptr, query_row, rows, queries, DIM, BLOCK_DIM)
     grad = tile_at(grad_ptr, grad_row, rows, queries, VALUE_DIM, BLOCK_VALUE)
     lse, _, delta_of_rows = _statistics(lse_ptr, delta_ptr, None, statistics, rows, queries, FOLDED & FEATURES)
     prefix = prefix_of(prefix_ptr, prefix_batch, batch, keys, FEATURES)
-    slope = 0.0
-    if ALIBI & FEATURES:
-        slope = tl.load(slopes_ptr + batch * slopes_batch + head).to(tl.float32)
+    slope = slope_of(slopes_ptr, slopes_batch, batch, head, FEATURES)
+    query_ids, least, most = ids_of(query_ids_ptr, base * query_ids_batch, rows, queries, FEATURES)
     low = 0
     high = tl.cdiv(keys, COLUMNS)
-    query_id = 0
-    least = 0
-    most = 0
     if DOCUMENTS & FEATURES:
-        ids = tl.load(query_ids_ptr + base * query_ids_batch + rows, mask=there, other=0)
-        query_id = ids[:, None]
-        least = tl.min(tl.where(there, ids.to(tl.int64), MOST), 0)
-        most = tl.max(tl.where(there, ids.to(tl.int64), LEAST), 0)
         key_ids_ptr += base * key_ids_batch
         key_ranges_ptr += base * key_ranges_batch
         low, high = live_blocks(key_ranges_ptr, key_tiles, least, most)
@@ -254,27 +226,21 @@ def backward_query(
     total = tl.zeros((ROWS,), tl.float32)
     for t in range(begin, end):
         this = nth_block(t, ahead, after, FEATURES)
+        live = True
+        mask = 0
         if TESTED & FEATURES:
-            live = True
-            mask = 0
-            if MASKS & FEATURES:
-                column = (this * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-                mask = mask_tile(mask_ptr, mask_row, mask_column, row, column, queries, keys)
-                live = any_visible(mask)
-            if DOCUMENTS & FEATURES:
-                live = is_live(key_ranges_ptr, key_tiles, this, least, most) & live
-            if live:
-                grad_query, total = _query_step(
-                    grad_query, total, query, grad, lse, delta_of_rows, key_ptr, key_row, value_ptr, value_row, this,
-                    True, row, first_row, queries, keys, shift, left, right, prefix, query_id, key_ids_ptr, mask, slope,
-                    philox_ptr, lane, scale, softcap, kept_scale, threshold,
-                    FEATURES, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, ROWS, COLUMNS,
-                )  # fmt: skip
+            edge = True
+            column = (this * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+            mask, live = tested_tile(
+                mask_ptr, mask_row, mask_column, row, column, queries, keys, key_ranges_ptr, key_tiles, this, least,
+                most, FEATURES,
+            )  # fmt: skip
         else:
             edge = (this < whole) | (this >= whole_end)
+        if live:
             grad_query, total = _query_step(
-                grad_query, total, query, grad, lse, delta_of_rows, key_ptr, key_row, value_ptr, value_row, this,
-                edge, row, first_row, queries, keys, shift, left, right, prefix, query_id, key_ids_ptr, 0, slope,
+                grad_query, total, query, grad, lse, delta_of_rows, key_ptr, key_row, value_ptr, value_row, this, edge,
+                row, first_row, queries, keys, shift, left, right, prefix, query_ids[:, None], key_ids_ptr, mask, slope,
                 philox_ptr, lane, scale, softcap, kept_scale, threshold,
                 FEATURES, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, ROWS, COLUMNS,
             )  # fmt: skip
@@ -284,7 +250,7 @@ def backward_query(
             sink = tl.load(sinks_ptr + head).to(tl.float32)
             total += tl.exp2((sink - lse) * LOG2E)
         total = tl.where(total == 0.0, 1.0, total)
-        tl.store(rest_ptr + statistics + rows, 1.0 / total, mask=there)
+        tl.store(rest_ptr + statistics + rows, 1.0 / total, mask=rows < queries)
         grad_query = grad_query / total[:, None]
     put_tile(grad_query_ptr, result_row, rows, queries, grad_query * scale, DIM, BLOCK_DIM)
 
@@ -405,9 +371,7 @@ def backward_mask(
             )
             key = tile_at(key_ptr + base * key_batch + kv_head * key_head, key_row, columns, keys, DIM, BLOCK_DIM)
             products = tl.dot(query, tl.trans(key), input_precision="ieee")
-            slope = 0.0
-            if ALIBI & FEATURES:
-                slope = tl.load(slopes_ptr + batch * slopes_batch + head).to(tl.float32)
+            slope = slope_of(slopes_ptr, slopes_batch, batch, head, FEATURES)
             statistics = base * lse_batch + wide_head * lse_head
             lse, rest, delta_of_rows = _statistics(
                 lse_ptr, delta_ptr, rest_ptr, statistics, rows, queries, FEATURES
@@ -474,49 +438,34 @@ def backward_key(
         keys = used_keys(used_ptr, number, sequences, room)
         shift = keys - queries
         batch = tl.maximum(number - 1, 0)
-        query_ptr += wide(query_start) * query_row
-        grad_ptr += wide(query_start) * grad_row
-        key_ptr += wide(key_start) * key_row
-        value_ptr += wide(key_start) * value_row
-        grad_key_ptr += wide(key_start) * key_result_row
-        grad_value_ptr += wide(key_start) * value_result_row
-        lse_ptr += query_start
-        delta_ptr += query_start
-        if REST & FEATURES:
-            rest_ptr += query_start
         base = tl.full((), 0, tl.int64)
     else:
         first_key = block * COLUMNS
         room = keys
+        key_start = 0
+        query_start = 0
         base = wide(batch)
-    key_ptr += base * key_batch + wide(kv_head) * key_head
-    value_ptr += base * value_batch + wide(kv_head) * value_head
-    grad_key_ptr += base * key_result_batch + wide(kv_head) * key_result_head
-    grad_value_ptr += base * value_result_batch + wide(kv_head) * value_result_head
-    query_ptr += base * query_batch
-    grad_ptr += base * grad_batch
-    lse_ptr += base * lse_batch
-    delta_ptr += base * lse_batch
-    if REST & FEATURES:
-        rest_ptr += base * lse_batch
+    key_ptr = placed(key_ptr, base, key_batch, kv_head, key_head, key_start, key_row)
+    value_ptr = placed(value_ptr, base, value_batch, kv_head, value_head, key_start, value_row)
+    grad_key_ptr = placed(grad_key_ptr, base, key_result_batch, kv_head, key_result_head, key_start, key_result_row)
+    grad_value_ptr = placed(
+        grad_value_ptr, base, value_result_batch, kv_head, value_result_head, key_start, value_result_row
+    )
+
+    query_ptr = placed(query_ptr, base, query_batch, 0, query_head, query_start, query_row)
+    grad_ptr = placed(grad_ptr, base, grad_batch, 0, grad_head, query_start, grad_row)
+    first_statistics = placed(0, base, lse_batch, 0, lse_head, query_start, 1)
 
     columns = first_key + tl.arange(0, COLUMNS)
     column = columns[:, None]
-    there = columns < keys
     last_key = tl.minimum(first_key + COLUMNS, keys) - 1
     key = tile_at(key_ptr, key_row, columns, keys, DIM, BLOCK_DIM)
     value = tile_at(value_ptr, value_row, columns, keys, VALUE_DIM, BLOCK_VALUE)
     prefix = prefix_of(prefix_ptr, prefix_batch, batch, keys, FEATURES)
+    key_ids, least, most = ids_of(key_ids_ptr, base * key_ids_batch, columns, keys, FEATURES)
     low = 0
     high = tl.cdiv(queries, ROWS)
-    key_id = 0
-    least = 0
-    most = 0
     if DOCUMENTS & FEATURES:
-        ids = tl.load(key_ids_ptr + base * key_ids_batch + columns, mask=there, other=0)
-        key_id = ids[:, None]
-        least = tl.min(tl.where(there, ids.to(tl.int64), MOST), 0)
-        most = tl.max(tl.where(there, ids.to(tl.int64), LEAST), 0)
         query_ids_ptr += base * query_ids_batch
         query_ranges_ptr += base * query_ranges_batch
         low, high = live_blocks(query_ranges_ptr, query_tiles, least, most)
@@ -536,38 +485,33 @@ def backward_key(
         lane = (number - 1) * heads + head
         head_query_ptr = query_ptr + wide(head) * query_head
         head_grad_ptr = grad_ptr + wide(head) * grad_head
-        statistics = wide(head) * lse_head
-        slope = 0.0
-        if ALIBI & FEATURES:
-            slope = tl.load(slopes_ptr + batch * slopes_batch + head).to(tl.float32)
+        statistics = first_statistics + wide(head) * lse_head
+        slope = slope_of(slopes_ptr, slopes_batch, batch, head, FEATURES)
+        live = True
+        mask = 0
         if TESTED & FEATURES:
-            live = True
-            mask = 0
+            edge = True
+            row = (this * ROWS + tl.arange(0, ROWS))[None, :]
+            head_mask_ptr = mask_ptr
             if MASKS & FEATURES:
-                row = (this * ROWS + tl.arange(0, ROWS))[None, :]
-                head_mask_ptr = mask_ptr + base * mask_batch + wide(head) * mask_head
-                mask = mask_tile(head_mask_ptr, mask_row, mask_column, row, column, queries, keys)
-                live = any_visible(mask)
-            if DOCUMENTS & FEATURES:
-                live = is_live(query_ranges_ptr, query_tiles, this, least, most) & live
-            if live:
-                grad_key, grad_value = _key_step(
-                    grad_key, grad_value, key, value, head_query_ptr, query_row, head_grad_ptr, grad_row, lse_ptr,
-                    delta_ptr, rest_ptr, statistics, this, True, column, first_key, queries, keys, shift, left, right,
-                    prefix, key_id, query_ids_ptr, mask, slope, philox_ptr, lane, scale, softcap, kept_scale, threshold,
-                    FEATURES, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, ROWS, COLUMNS,
-                )  # fmt: skip
+                head_mask_ptr += base * mask_batch + wide(head) * mask_head
+            mask, live = tested_tile(
+                head_mask_ptr, mask_row, mask_column, row, column, queries, keys, query_ranges_ptr, query_tiles, this,
+                least, most, FEATURES,
+            )  # fmt: skip
         else:
             edge = (this < whole) | (this >= whole_end)
+        if live:
             grad_key, grad_value = _key_step(
                 grad_key, grad_value, key, value, head_query_ptr, query_row, head_grad_ptr, grad_row, lse_ptr,
                 delta_ptr, rest_ptr, statistics, this, edge, column, first_key, queries, keys, shift, left, right,
-                prefix, key_id, query_ids_ptr, 0, slope, philox_ptr, lane, scale, softcap, kept_scale, threshold,
-                FEATURES, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, ROWS, COLUMNS,
+                prefix, key_ids[:, None], query_ids_ptr, mask, slope, philox_ptr, lane, scale, softcap, kept_scale,
+                threshold, FEATURES, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, ROWS, COLUMNS,
             )  # fmt: skip
 
     if PACKED & FEATURES:
-        grad_key = tl.where(there[:, None], grad_key, 0.0)
-        grad_value = tl.where(there[:, None], grad_value, 0.0)
+        used = (columns < keys)[:, None]
+        grad_key = tl.where(used, grad_key, 0.0)
+        grad_value = tl.where(used, grad_value, 0.0)
     put_tile(grad_key_ptr, key_result_row, columns, room, grad_key * scale, DIM, BLOCK_DIM)
     put_tile(grad_value_ptr, value_result_row, columns, room, grad_value, VALUE_DIM, BLOCK_VALUE)

@@ -1,7 +1,7 @@
 """Device code of attention's forward: a program for a block of queries of one head, online softmax over blocks of keys.
 
-Milakov and Gimelshein 2018; Dao et al. 2022. Keys that no query of the block sees are not visited; blocks that all
-queries see whole are in a loop of their own, without a mask.
+Milakov and Gimelshein 2018; Dao et al. 2022. Keys that no query of the block sees are not visited, and blocks that
+all queries see whole are not masked: in one loop, since two that hold the same products need the registers of both.
 """
 
 from __future__ import annotations
@@ -11,32 +11,26 @@ import triton.language as tl
 
 from fastattn.gpu.functions import LN2, LOG2E
 from fastattn.ops.attention.triton_scores import (
-    ALIBI,
-    DEBUG,
     DOCUMENTS,
     DROPOUT,
     FOLDED,
-    LEAST,
     MASKS,
-    MOST,
     PACKED,
     SINKS,
     TESTED,
-    any_visible,
-    is_live,
+    ids_of,
     kept,
     key_blocks,
     live_blocks,
-    mask_tile,
     natural_scores,
     nth_block,
-    packed_other,
-    packed_tile,
+    placed,
     prefix_of,
     put_tile,
-    task,
+    query_program,
+    slope_of,
+    tested_tile,
     tile_at,
-    used_keys,
     visible,
     wide,
 )
@@ -105,60 +99,30 @@ def forward(
     FEATURES: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK_VALUE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    block, lane = task(blocks, lanes, group)
-    block = blocks - 1 - block  # under causality the last queries see the most keys
-    head = lane % heads
-    batch = lane // heads
-    first_key = 0
-    query_start = 0
-    if PACKED & FEATURES:
-        every = queries
-        number, query_start, queries, first_row = packed_tile(cu_queries_ptr, block, sequences, every, ROWS)
+    head, batch, lane, base, number, queries, keys, shift, query_start, key_start, first_row = query_program(
+        blocks, lanes, group, queries, keys, shift, heads, cu_queries_ptr, cu_keys_ptr, used_ptr, sequences, FEATURES,
+        ROWS,
+    )  # fmt: skip
+    if PACKED & FEATURES:  # noqa: SIM102, a constant
         if first_row >= queries:
             return
-        first_key, room = packed_other(cu_keys_ptr, number, sequences, keys)
-        if DEBUG & FEATURES:
-            tl.device_assert(tl.load(cu_queries_ptr + sequences) <= every, "attention_varlen: cu_seq_q leaves the rows")
-            tl.device_assert(tl.load(cu_keys_ptr + sequences) <= keys, "attention_varlen: cu_seq_k leaves the rows")
-        keys = used_keys(used_ptr, number, sequences, room)
-        shift = keys - queries
-        lane = (number - 1) * heads + head
-        batch = tl.maximum(number - 1, 0)
-        query_ptr += wide(query_start) * query_row
-        output_ptr += wide(query_start) * output_row
-        key_ptr += wide(first_key) * key_row
-        value_ptr += wide(first_key) * value_row
-        lse_ptr += query_start
-        base = tl.full((), 0, tl.int64)
-    else:
-        first_row = block * ROWS
-        base = wide(batch)
-    kv_head = wide(head // grouped)
-    query_ptr += base * query_batch + wide(head) * query_head
-    output_ptr += base * output_batch + wide(head) * output_head
-    key_ptr += base * key_batch + kv_head * key_head
-    value_ptr += base * value_batch + kv_head * value_head
-    lse_ptr += base * lse_batch + wide(head) * lse_head
+    kv_head = head // grouped
+    query_ptr = placed(query_ptr, base, query_batch, head, query_head, query_start, query_row)
+    output_ptr = placed(output_ptr, base, output_batch, head, output_head, query_start, output_row)
+    key_ptr = placed(key_ptr, base, key_batch, kv_head, key_head, key_start, key_row)
+    value_ptr = placed(value_ptr, base, value_batch, kv_head, value_head, key_start, value_row)
+    lse_ptr = placed(lse_ptr, base, lse_batch, head, lse_head, query_start, 1)
 
     rows = first_row + tl.arange(0, ROWS)
     row = rows[:, None]
-    there = rows < queries
     last_row = tl.minimum(first_row + ROWS, queries) - 1
     query = tile_at(query_ptr, query_row, rows, queries, DIM, BLOCK_DIM)
     prefix = prefix_of(prefix_ptr, prefix_batch, batch, keys, FEATURES)
-    slope = 0.0
-    if ALIBI & FEATURES:
-        slope = tl.load(slopes_ptr + batch * slopes_batch + head).to(tl.float32)
+    slope = slope_of(slopes_ptr, slopes_batch, batch, head, FEATURES)
+    query_ids, least, most = ids_of(query_ids_ptr, base * query_ids_batch, rows, queries, FEATURES)
     low = 0
     high = tl.cdiv(keys, COLUMNS)
-    query_id = 0
-    least = 0
-    most = 0
     if DOCUMENTS & FEATURES:
-        ids = tl.load(query_ids_ptr + base * query_ids_batch + rows, mask=there, other=0)
-        query_id = ids[:, None]
-        least = tl.min(tl.where(there, ids.to(tl.int64), MOST), 0)
-        most = tl.max(tl.where(there, ids.to(tl.int64), LEAST), 0)
         key_ids_ptr += base * key_ids_batch
         key_ranges_ptr += base * key_ranges_batch
         low, high = live_blocks(key_ranges_ptr, key_tiles, least, most)
@@ -173,27 +137,22 @@ def forward(
     output = tl.zeros((ROWS, BLOCK_VALUE), tl.float32)
     for t in range(begin, end):
         this = nth_block(t, ahead, after, FEATURES)
+        live = True
+        mask = 0
         if TESTED & FEATURES:
-            live = True
-            mask = 0
-            if MASKS & FEATURES:
-                column = (this * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-                mask = mask_tile(mask_ptr, mask_row, mask_column, row, column, queries, keys)
-                live = any_visible(mask)
-            if DOCUMENTS & FEATURES:
-                live = is_live(key_ranges_ptr, key_tiles, this, least, most) & live
-            if live:
-                largest, total, output = _step(
-                    largest, total, output, query, key_ptr, key_row, value_ptr, value_row, this, True, row, first_row,
-                    queries, keys, shift, left, right, prefix, query_id, key_ids_ptr, mask, slope, philox_ptr, lane,
-                    scale, softcap, threshold, FEATURES, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, ROWS, COLUMNS,
-                )  # fmt: skip
+            edge = True
+            column = (this * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+            mask, live = tested_tile(
+                mask_ptr, mask_row, mask_column, row, column, queries, keys, key_ranges_ptr, key_tiles, this, least,
+                most, FEATURES,
+            )  # fmt: skip
         else:
             edge = (this < whole) | (this >= whole_end)
+        if live:
             largest, total, output = _step(
                 largest, total, output, query, key_ptr, key_row, value_ptr, value_row, this, edge, row, first_row,
-                queries, keys, shift, left, right, prefix, query_id, key_ids_ptr, 0, slope, philox_ptr, lane,
-                scale, softcap, threshold, FEATURES, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, ROWS, COLUMNS,
+                queries, keys, shift, left, right, prefix, query_ids[:, None], key_ids_ptr, mask, slope, philox_ptr,
+                lane, scale, softcap, threshold, FEATURES, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, ROWS, COLUMNS,
             )  # fmt: skip
 
     unit = 1.0
@@ -218,7 +177,7 @@ def forward(
         lse = (largest + tl.log2(total)) * LN2
     else:
         lse = largest + tl.log(total)
-    tl.store(lse_ptr + rows, tl.where(dead, float("-inf"), lse), mask=there)
+    tl.store(lse_ptr + rows, tl.where(dead, float("-inf"), lse), mask=rows < queries)
     output = output / tl.where(dead, 1.0, total)[:, None]
     if DROPOUT & FEATURES:
         output = output * kept_scale

@@ -120,6 +120,63 @@ def used_keys(used_ptr, number, sequences, room):
 
 
 @triton.jit
+def query_program(
+    blocks, lanes, group, queries, keys, shift, heads, cu_queries_ptr, cu_keys_ptr, used_ptr, sequences,
+    FEATURES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """What a program for a block of queries works on: (head, element of the batch, lane of dropout, base, number of the
+    sequence, its queries, its keys, their shift, where its queries and its keys start among the rows, first row of
+    the block). base: the element of the batch that addresses are made of; packed rows are one.
+
+    The last blocks come first: under causality they see the most keys.
+    """
+    block, lane = task(blocks, lanes, group)
+    block = blocks - 1 - block
+    head = lane % heads
+    batch = lane // heads
+    if PACKED & FEATURES:
+        if DEBUG & FEATURES:
+            ends = tl.load(cu_queries_ptr + sequences) <= queries, tl.load(cu_keys_ptr + sequences) <= keys
+            tl.device_assert(ends[0], "attention_varlen: cu_seq_q leaves the rows")
+            tl.device_assert(ends[1], "attention_varlen: cu_seq_k leaves the rows")
+        number, query_start, queries, first_row = packed_tile(cu_queries_ptr, block, sequences, queries, ROWS)
+        key_start, room = packed_other(cu_keys_ptr, number, sequences, keys)
+        keys = used_keys(used_ptr, number, sequences, room)
+        batch = tl.maximum(number - 1, 0)
+        lane = (number - 1) * heads + head
+        base = tl.full((), 0, tl.int64)
+        return head, batch, lane, base, number, queries, keys, keys - queries, query_start, key_start, first_row
+    else:
+        return head, batch, lane, wide(batch), 0, queries, keys, shift, 0, 0, block * ROWS
+
+
+@triton.jit
+def placed(pointer, base, batch_stride, head, head_stride, start, row_stride):
+    """A tensor's pointer at a head of an element of the batch, at the row where a sequence starts."""
+    return pointer + (base * batch_stride + wide(head) * head_stride + wide(start) * row_stride)
+
+
+@triton.jit
+def slope_of(slopes_ptr, slopes_batch, batch, head, FEATURES: tl.constexpr):
+    if ALIBI & FEATURES:
+        return tl.load(slopes_ptr + batch * slopes_batch + head).to(tl.float32)
+    else:
+        return 0.0
+
+
+@triton.jit
+def ids_of(ids_ptr, offset, rows, count, FEATURES: tl.constexpr):
+    """(documents of rows, the smallest and the largest of those that are there)."""
+    if DOCUMENTS & FEATURES:
+        there = rows < count
+        ids = tl.load(ids_ptr + offset + rows, mask=there, other=0)
+        least = tl.min(tl.where(there, ids.to(tl.int64), MOST), 0)
+        return ids, least, tl.max(tl.where(there, ids.to(tl.int64), LEAST), 0)
+    else:
+        return rows, 0, 0
+
+
+@triton.jit
 def prefix_of(prefix_ptr, prefix_stride, batch, keys, FEATURES: tl.constexpr):
     """How many keys all queries see, whatever their positions."""
     if PREFIX & FEATURES:
@@ -250,6 +307,22 @@ def mask_tile(mask_ptr, row_stride, column_stride, row, column, queries, keys):
         return tl.load(address, mask=there, other=float("-inf"))
     else:
         return tl.load(address, mask=there, other=0)
+
+
+@triton.jit
+def tested_tile(
+    mask_ptr, mask_row, mask_column, row, column, queries, keys, ranges_ptr, ranges, block, least, most,
+    FEATURES: tl.constexpr,
+):  # fmt: skip
+    """(the mask's part for a tile, whether anything in the tile may be seen), by mask and documents."""
+    mask = 0
+    live = True
+    if MASKS & FEATURES:
+        mask = mask_tile(mask_ptr, mask_row, mask_column, row, column, queries, keys)
+        live = any_visible(mask)
+    if DOCUMENTS & FEATURES:
+        live = is_live(ranges_ptr, ranges, block, least, most) & live
+    return mask, live
 
 
 @triton.jit
