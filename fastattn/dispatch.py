@@ -86,6 +86,11 @@ def set_backend(name: str | None) -> None:
     _forced["backend"] = None if name is None else backends.check_name(name)
 
 
+def forced_backend() -> str | None:
+    """The backend that use_backend() or FASTATTN_BACKEND forces; None: the choice is automatic."""
+    return _forced["backend"]
+
+
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
     """Within the block every op is served by this backend or raises BackendUnsupported. Process-wide."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.dispatch import Op, Problem, autocast_enabled, check_size
+from fastattn.dispatch import Op, Problem, autocast_enabled, check_size, forced_backend
 from fastattn.numerics import FLOATING
 
 #: By number, as the torch ops take them.
@@ -186,6 +186,23 @@ def _problem(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str
         bias=bias is not None,
         activation=activation,
     )
+
+
+def prefers_torch(input: Tensor, weight: Tensor) -> bool:
+    """Whether torch's own product is the choice for such an input: preferred, or all there is; False where a backend
+    is forced."""
+    if forced_backend() is not None:
+        return False
+    device, dtype, one_row = input.device.type, input.dtype, input.numel() == input.shape[-1]
+    if dtype != torch.float64 and autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+
+    def problem() -> LinearProblem:
+        return LinearProblem(device, dtype, 1 if one_row else 2, weight.shape[-1], 1, weight.dtype, False, None)
+
+    if torch.compiler.is_compiling():
+        return OP.resolve(problem()).backend == "reference"
+    return OP.resolve_cached(("prefers_torch", device, dtype, one_row), problem, None).backend == "reference"
 
 
 def linear(
