@@ -76,8 +76,7 @@ def check_values(op: str, weight_offset: float, dropout_p: float = 0.0, seed: in
         raise ValueError(f"{op}: weight_offset must be finite, got {weight_offset}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{op}: dropout_p must be in [0, 1], got {dropout_p}")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise ValueError(f"{op}: seed must be in [0, 2**63), got {seed}")
+    philox_mask.check_seed(op, seed)
 
 
 def parameters_for(dtype: torch.dtype, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -126,9 +125,7 @@ def sides(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
 
 def dropout_state(device: torch.device, dropout_p: float, seed: int | None) -> Tensor | None:
     """(seed, offset) of the mask, from torch's generator unless fixed; None without dropout."""
-    if dropout_p == 0.0:
-        return None
-    return philox_mask.draw(device) if seed is None else philox_mask.fixed(seed, device)
+    return None if dropout_p == 0.0 else philox_mask.state_of(seed, device)
 
 
 # ---- in plain torch ----

@@ -41,6 +41,22 @@ def fixed(seed: int, device: torch.device) -> torch.Tensor:
     return torch.tensor([seed, 0], dtype=torch.int64, device=device)
 
 
+def check_seed(op: str, seed: int | torch.Tensor | None) -> None:
+    """ValueError unless it fixes a state, or leaves it to torch's generator."""
+    if isinstance(seed, torch.Tensor):
+        if seed.shape != (2,) or seed.dtype != torch.int64:
+            raise ValueError(f"{op}: a seed that is a tensor must be int64 (2,), got {seed.dtype} {tuple(seed.shape)}")
+    elif seed is not None and not 0 <= seed < 2**63:
+        raise ValueError(f"{op}: seed must be in [0, 2**63), got {seed}")
+
+
+def state_of(seed: int | torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """(seed, offset) of a call: drawn where the caller fixed none, or the caller's own state."""
+    if seed is None:
+        return draw(device)
+    return seed.to(device) if isinstance(seed, torch.Tensor) else fixed(seed, device)
+
+
 def threshold(p: float) -> int:
     """floor(p * 2^32): an element is kept when its word is at least this."""
     return math.floor(p * 2.0**32)

@@ -24,7 +24,7 @@ def rotary(x=(2, 5, 3, 8), cos=(5, 4), sin=None, **call):
 
 
 BAD = {
-    # decode (what flash_attn_with_kvcache refuses as well: tests/test_flash_attn.py)
+    # decode (what flash_attn_with_kvcache refuses as well: tests/flash_attn/test_kvcache.py)
     "decode of integers": (decode(f32(2, 1, 4, 8, dtype=torch.int32)), ValueError, r"decode: dtype torch.int32 is not"),
     "decode of 3 dims": (
         decode((2, 4, 8)),

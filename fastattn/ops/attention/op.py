@@ -248,13 +248,12 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enabl
         )
 
 
-def _check_values(dropout_p: float, scale: float, seed: int | None) -> None:
+def _check_values(dropout_p: float, scale: float, seed: int | Tensor | None) -> None:
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"attention: dropout_p must be in [0, 1], got {dropout_p}")
     if not -MAX_SCALE <= scale <= MAX_SCALE:  # also refuses NaN
         raise ValueError(f"attention: scale must be finite (in float32), got {scale}")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise ValueError(f"attention: seed must be in [0, 2**63), got {seed}")
+    philox_mask.check_seed("attention", seed)
 
 
 def _four_dims(query: Tensor, key: Tensor, value: Tensor) -> tuple[list[Tensor], tuple[int, ...]]:
@@ -346,7 +345,10 @@ def _problem(
 
 def check_window(op: str, window: Any) -> tuple[int, int]:
     """ValueError unless it is two whole numbers, each -1 (no bound) or more."""
-    if not isinstance(window, (tuple, list)) or len(window) != 2 or any(isinstance(w, float) for w in window):
+    if (
+        not isinstance(window, (tuple, list)) or len(window) != 2
+        or isinstance(window[0], float) or isinstance(window[1], float)
+    ):  # fmt: skip
         raise ValueError(f"{op}: window must be (left, right), two whole numbers, got {window!r}")
     left, right = window
     if left < -1 or right < -1:
@@ -499,7 +501,7 @@ def scaled_dot_product_attention(
     *,
     causal_alignment: str = "top_left",
     return_lse: bool = False,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     window: tuple[int, int] = NO_WINDOW,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
@@ -523,7 +525,7 @@ def scaled_dot_product_attention(
         scale: factor of the scores, 1 / sqrt(D) by default.
         enable_gqa: allows Hkv to divide H; query head h then uses key head h // (H / Hkv).
         return_lse: also return the log-sum-exp of the masked scores, differentiable.
-        seed: fixes the dropout mask: an int in [0, 2**63).
+        seed: fixes the dropout mask: an int in [0, 2**63), or the (seed, offset) of fastattn.philox.draw.
         window: (left, right): query i sees keys p - left .. p + right of its position p, which is i ("top_left") or
             i + Sk - Sq ("bottom_right"); -1: no bound. Combines with is_causal, which is a right of 0.
         softcap: c > 0: scores become c * tanh(scale * q.k / c), before anything is added or excluded.
@@ -561,11 +563,12 @@ def scaled_dot_product_attention(
     )  # fmt: skip
     if torch.compiler.is_compiling():
         _check(q, k, v, mask, enable_gqa, causal_alignment)
-        bound = OP.resolve(_problem(q, k, v, mask, is_causal, causal_alignment, dropout_p > 0.0, features), backend)
+        described = _problem(q, k, v, mask, is_causal, causal_alignment, dropout_p > 0.0, features)
+        compute = OP.resolve(described, backend).public
     else:
-        described = None if mask is None else (mask.shape, mask.dtype, mask.device, mask.requires_grad)
+        masked = None if mask is None else (mask.shape, mask.dtype, mask.device, mask.requires_grad)
         signature = (
-            q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, described,
+            q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, masked,
             is_causal, causal_alignment, dropout_p > 0.0, enable_gqa,
             features and (*features[:2], features[2] > 0.0, *(f is not None for f in features[3:])),
         )  # fmt: skip
@@ -574,11 +577,9 @@ def scaled_dot_product_attention(
             _check(q, k, v, mask, enable_gqa, causal_alignment)
             return _problem(q, k, v, mask, is_causal, causal_alignment, dropout_p > 0.0, features)
 
-        bound = OP.resolve_cached(signature, problem, backend)
-    philox = None
-    if dropout_p > 0.0:
-        philox = philox_mask.draw(q.device) if seed is None else philox_mask.fixed(seed, q.device)
-    output, lse = bound(
+        compute = OP.resolve_cached(signature, problem, backend).run
+    philox = philox_mask.state_of(seed, q.device) if dropout_p > 0.0 else None
+    output, lse = compute(
         _unit_last_stride(q), _unit_last_stride(k), _unit_last_stride(v), mask, philox,
         scale, is_causal, causal_alignment == "bottom_right", dropout_p, *features,
     )  # fmt: skip
@@ -600,7 +601,7 @@ def _prepare(
     enable_gqa: bool = False,
     *,
     causal_alignment: str = "top_left",
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     window: tuple[int, int] = NO_WINDOW,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,

@@ -161,6 +161,31 @@ def forward_at(
     return memory_order(output.to(query.dtype), query), lse.flatten(1, 2).contiguous()
 
 
+def probabilities(
+    first_batch: int,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    philox: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    bottom_right: bool,
+    dropout_p: float,
+    *given: Any,
+) -> Tensor:
+    """(B, H, Sq, Sk) in the query's dtype: softmax of the scores, negative where dropout takes the weight away.
+
+    Arguments as of `forward_at`, without the value.
+    """
+    features = features_of(given)
+    _, scores = _scores(query, key, mask, scale, is_causal, bottom_right, features)
+    weights, _ = _probabilities(scores, features.sinks)
+    dropout = _dropout(philox, dropout_p, scores, first_batch)
+    if dropout is not None:
+        weights = torch.where(dropout == 0.0, -weights, weights)
+    return weights.flatten(1, 2).to(query.dtype)
+
+
 def _sum_to(tensor: Tensor, shape: torch.Size) -> Tensor:
     """Sums the dimensions that broadcasting had added."""
     dims = [d for d, size in enumerate(shape) if size == 1 and tensor.shape[d] != 1]

@@ -210,7 +210,7 @@ def _check(
 
 def _check_options(
     query: Tensor, sequences: int, scale: float, window: tuple[int, int], softcap: float, slopes: Tensor | None,
-    sinks: Tensor | None, dropout_p: float, seed: int | None, block_table: Any, num_splits: Any,
+    sinks: Tensor | None, dropout_p: float, seed: int | Tensor | None, block_table: Any, num_splits: Any,
 ) -> None:  # fmt: skip
     if block_table is not None:
         raise ValueError(f"{NAME}: block_table is for caches: see fastattn.flash_attn.flash_attn_with_kvcache")
@@ -220,8 +220,10 @@ def _check_options(
         )
     if not -MAX_SCALE <= scale <= MAX_SCALE:
         raise ValueError(f"{NAME}: scale must be finite (in float32), got {scale}")
-    check_window(NAME, window)
-    check_softcap(NAME, softcap)
+    if window != NO_WINDOW:
+        check_window(NAME, window)
+    if softcap != 0.0:
+        check_softcap(NAME, softcap)
     heads = query.shape[1]
     if slopes is not None:
         check_heads(NAME, "alibi_slopes", slopes, query, ((heads,), (sequences, heads)))
@@ -229,8 +231,7 @@ def _check_options(
         check_heads(NAME, "sinks", sinks, query, ((heads,),))
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{NAME}: dropout_p must be in [0, 1], got {dropout_p}")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise ValueError(f"{NAME}: seed must be in [0, 2**63), got {seed}")
+    philox_mask.check_seed(NAME, seed)
 
 
 def _problem(
@@ -275,7 +276,7 @@ def attention_varlen(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     backend: str | None = None,
 ) -> Any:
     """Attention within each of many packed sequences, with the arguments of torch.nn.attention.varlen.varlen_attn.
@@ -319,18 +320,19 @@ def attention_varlen(
         block_table, num_splits,
     )  # fmt: skip
     if torch.compiler.is_compiling():
-        bound = OP.resolve(problem(), backend)
+        compute = OP.resolve(problem(), backend).public
     else:
-        tensors = (query, key, value, cu_seq_q, cu_seq_k, seqused_k, sinks, alibi_slopes)
-        described = tuple((t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t for t in tensors)
-        signature = (described, enable_gqa, tuple(window_size), softcap > 0.0, dropout_p > 0.0)
-        bound = OP.resolve_cached(signature, problem, backend)
-    philox = None
-    if dropout_p > 0.0:
-        philox = philox_mask.draw(query.device) if seed is None else philox_mask.fixed(seed, query.device)
+        others = (cu_seq_q, cu_seq_k, seqused_k, sinks, alibi_slopes)
+        described = [(t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t for t in others]
+        signature = (
+            query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype, query.device, key.device,
+            value.device, *described, enable_gqa, tuple(window_size), softcap > 0.0, dropout_p > 0.0,
+        )  # fmt: skip
+        compute = OP.resolve_cached(signature, problem, backend).run
+    philox = philox_mask.state_of(seed, query.device) if dropout_p > 0.0 else None
     left, right = window_size
-    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
-    output, lse = bound(
+    query, key, value = [t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value)]
+    output, lse = compute(
         query, key, value, cu_seq_q, cu_seq_k, seqused_k, philox, sinks, alibi_slopes, scale, max_q, max_k, left, right,
         float(softcap), float(dropout_p),
     )  # fmt: skip
@@ -356,7 +358,7 @@ def _prepare(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     **_: Any,
 ) -> tuple[Op, VarlenProblem]:
     if autocast_enabled(query.device.type):

@@ -73,6 +73,33 @@ def forward(
     return output, lse
 
 
+def probabilities(
+    query: Tensor,
+    key: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    seqused_k: Tensor | None,
+    philox: Tensor | None,
+    slopes: Tensor | None,
+    scale: float,
+    max_q: int,
+    max_k: int,
+    left: int,
+    right: int,
+    softcap: float,
+    dropout_p: float,
+) -> Tensor:
+    """(N, H, max_q, max_k): attention's `probabilities` of every sequence, 0 beyond its queries and keys."""
+    found = query.new_zeros((cu_seq_q.shape[0] - 1, query.shape[1], max_q, max_k))
+    for i, q, k, features in _sequences(
+        query, key, cu_seq_q, cu_seq_k, seqused_k, max_q, max_k, (left, right), softcap, None, slopes
+    ):
+        rows = (_headed(query[q]), _headed(key[k]))
+        one = reference.probabilities(i, *rows, None, philox, scale, False, True, dropout_p, *features)
+        found[i, :, : q.stop - q.start, : k.stop - k.start] = one[0]
+    return found
+
+
 def backward(
     grad_output: Tensor,
     grad_lse: Tensor | None,

@@ -1,0 +1,78 @@
+"""apply_rotary_emb_qkv_ and apply_rotary_emb_kv_: in place what apply_rotary_emb is out of place."""
+
+import pytest
+import torch
+
+from fastattn.flash_attn import apply_rotary_emb, apply_rotary_emb_kv_, apply_rotary_emb_qkv_
+from fastattn.testing.opcheck import available_backends
+
+BACKENDS = available_backends("cpu")
+
+
+def tables(dim=6, positions=20):
+    angles = torch.rand(positions, dim)
+    return angles.cos(), angles.sin()
+
+
+def turned(part, cos, sin, interleaved, offsets):
+    return apply_rotary_emb(part, cos, sin, interleaved, seqlen_offsets=offsets, backend="reference")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("own_keys", [False, True])
+@pytest.mark.parametrize("form", ["stacked", "stacked, strided", "grouped"])
+def test_qkv(form, own_keys, interleaved, recorded, backend):
+    torch.manual_seed(2)
+    offsets = torch.tensor([3, 0], dtype=torch.int32)
+    of_q, of_k = tables(), tables() if own_keys else (None, None)
+    heads, groups = 4, 2 if form == "grouped" else 4
+    q, k, v = (torch.randn(2, 7, h, 16, requires_grad=recorded) for h in (heads, groups, groups))
+    if form == "grouped":
+        qkv, number = torch.cat((q, k, v), 2), heads
+    else:
+        qkv, number = torch.stack((q, k, v), 2), None
+        if form != "stacked":
+            qkv = qkv.transpose(0, 1).contiguous().transpose(0, 1)
+    result = apply_rotary_emb_qkv_(qkv, *of_q, *of_k, interleaved, offsets, number, backend=backend)
+    assert result is qkv
+    parts = result.split((heads, groups, groups), 2) if form == "grouped" else result.unbind(2)
+    keys = of_k if own_keys else of_q
+    expected = turned(q, *of_q, interleaved, offsets), turned(k, *keys, interleaved, offsets), v
+    for part, other in zip(parts, expected, strict=True):
+        torch.testing.assert_close(part, other)
+    if recorded:
+        grads = [torch.randn_like(part) for part in expected]
+        found = torch.autograd.grad(parts, (q, k, v), grads)
+        for grad, other in zip(found, torch.autograd.grad(expected, (q, k, v), grads), strict=True):
+            torch.testing.assert_close(grad, other)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("recorded", [False, True])
+def test_kv(recorded, backend):
+    k, v = (torch.randn(2, 7, 3, 16, requires_grad=recorded) for _ in range(2))
+    cos, sin = tables()
+    kv = torch.stack((k, v), 2)
+    assert apply_rotary_emb_kv_(kv, cos, sin, True, 4, backend=backend) is kv
+    torch.testing.assert_close(kv[:, :, 0], turned(k, cos, sin, True, 4))
+    assert torch.equal(kv[:, :, 1], v)
+    if recorded:
+        grad = torch.randn_like(kv)
+        expected = torch.autograd.grad(turned(k, cos, sin, True, 4), k, grad[:, :, 0])[0]
+        torch.testing.assert_close(torch.autograd.grad(kv, k, grad)[0], expected)
+
+
+def test_refused():
+    cos, sin = tables()
+    with pytest.raises(ValueError, match=r"qkv must be \(B, S, 3, H, D\), or"):
+        apply_rotary_emb_qkv_(torch.randn(2, 7, 6, 16), cos, sin)
+    with pytest.raises(ValueError, match="got 7 with num_heads_q 4"):
+        apply_rotary_emb_qkv_(torch.randn(2, 7, 7, 16), cos, sin, num_heads_q=4)
+    with pytest.raises(ValueError, match="cos_k and sin_k are given together"):
+        apply_rotary_emb_qkv_(torch.randn(2, 7, 3, 2, 16), cos, sin, cos)
+    with pytest.raises(ValueError, match=r"kv must be \(B, S, 2, Hkv, D\), got \(2, 7, 3, 16\)"):
+        apply_rotary_emb_kv_(torch.randn(2, 7, 3, 16), cos, sin)
+    with pytest.raises(RuntimeError, match="leaf"):
+        apply_rotary_emb_qkv_(torch.randn(2, 7, 3, 2, 16, requires_grad=True), cos, sin)
