@@ -1,0 +1,61 @@
+"""GELU, and softmax over a dimension."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastattn import ops
+from fastattn.nn.served import Served, refusal, widened
+
+
+class GELUForward(Served):
+    """torch.nn.GELU on fastattn.gelu."""
+
+    approximate: str
+
+    def forward(self, input: Tensor) -> Any:
+        reason = refusal(input)
+        if reason is not None:
+            self._left_to_torch(reason)
+            return super().forward(input)
+        return ops.gelu(input, self.approximate)
+
+
+class SoftmaxForward(Served):
+    """torch.nn.Softmax on fastattn.softmax."""
+
+    dim: int | None
+
+    def forward(self, input: Tensor) -> Any:
+        reason = refusal(input) if self.dim is not None else "without a dim: torch chooses one"
+        if reason is not None:
+            self._left_to_torch(reason)
+            return super().forward(input)
+        return ops.softmax(widened(input), self.dim)
+
+
+class LogSoftmaxForward(Served):
+    """torch.nn.LogSoftmax on fastattn.log_softmax."""
+
+    dim: int | None
+
+    def forward(self, input: Tensor) -> Any:
+        reason = refusal(input) if self.dim is not None else "without a dim: torch chooses one"
+        if reason is not None:
+            self._left_to_torch(reason)
+            return super().forward(input)
+        return ops.log_softmax(widened(input), self.dim)
+
+
+class GELU(GELUForward, nn.GELU):
+    """torch.nn.GELU: any shape, float32, bfloat16 or float16; approximate: "none" or "tanh". Others are torch's."""
+
+
+class Softmax(SoftmaxForward, nn.Softmax):
+    """torch.nn.Softmax over `dim`: any shape, float32, bfloat16 or float16. Others, and no dim, are torch's."""
+
+
+class LogSoftmax(LogSoftmaxForward, nn.LogSoftmax):
+    """torch.nn.LogSoftmax over `dim`: any shape, float32, bfloat16 or float16. Others, and no dim, are torch's."""

@@ -1,0 +1,122 @@
+"""What modules on our kernels have in common: when a call is torch's after all, and who hears of it.
+
+A module of ours is a class of torch's with a `forward` in front of it, which is a mixin of this package: in fastattn.nn
+the two are one class, and fastattn.patch puts the mixin in front of whatever class a module has. Behind the mixin,
+`super().forward` is the original: what our kernels do not serve goes there, with a reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+from fastattn import backends, dispatch
+from fastattn.norms import HALVES, PLAIN
+from fastattn.ops.attention.op import OP as ATTENTION
+from fastattn.ops.attention.op import AttentionProblem
+
+if TYPE_CHECKING:  # a mixin stands in front of some module's class
+    from torch.nn import Module as Base
+else:
+    Base = object
+
+KERNEL_DTYPES = (torch.float32, *HALVES)
+_TRACED = (*PLAIN, torch.nn.Buffer, FakeTensor, FunctionalTensor)
+_EAGER = (*PLAIN, torch.nn.Buffer)
+
+Listener = Callable[[Any, str], None]
+_listeners: list[Listener] = []
+
+
+@contextlib.contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Within the block `listener(module, reason)` hears of every call, in eager code, that a module leaves to torch."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+class Served(Base):
+    """Base of the mixins. fastattn_strict: what cannot be served raises, instead of being left to torch."""
+
+    fastattn_strict = False
+
+    def _left_to_torch(self, reason: str) -> None:
+        """Says that this call is served by the original implementation; BackendUnsupported for strict modules."""
+        if self.fastattn_strict:
+            raise dispatch.BackendUnsupported(f"{type(self).__name__}: {reason} (strict: torch's is not used instead)")
+        self._note(reason)
+
+    def _note(self, reason: str) -> None:
+        if _listeners and not torch.compiler.is_compiling():
+            for listener in _listeners:
+                listener(self, reason)
+
+
+def refusal(*tensors: Tensor | None) -> str | None:
+    """Why torch's kernel and none of ours should compute with these tensors, the input first; None: ours should.
+
+    A forced backend is asked whatever the tensors are.
+    """
+    if dispatch.forced_backend() is not None:
+        return None
+    types = _TRACED if torch.compiler.is_compiling() else _EAGER
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in types:
+            return f"a {type(tensor).__name__} is not a plain tensor"
+        if tensor.is_nested:
+            return "nested tensors are torch's"
+    first = tensors[0]
+    assert first is not None
+    return no_kernel(first.device.type, first.dtype)
+
+
+def no_kernel(device: str, dtype: torch.dtype) -> str | None:
+    """Why there is no compiled kernel for tensors of this kind; None: there is one."""
+    if dtype not in KERNEL_DTYPES:
+        return f"no kernel for {dtype}: float32, bfloat16, float16"
+    reasons = []
+    for name in backends.PRIORITY.get(device, ()):
+        if name == "reference":
+            continue
+        reason = backends.BACKENDS[name].reason_against(device)
+        if reason is None:
+            return None
+        reasons.append(f"{name}: {reason}")
+    return "; ".join(reasons) or f"no kernels for {device} tensors"
+
+
+def no_attention(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """`no_kernel` for attention, which also asks for the head dim."""
+    reason = no_kernel(device, dtype)
+    if reason is not None:
+        return reason
+    problem = AttentionProblem(
+        device=device, dtype=dtype, batch=1, heads=1, kv_heads=1, queries=1, keys=1, head_dim=head_dim,
+        value_dim=head_dim, mask_dtype=None, mask_grad=False, is_causal=False, causal_alignment="none", dropout=False,
+    )  # fmt: skip
+    reasons = ATTENTION.reasons(problem)
+    del reasons["reference"]
+    return None if None in reasons.values() else "; ".join(f"{name}: {why}" for name, why in reasons.items())
+
+
+# What torch.compiler.assume_constant_result does, but that imports the compiler.
+no_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
+no_attention._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """As CUDA's autocast hands it to norms and softmax, in float32; on the CPU autocast leaves those alone."""
+    if tensor.is_cuda and tensor.dtype in HALVES and torch.is_autocast_enabled("cuda"):
+        return tensor.float()
+    return tensor
