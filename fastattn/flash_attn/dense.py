@@ -138,7 +138,7 @@ def _attend(
     result = scaled_dot_product_attention(
         query, key, value, None, dropout_p, causal, softmax_scale, q.shape[2] != k.shape[2],
         causal_alignment="top_left" if square else "bottom_right", return_lse=return_attn_probs, seed=seed,
-        window=tuple(window_size), softcap=cap_of(softcap), alibi_slopes=alibi_slopes, backend=backend,
+        window=window_size, softcap=cap_of(softcap), alibi_slopes=alibi_slopes, backend=backend,
     )  # fmt: skip
     if not return_attn_probs:
         return result.transpose(1, 2)

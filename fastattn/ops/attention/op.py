@@ -19,12 +19,17 @@ from torch import Tensor
 from fastattn import philox as philox_mask
 from fastattn.dispatch import Op, Problem, autocast_enabled, check_size
 from fastattn.numerics import FLOATING, accumulation_dtype
+from fastattn.ops.attention.jagged import jagged_attention, prepare_jagged
+from fastattn.ops.attention.options import (
+    MAX_LENGTH,
+    MAX_SCALE,
+    NO_WINDOW,
+    check_heads,
+    check_softcap,
+    check_window,
+)
 
 ALIGNMENTS = ("top_left", "bottom_right")
-#: Row, column and head indices are 32-bit words of the dropout counter, and products of them must fit 63 bits.
-MAX_LENGTH = 2**31 - 1
-MAX_SCALE = torch.finfo(torch.float32).max
-MIN_SOFTCAP = 1e-30
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,6 @@ class Features:
 
 
 #: What a call without features has; the schema's defaults stand for it.
-NO_WINDOW = (-1, -1)
 NO_FEATURES = (*NO_WINDOW, 0.0, None, None, None, None, None)
 
 
@@ -343,39 +347,6 @@ def _problem(
     )
 
 
-def check_window(op: str, window: Any) -> tuple[int, int]:
-    """ValueError unless it is two whole numbers, each -1 (no bound) or more."""
-    if (
-        not isinstance(window, (tuple, list)) or len(window) != 2
-        or isinstance(window[0], float) or isinstance(window[1], float)
-    ):  # fmt: skip
-        raise ValueError(f"{op}: window must be (left, right), two whole numbers, got {window!r}")
-    left, right = window
-    if left < -1 or right < -1:
-        raise ValueError(f"{op}: window must hold numbers of at least 0, or -1 for no bound, got {(left, right)}")
-    return left, right
-
-
-def check_softcap(op: str, softcap: float) -> float:
-    """ValueError unless it is 0 (none) or a factor that float32 can divide by."""
-    if softcap != 0.0 and not MIN_SOFTCAP <= softcap <= MAX_SCALE:
-        raise ValueError(f"{op}: softcap must be 0 or in [{MIN_SOFTCAP}, {MAX_SCALE:.6g}], got {softcap}")
-    return float(softcap)
-
-
-def check_heads(op: str, name: str, tensor: Tensor, query: Tensor, shapes: tuple[tuple[int, ...], ...]) -> Tensor:
-    """ValueError unless it has one of the shapes, lies where the query lies, and is floating."""
-    if tuple(tensor.shape) not in shapes:
-        raise ValueError(f"{op}: {name} must have shape {' or '.join(map(str, shapes))}, got {tuple(tensor.shape)}")
-    allowed = (torch.float32, torch.bfloat16, torch.float16, query.dtype)
-    if tensor.dtype not in allowed or tensor.device != query.device:
-        raise ValueError(
-            f"{op}: {name} must be float32, bfloat16, float16 or of the query's dtype, on {query.device}, got"
-            f" {tensor.dtype} on {tensor.device}"
-        )
-    return tensor
-
-
 def _integers(name: str, tensor: Any, query: Tensor) -> Tensor:
     if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int32, torch.int64):
         given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -480,7 +451,8 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Any:
     """(output, lse) of the commonest call, where overhead counts: 4-D tensors, as many heads; None for others."""
     if not (
         type(query) is type(key) is type(value) is Tensor and query.is_cpu and key.is_cpu and value.is_cpu
-        and query.ndim == key.ndim == 4 and query.shape[1] == key.shape[1] and not torch.is_autocast_enabled("cpu")
+        and query.ndim == key.ndim == 4 and not query.is_nested and query.shape[1] == key.shape[1]
+        and not torch.is_autocast_enabled("cpu")
     ):  # fmt: skip
         return None
     dim = query.shape[3]
@@ -515,6 +487,8 @@ def scaled_dot_product_attention(
     Args:
         query: (..., H, Sq, D), float32, bfloat16, float16 or float64. Any batch dims and any strides; a last stride
             other than 1 costs one copy. (H, S, E) and (S, E) are taken as one batch element and one head.
+            Or all three jagged nested tensors, (B, H, j, D) or (B, j, D), of the same lengths or bottom right; they
+            are read where they are, as packed sequences, and do not combine with masks, documents and prefixes.
         key: (..., Hkv, Sk, D). value: (..., Hkv, Sk, Dv). Batch dims broadcast as in torch.
         attn_mask: broadcastable to (..., H, Sq, Sk). bool: True takes part. float32 or the query's dtype: added to
             the scaled scores, differentiable. Never expanded.
@@ -555,6 +529,13 @@ def scaled_dot_product_attention(
         plain = _plain(query, key, value, is_causal)
         if plain is not None:
             return plain if return_lse else plain[0]
+    if query.is_nested or key.is_nested or value.is_nested:
+        options = {"scale": scale, "dropout_p": dropout_p, "seed": seed, "softcap": softcap, "sinks": sinks,
+                   "alibi_slopes": alibi_slopes, "backend": backend}  # fmt: skip
+        unserved = {"attn_mask": attn_mask, "document_ids": document_ids, "prefix_len": prefix_len}
+        return jagged_attention(
+            query, key, value, is_causal, enable_gqa, causal_alignment, return_lse, window, options, unserved
+        )
     q, k, v, mask, batch = _canonical(query, key, value, attn_mask)
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None and q.shape[3] > 0 else float(scale or 0.0)
     _check_values(dropout_p, scale, seed)
@@ -609,7 +590,12 @@ def _prepare(
     document_ids: Tensor | tuple[Tensor, Tensor] | None = None,
     prefix_len: int | Tensor | None = None,
     **_: Any,
-) -> tuple[Op, AttentionProblem]:
+) -> tuple[Op, Problem]:
+    if query.is_nested or key.is_nested or value.is_nested:
+        options = {"scale": scale, "dropout_p": dropout_p, "seed": seed, "softcap": softcap, "sinks": sinks,
+                   "alibi_slopes": alibi_slopes}  # fmt: skip
+        unserved = {"attn_mask": attn_mask, "document_ids": document_ids, "prefix_len": prefix_len}
+        return prepare_jagged(query, key, value, is_causal, enable_gqa, causal_alignment, window, options, unserved)
     q, k, v, mask, batch = _canonical(query, key, value, attn_mask)
     _check_values(dropout_p, 1.0 if scale is None else scale, seed)
     _check(q, k, v, mask, enable_gqa, causal_alignment)

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastattn import philox as philox_mask
 from fastattn.dispatch import Op, Problem, autocast_enabled, check_size
 from fastattn.numerics import FLOATING, accumulation_dtype
-from fastattn.ops.attention.op import (
+from fastattn.ops.attention.options import (
     MAX_LENGTH,
     MAX_SCALE,
     NO_WINDOW,
