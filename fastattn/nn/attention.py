@@ -184,8 +184,8 @@ class MultiheadAttentionForward(Served):
     ) -> tuple[Tensor | None, bool]:
         """The mask as the op takes it, not expanded, and whether causality stands for attn_mask."""
         added = (self.bias_k is not None) + self.add_zero_attn
-        # Keys that the module adds are seen by all, which causality would not let them be.
-        is_causal = is_causal and not added
+        # Keys that the module adds are seen by all, which causality would not let them be; nor has it gradients.
+        is_causal = is_causal and not added and attn_mask is not None and not attn_mask.requires_grad
         masks: list[Tensor] = []
         if attn_mask is not None and not is_causal:
             batched = attn_mask.ndim == 3

@@ -1,0 +1,34 @@
+"""GELU, Softmax and LogSoftmax against torch's."""
+
+import pytest
+import torch
+from torch import nn
+
+import fastattn.nn
+from fastattn.dispatch import reset_served, served
+
+MODULES = [("GELU", {}), ("GELU", {"approximate": "tanh"}), ("Softmax", {"dim": -1}), ("Softmax", {"dim": 0}),
+           ("LogSoftmax", {"dim": 1})]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "options"), MODULES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_modules(hold_to_torch, name, options, dtype):
+    x = torch.randn(3, 40, 5, generator=torch.Generator().manual_seed(0))
+    reset_served()
+    hold_to_torch(getattr(fastattn.nn, name)(**options), getattr(nn, name)(**options), [x], dtype=dtype)
+    assert served() == {"cpu": 1}
+
+
+@pytest.mark.parametrize(("name", "options"), MODULES, ids=str)
+def test_compiled_in_one_graph(name, options):
+    ours, x = getattr(fastattn.nn, name)(**options), torch.randn(3, 5)
+    expected = getattr(nn, name)(**options)(x)
+    torch.testing.assert_close(torch.compile(ours, fullgraph=True, backend="aot_eager")(x), expected)
+
+
+@pytest.mark.parametrize("name", ["Softmax", "LogSoftmax"])
+def test_without_a_dim_torch_chooses(name):
+    with pytest.warns(UserWarning, match="Implicit dimension choice"):
+        found = getattr(fastattn.nn, name)()(torch.eye(3))
+    assert torch.equal(found, getattr(nn, name)(1)(torch.eye(3)))

@@ -1,0 +1,77 @@
+"""Linear against torch's, and the choice between both."""
+
+import pytest
+import torch
+from torch import nn
+
+import fastattn.nn
+from fastattn import preference
+from fastattn.dispatch import reset_served, served
+from fastattn.nn import linear as linear_module
+from fastattn.nn.served import listening
+
+
+@pytest.fixture
+def cpu_preferred(monkeypatch):
+    """As on a machine whose table prefers our kernel for everything but one row, however short the product."""
+    monkeypatch.setattr(linear_module, "FEW", 0)
+    table = {"linear": {name: ("cpu", "a test's") for name in ("float32", "bfloat16", "float16")}}
+    monkeypatch.setattr(preference, "TABLE", {preference.platform_name(): table})
+    monkeypatch.setattr(preference, "_tuned", dict)
+    fastattn.ops.linear.__globals__["OP"]._chosen.clear()
+    yield
+    fastattn.ops.linear.__globals__["OP"]._chosen.clear()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(24,), (5, 24), (2, 3, 24), (0, 24)], ids=str)
+def test_linear(hold_to_torch, cpu_preferred, bias, dtype, shape):
+    torch.manual_seed(0)
+    reset_served()
+    hold_to_torch(fastattn.nn.Linear(24, 40, bias), nn.Linear(24, 40, bias), [torch.randn(shape)], dtype=dtype)
+    assert ("cpu" in served()) == (shape != (24,))
+
+
+def test_torchs_product_is_used_where_it_is_preferred(monkeypatch):
+    ours, theirs = fastattn.nn.Linear(24, 40), nn.Linear(24, 40)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(7, 24)
+    reset_served()
+    assert torch.equal(ours(x), theirs(x)) and served() == {}  # a short product
+    monkeypatch.setattr(linear_module, "FEW", 0)
+    assert torch.equal(ours(x[:1]), theirs(x[:1])) and served() == {}  # one row: the table says torch's
+    with fastattn.use_backend("cpu"):
+        torch.testing.assert_close(ours(x[:1]), theirs(x[:1]))
+    assert served() == {"cpu": 1}
+
+
+def test_autocast_rounds_as_torchs(cpu_preferred):
+    ours, theirs = fastattn.nn.Linear(24, 40), nn.Linear(24, 40)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(7, 24)
+    reset_served()
+    with torch.autocast("cpu", torch.bfloat16):
+        mine, other = ours(x), theirs(x)
+    assert served() == {"cpu": 1}
+    fastattn.testing.assert_lawful(mine.detach(), other.detach(), theirs.double()(x.double()).detach())
+
+
+def test_others_are_torchs():
+    ours, heard = fastattn.nn.Linear(4, 4).double(), []
+    with listening(lambda module, reason: heard.append(reason)):
+        assert ours(torch.randn(2, 4, dtype=torch.float64)).dtype == torch.float64
+        fastattn.nn.Linear(4, 4, device="meta")(torch.randn(2, 4, device="meta"))
+        with pytest.raises(RuntimeError, match="mat1 and mat2 must have the same dtype"):
+            fastattn.nn.Linear(4, 4)(torch.zeros(2, 4, dtype=torch.int64))
+    assert heard == [
+        "no kernel for torch.float64: float32, bfloat16, float16",
+        "no kernels for meta tensors",
+        "no kernel for torch.int64: float32, bfloat16, float16",
+    ]
+
+
+def test_compiled_in_one_graph(cpu_preferred):
+    ours = fastattn.nn.Linear(24, 40)
+    x = torch.randn(7, 24)
+    torch.testing.assert_close(torch.compile(ours, fullgraph=True, backend="aot_eager")(x), ours(x))

@@ -1,0 +1,66 @@
+"""LayerNorm and RMSNorm against torch's."""
+
+import pytest
+import torch
+from torch import nn
+
+import fastattn.nn
+from fastattn.dispatch import reset_served, served
+from fastattn.nn.served import listening
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def stirred(module):
+    torch.manual_seed(2)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    return module
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"bias": False}, {"elementwise_affine": False}, {"eps": 0.3},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("shape", [(24,), 24, (3, 8)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layer_norm(hold_to_torch, options, shape, dtype):
+    x = torch.randn(5, *((shape,) if isinstance(shape, int) else shape), generator=torch.Generator().manual_seed(0))
+    reset_served()
+    hold_to_torch(fastattn.nn.LayerNorm(shape, **options), stirred(nn.LayerNorm(shape, **options)), [x], dtype=dtype)
+    assert served() == {"cpu": 1}
+
+
+@pytest.mark.parametrize("options", [{}, {"elementwise_affine": False}, {"eps": 0.3}], ids=str)
+@pytest.mark.parametrize("shape", [24, (3, 8)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rms_norm(hold_to_torch, options, shape, dtype):
+    x = torch.randn(5, *((shape,) if isinstance(shape, int) else shape), generator=torch.Generator().manual_seed(0))
+    reset_served()
+    hold_to_torch(fastattn.nn.RMSNorm(shape, **options), stirred(nn.RMSNorm(shape, **options)), [x], dtype=dtype)
+    assert served() == {"cpu": 1}
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_dtypes_that_differ_from_the_weights(dtype):
+    x, heard = torch.randn(5, 24, dtype=dtype), []
+    for ours, theirs in ((fastattn.nn.LayerNorm(24), nn.LayerNorm(24)), (fastattn.nn.RMSNorm(24), nn.RMSNorm(24))):
+        with listening(lambda module, reason: heard.append(type(module).__name__)):
+            found, expected = ours(x), theirs(x)
+        assert found.dtype == expected.dtype
+        fastattn.testing.assert_lawful(found.detach(), expected.detach(), theirs.double()(x.double()).detach())
+    assert heard == ["RMSNorm"]
+
+
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
+def test_autocast_and_compile(name):
+    ours, x = getattr(fastattn.nn, name)(24), torch.randn(5, 24)
+    expected = getattr(nn, name)(24)(x)
+    torch.testing.assert_close(torch.compile(ours, fullgraph=True, backend="aot_eager")(x), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(ours(x), expected)  # norms stay in float32 on the CPU, as torch's
+
+
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
+def test_bad_input_is_refused(name):
+    with pytest.raises(ValueError, match=r"last dimensions must be normalized_shape \(24,\)"):
+        getattr(fastattn.nn, name)(24)(torch.randn(5, 23))
