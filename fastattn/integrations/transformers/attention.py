@@ -1,0 +1,230 @@
+"""The attention function that Transformers calls in every layer, and what becomes of each of its arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.dispatch import autocast_enabled
+from fastattn.integrations.transformers.masks import BandMask, Mask, RangeMask
+from fastattn.ops.attention import scaled_dot_product_attention
+from fastattn.ops.decode import decode_attention
+
+#: Arguments that choose among keys in a way that is neither a mask nor a list of keys.
+REFUSED = ("block_indices",)
+
+
+def _documents(starts: Tensor, rows: int) -> Tensor:
+    """(rows,) the number of the packed sequence that each row belongs to; starts: cu_seq_lens, (N + 1)."""
+    return torch.searchsorted(starts[1:].contiguous(), torch.arange(rows, device=starts.device), right=True)
+
+
+def _chosen(indices: Tensor, queries: int, keys: int) -> Tensor:
+    """(B, 1, queries, keys) bool: the keys that an indexer lists for each query, (B, queries, n); -1 is none."""
+    seen = torch.zeros((indices.shape[0], queries, keys + 1), dtype=torch.bool, device=indices.device)
+    listed = torch.where(indices < 0, keys, indices.long())
+    return seen.scatter(-1, listed, True)[:, None, :, :keys]
+
+
+def _joined(mask: Tensor | None, bias: Tensor | None, query: Tensor) -> Tensor | None:
+    """One attn_mask of an explicit mask (bool, or to be added) and a position bias."""
+    if bias is not None and bias.dtype not in (torch.float32, query.dtype):
+        bias = bias.to(query.dtype)
+    if mask is not None and mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        mask = mask.to(torch.bool if not mask.dtype.is_floating_point else query.dtype)
+    if mask is None or bias is None:
+        return bias if mask is None else mask
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, float("-inf"))
+    return bias + mask
+
+
+def _restricted(mask: Tensor | Mask | None, is_causal: bool, indices: Tensor, query: Tensor, keys: int) -> Tensor:
+    """An explicit mask of the keys that are listed, which the mask lets through too."""
+    chosen = _chosen(indices, query.shape[2], keys)
+    if mask is None:
+        return chosen.tril() if is_causal else chosen
+    seen = mask.dense()[..., :keys] if isinstance(mask, Mask) else mask
+    return chosen & seen if seen.dtype == torch.bool else torch.where(chosen, seen, float("-inf"))
+
+
+def _with_sinks(output: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """(B, S, H, Dv) with a score besides that has no value; lse and sinks are (B, H, S), or broadcast to it."""
+    share = torch.sigmoid(lse - sinks.to(lse.dtype))
+    return (output * share.transpose(1, 2)[..., None]).to(output.dtype)
+
+
+def _is_decode(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the kernel for caches takes it: one query, no gradients, and rows of keys that lie as it reads them."""
+    if query.shape[2] != 1 or query.shape[0] != key.shape[0] or key.shape[2] == 0:
+        return False
+    if not query.dtype == key.dtype == value.dtype or autocast_enabled(query.device.type):
+        return False
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return False
+    return all(tensor.stride(3) == 1 or tensor.shape[3] == 1 for tensor in (query, key, value))
+
+
+def _decoded(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: RangeMask | None,
+    scaling: float | None,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """(B, 1, H, Dv): one query over a cache, read once."""
+    ends, starts = (None, None) if mask is None else (mask.ends, mask.starts)
+    output, lse = decode_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), ends, cache_leftpad=starts, scale=scaling,
+        softcap=softcap, return_lse=True,
+    )  # fmt: skip
+    return output if sinks is None else _with_sinks(output, lse, sinks[:, None])
+
+
+def _attended(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | Mask | None,
+    is_causal: bool,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """(B, Sq, H, Dv), with what kind of mask it is said in the op's own words. sinks: those of each query."""
+    queries, keys = query.shape[2], key.shape[2]
+    if isinstance(mask, BandMask) and keys <= mask.shape[3]:
+        offset, left, right, ids = mask.offset, mask.left, mask.right, mask.ids
+        end = offset + queries + right
+        if right >= 0 and 0 < end <= keys:  # a triangle down to the last query's last key, and no key behind it counts
+            key, value, is_causal = key[:, :, :end], value[:, :, :end], True
+            bias = bias if bias is None or bias.shape[-1] == 1 else bias[..., :end]
+            options["causal_alignment"] = "top_left" if end == queries else "bottom_right"
+            if left >= 0:
+                options["window"] = (left + right, 0)
+        elif (left < 0 and right < 0) or offset in (0, keys - queries):
+            options["causal_alignment"] = "top_left" if offset == 0 else "bottom_right"
+            options["window"] = (left, right)
+        else:
+            mask, ids = mask.dense()[..., :keys], None
+        if ids is not None:
+            options["document_ids"] = (ids[0], ids[1][:, : key.shape[2]])
+    if isinstance(mask, Mask):
+        mask = None if isinstance(mask, BandMask) and keys <= mask.shape[3] else mask.dense()[..., :keys]
+    attended = scaled_dot_product_attention(
+        query, key, value, _joined(mask, bias, query), is_causal=is_causal,
+        enable_gqa=query.shape[1] != key.shape[1], return_lse=sinks is not None, **options,
+    )  # fmt: skip
+    if sinks is None:
+        return attended.transpose(1, 2)
+    return _with_sinks(attended[0].transpose(1, 2), attended[1], sinks[..., 0])
+
+
+def _weights(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | Mask | None,
+    is_causal: bool,
+    scaling: float | None,
+    softcap: float,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """(B, H, Sq, Sk), the probabilities, by their definition: for output_attentions."""
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = scale * (query.float() @ keys.float().transpose(2, 3))
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if isinstance(mask, Mask):
+        mask = mask.dense()[..., : key.shape[2]]
+    elif mask is None and is_causal:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
+    joined = _joined(mask, bias, scores)
+    if joined is not None:
+        scores = torch.where(joined, scores, float("-inf")) if joined.dtype == torch.bool else scores + joined
+    if sinks is not None:
+        sink = sinks[:, None, None] if sinks.ndim == 1 else sinks
+        scores = torch.cat((scores, sink.to(scores.dtype).expand(*scores.shape[:3], 1)), dim=-1)
+    weights = scores.softmax(-1)[..., : key.shape[2]]
+    return weights.nan_to_num(0.0).to(query.dtype)  # queries that see nothing
+
+
+def fastattn_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    head_mask: Tensor | None = None,
+    indices: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    output_attentions: bool = False,
+    **others: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function of Transformers' AttentionInterface, on fastattn's kernels.
+
+    Args:
+        module: the layer; its `is_causal` counts where there is neither a mask nor the argument of that name.
+        query: (B, H, Sq, D). key: (B, Hkv, Sk, D), Hkv divides H. value: (B, Hkv, Sk, Dv).
+        attention_mask: what fastattn_mask made; or a bool (True takes part) or additive tensor that broadcasts to
+            (B, H, Sq, Sk); or None.
+        scaling, dropout, softcap: as in scaled_dot_product_attention.
+        s_aux: (H,) sinks. sinks: (B, H, Sq, 1), those of each query.
+        position_bias: broadcasts to (B, H, Sq, Sk), added to the scores, differentiable.
+        head_mask: (H,) or (1, H, 1, 1), factors of the heads' outputs.
+        indices: (B, Sq, n), the only keys that each query sees; -1 is none.
+        cu_seq_lens_q, cu_seq_lens_k: where packed sequences begin and end; they count where there is no mask.
+        output_attentions: also return the weights, computed by their definition, before dropout.
+
+    Returns:
+        (B, Sq, H, Dv) contiguous, and the weights (B, H, Sq, Sk) or None.
+
+    Raises:
+        NotImplementedError: for block_indices (MiniMax M3's block-sparse layers). ValueError, BackendUnsupported: see
+            scaled_dot_product_attention.
+    """
+    for name in REFUSED:
+        if others.get(name) is not None:
+            raise NotImplementedError(
+                f"fastattn: {type(module).__name__} passes {name}, which fastattn does not serve; use"
+                ' attn_implementation="eager" for this model'
+            )
+    mask, keys = attention_mask, key.shape[2]
+    if is_causal is None:
+        is_causal = bool(getattr(module, "is_causal", True))
+    is_causal = query.shape[2] > 1 and mask is None and is_causal
+    if isinstance(mask, Tensor) and mask.shape[-1] > keys:
+        mask = mask[..., :keys]
+    if indices is not None:
+        mask, is_causal = _restricted(mask, is_causal, indices, query, keys), False
+    cap = softcap or 0.0
+    weights = None
+    if output_attentions:
+        weights = _weights(
+            query, key, mask, is_causal, scaling, cap, s_aux if sinks is None else sinks, position_bias
+        )  # fmt: skip
+    ranged = (mask is None or isinstance(mask, RangeMask)) and position_bias is None and sinks is None
+    if ranged and dropout == 0.0 and _is_decode(query, key, value):
+        output = _decoded(query, key, value, mask, scaling, cap, s_aux)
+    else:
+        options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "softcap": cap, "sinks": s_aux}
+        if mask is None and cu_seq_lens_q is not None and query.shape[0] == 1:
+            starts = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
+            options["document_ids"] = _documents(cu_seq_lens_q, query.shape[2]), _documents(starts, keys)
+        output = _attended(query, key, value, mask, is_causal, position_bias, sinks, options)
+    if head_mask is not None:
+        output = output * head_mask.reshape(-1, 1)
+    return output.contiguous(), weights

@@ -1,0 +1,303 @@
+"""Masks as our kernels take them: bands and ids instead of a matrix, made where Transformers asks for a mask.
+
+A model makes its masks once a forward pass and hands them to every layer. What it gets from us is a `BandMask` or (for
+one query) a `RangeMask` where we know what is masked, and the boolean matrix of Transformers' own sdpa otherwise. Who
+does anything with our masks but hand them on gets that matrix. None is one query that sees every key: unlike sdpa's,
+our masks never leave it to module.is_causal what they mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from transformers import masking_utils
+
+from fastattn.integrations.transformers.patterns import Frame, Pattern, in_rows, merged_ids, read
+
+
+class Mask:
+    """Who sees whom, as if it were a boolean tensor (B, 1, queries, keys), True takes part.
+
+    It is one for whoever uses it as one: operators, torch's functions and attributes work on `dense()`.
+    """
+
+    dtype = torch.bool
+    ndim = 4
+
+    def __init__(self, batch: int, queries: int, keys: int, device: torch.device) -> None:
+        self.shape = torch.Size((batch, 1, queries, keys))
+        self.device = device
+        self._dense: Tensor | None = None
+
+    def _build(self) -> Tensor:
+        raise NotImplementedError
+
+    def dense(self) -> Tensor:
+        """(B or 1, 1, queries, keys) bool, built when it is asked for."""
+        if self._dense is None:
+            self._dense = self._build()
+        return self._dense
+
+    def dim(self) -> int:
+        return 4
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def contiguous(self) -> Mask:
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        target = args[0] if args else kwargs.get("device")
+        if len(args) + len(kwargs) == 1 and isinstance(target, (str, torch.device)):
+            target = torch.device(target)
+            if target.type == self.device.type and target.index in (None, self.device.index):
+                return self
+        return self._expanded().to(*args, **kwargs)
+
+    def _expanded(self) -> Tensor:
+        return self.dense().expand(self.shape)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._expanded(), name)
+
+    def __getitem__(self, index: Any) -> Any:
+        parts = index if isinstance(index, tuple) else (index,)
+        if len(parts) <= 4 and all(
+            isinstance(part, slice) and part.start in (None, 0) and part.step in (None, 1)
+            and (part.stop is None or part.stop >= size)
+            for part, size in zip(parts, self.shape, strict=False)
+        ):  # fmt: skip
+            return self
+        return self._expanded()[index]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = pytree.tree_map_only(Mask, lambda mask: mask._expanded(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __and__(self, other: Any) -> Tensor:
+        return self._expanded() & other
+
+    __rand__ = __and__
+
+    def __or__(self, other: Any) -> Tensor:
+        return self._expanded() | other
+
+    __ror__ = __or__
+
+    def __invert__(self) -> Tensor:
+        return ~self._expanded()
+
+    def __add__(self, other: Any) -> Tensor:
+        return self._expanded() + other
+
+    __radd__ = __add__
+
+    def __mul__(self, other: Any) -> Tensor:
+        return self._expanded() * other
+
+    __rmul__ = __mul__
+
+    def __sub__(self, other: Any) -> Tensor:
+        return self._expanded() - other
+
+    def __rsub__(self, other: Any) -> Tensor:
+        return other - self._expanded()
+
+
+class BandMask(Mask):
+    """Query i sees the keys from i + offset - left to i + offset + right whose id is the query's.
+
+    left, right: -1 is no bound. ids: (B or 1, queries) and (B or 1, keys), or None.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        queries: int,
+        keys: int,
+        device: torch.device,
+        offset: int,
+        left: int,
+        right: int,
+        ids: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        super().__init__(batch, queries, keys, device)
+        self.offset, self.left, self.right, self.ids = offset, left, right, ids
+
+    def __repr__(self) -> str:
+        return (
+            f"BandMask({tuple(self.shape)}, offset={self.offset}, left={self.left}, right={self.right},"
+            f" ids={self.ids is not None})"
+        )
+
+    def _build(self) -> Tensor:
+        queries, keys = self.shape[2:]
+        place = torch.arange(queries, device=self.device)[:, None] + self.offset
+        ahead = torch.arange(keys, device=self.device)[None] - place
+        seen = torch.ones((1, 1, queries, keys), dtype=torch.bool, device=self.device)
+        if self.right >= 0:
+            seen = seen & (ahead <= self.right)
+        if self.left >= 0:
+            seen = seen & (ahead >= -self.left)
+        if self.ids is not None:
+            seen = seen & (self.ids[0][:, None, :, None] == self.ids[1][:, None, None, :])
+        return seen
+
+
+class RangeMask(Mask):
+    """One query for each batch element, which sees the keys from starts[b] to ends[b] - 1. Both (B,) int64.
+
+    There is no number in it that changes from step to step of a static cache: a compiled step is compiled once.
+    """
+
+    def __init__(self, keys: int, starts: Tensor, ends: Tensor) -> None:
+        super().__init__(starts.shape[0], 1, keys, starts.device)
+        self.starts, self.ends = starts, ends
+
+    def __repr__(self) -> str:
+        return f"RangeMask({tuple(self.shape)})"
+
+    def _build(self) -> Tensor:
+        place = torch.arange(self.shape[3], device=self.device)
+        seen = (place >= self.starts[:, None]) & (place < self.ends[:, None])
+        return seen[:, None, None, :]
+
+
+def _band(pattern: Pattern, batch: int, known: bool) -> BandMask | None:
+    """The mask of a pattern; None where a bound is beyond what a band with ids can say."""
+    frame = pattern.frame
+    offset, left, right = frame.query_start - frame.key_start, pattern.left, pattern.right
+    if right is not None and right < 0:  # strictly before: a diagonal further left
+        offset, left, right = offset + right, None if left is None else left + right, 0
+    if left is not None and left < 0:
+        return None
+    # Bounds that no query and key of this mask reach are none; a triangle is served faster than a window.
+    if left is not None and offset + frame.queries - 1 <= left:
+        left = None
+    if right is not None and frame.keys - 1 - offset <= right:
+        right = None
+    return BandMask(
+        batch, frame.queries, frame.keys, frame.device, offset, -1 if left is None else left,
+        -1 if right is None else right, merged_ids(pattern, known),
+    )  # fmt: skip
+
+
+def _padding(attention_mask: Tensor | None, frame: Frame) -> tuple[tuple[str, Tensor], ...]:
+    """The 2-D mask's part for these keys; keys that it does not reach are masked."""
+    if attention_mask is None:
+        return ()
+    end = frame.key_start + frame.keys
+    row = attention_mask[:, frame.key_start : end].to(torch.bool)
+    missing = frame.keys - row.shape[1]
+    if missing > 0:
+        row = torch.nn.functional.pad(row, (0, missing), value=False)
+    return (("key", row),)
+
+
+def _range(row: Tensor, batch: int) -> RangeMask | Tensor:
+    """One query's (B or 1, keys) mask as a range if it is one, else as it is."""
+    row = row.expand(batch, -1)
+    keys = row.shape[1]
+    ends = keys - row.flip(1).to(torch.int8).argmax(1)
+    starts = row.to(torch.int8).argmax(1)
+    count = row.sum(1)
+    ends = torch.where(count > 0, ends, starts)
+    if bool((ends - starts == count).all()):
+        return RangeMask(keys, starts, ends)
+    return row[:, None, None, :]
+
+
+def _query_start(arguments: dict[str, Any]) -> tuple[int, int] | None:
+    """(number of queries, position of the first); None where it is not known or positions are no range."""
+    positions = arguments.get("cache_position")  # before 5.0
+    if positions is None:
+        return arguments["q_length"], int(arguments.get("q_offset", 0))
+    count = positions.shape[0]
+    first = int(positions[0]) if count else 0
+    if not torch.equal(positions, torch.arange(count, device=positions.device) + first):
+        return None
+    return count, first
+
+
+def _traced_start(arguments: dict[str, Any]) -> tuple[int, int] | None:
+    """The same where torch.compile traces and no tensor can be looked into."""
+    start = arguments.get("q_offset", 0)
+    if "cache_position" in arguments or isinstance(start, Tensor):
+        return None
+    return arguments["q_length"], start
+
+
+def fastattn_mask(
+    batch_size: int,
+    kv_length: int,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
+    attention_mask: Any = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    use_vmap: bool = False,
+    config: Any = None,
+    device: Any = None,
+    **arguments: Any,
+) -> Any:
+    """The mask that a model asks for: what ALL_MASK_ATTENTION_FUNCTIONS["fastattn"] is. See this module's docstring.
+
+    Args: those of transformers.masking_utils.sdpa_mask, of its version.
+
+    Returns:
+        BandMask, RangeMask; None for one query that sees everything; else what sdpa gets: a bool tensor (B, 1, queries,
+        keys), or None for what module.is_causal says.
+    """
+    if isinstance(attention_mask, Mask):  # made before, for the whole model
+        return attention_mask
+
+    def explicit() -> Any:
+        given = {**arguments, "device": device, "use_vmap": use_vmap, "config": config}
+        return _SDPA_MASK(
+            batch_size=batch_size, kv_length=kv_length, kv_offset=kv_offset, mask_function=mask_function,
+            attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip,
+            allow_is_bidirectional_skip=allow_is_bidirectional_skip, **given,
+        )  # fmt: skip
+
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if traced:
+        # Here a function that looks into a tensor cannot be told from one that does not, but by who is asking.
+        plain = (allow_is_causal_skip or allow_is_bidirectional_skip) and not use_vmap
+        chunked = getattr(config, "attention_chunk_size", None) is not None
+        queries = _traced_start(arguments) if plain and not chunked and not torch.jit.is_tracing() else None
+    else:
+        queries = _query_start(arguments)
+    if queries is None:
+        return explicit()
+    if device is None:
+        positions = arguments.get("cache_position")
+        device = positions.device if positions is not None else "cpu"
+    frame = Frame(queries[0], kv_length, queries[1], kv_offset, torch.device(device))
+    if frame.device.type == "meta":
+        return explicit()
+    pattern = read(mask_function, frame, tables=not traced)
+    if pattern is not None:
+        pattern = pattern & Pattern(frame, masked=_padding(attention_mask, frame))
+        pattern = pattern if traced else in_rows(pattern)
+    mask = None if pattern is None else _band(pattern, batch_size, known=not traced)
+    if mask is None:
+        return explicit()
+    if frame.queries == 1 and mask.ids is None and mask.left < 0 and mask.right < 0 and allow_is_causal_skip:
+        return None
+    if frame.queries == 1 and not traced:
+        return _range(mask.dense()[:, 0, 0, :], batch_size)
+    return mask
+
+
+_SDPA_MASK = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
