@@ -80,10 +80,22 @@ def fast_exp(x):
 
 
 @triton.jit
+def exponentials(x, PRECISE: tl.constexpr):
+    """`exp` for results of 32 bits, `fast_exp` for those of 16."""
+    return exp(x) if PRECISE else fast_exp(x)
+
+
+@triton.jit
+def no_exponentials(LANES: tl.constexpr):
+    """(top, total) for `add_exponentials` to begin with."""
+    return tl.full((LANES,), LOWEST, tl.float32), tl.zeros((LANES,), tl.float32)
+
+
+@triton.jit
 def add_exponentials(top, total, x):
     """Online sums of exponentials, one for each lane: (top, total) with the rows of x (PARTS, LANES) added.
 
-    top begins as LOWEST, total as 0. -inf adds nothing; +inf and NaN make the total NaN.
+    -inf adds nothing; +inf and NaN make the total NaN.
     """
     now = tl.maximum(top, tl.max(x, 0))
     return now, total * fast_exp(top - now) + tl.sum(fast_exp(x - now[None, :]), 0)
@@ -94,3 +106,23 @@ def combine_exponentials(top, total):
     """(maximum, sum of exponentials relative to it) of all lanes."""
     highest = tl.max(top, 0)
     return highest, tl.sum(total * fast_exp(top - highest), 0)
+
+
+@triton.jit
+def row_tile(PARTS: tl.constexpr, LANES: tl.constexpr):
+    """The columns of the first tile of a row that registers do not hold, (PARTS, LANES): lanes are neighbours."""
+    return tl.arange(0, PARTS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+
+
+@triton.jit
+def last_tile(columns, TILE: tl.constexpr):
+    """Where a row's last tile begins: what is read a second time is read backwards, from what the caches still have."""
+    return (columns + TILE - 1) // TILE * TILE - TILE
+
+
+@triton.jit
+def fill(row_ptr, value, first, columns, PARTS: tl.constexpr, LANES: tl.constexpr):
+    """Writes a value to a row's columns from `first` on, where a tile begins."""
+    for start in range(first, columns, PARTS * LANES):
+        column = start + row_tile(PARTS, LANES)
+        tl.store(row_ptr + column, tl.full((PARTS, LANES), value, tl.float32), mask=column < columns)

@@ -84,6 +84,15 @@ def options(
     return chosen
 
 
+def row_kernel(op: str, whole: str, parts: str, target: Target, columns: int) -> tuple[str, int, Options]:
+    """(kernel, rows that a program takes, options): `whole` has rows of so many columns in registers, as many at a time
+    as its entry says; `parts` takes a longer one tile after tile."""
+    chosen = options(op, whole, target, dim=columns)
+    if chosen["COLUMNS"] >= columns:
+        return whole, chosen["ROWS"], chosen
+    return parts, 1, options(op, parts, target)
+
+
 def _measured(
     device: str, op: str, kernel: str, dtype: str, dim: int, kind: str, constants: Collection[str]
 ) -> list[dict[str, Any]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,14 +30,6 @@ def supports(problem: SoftmaxProblem) -> str | None:
     return None
 
 
-def _choice(direction: str, target: devices.Target, columns: int) -> tuple[str, int, tuning.Options]:
-    """(kernel, rows that a program takes, options): rows that do not fit into registers are read twice."""
-    options = tuning.options("softmax", f"{direction}_rows", target, dim=columns)
-    if options["COLUMNS"] >= columns:
-        return f"{direction}_rows", options["ROWS"], options
-    return f"{direction}_long", 1, tuning.options("softmax", f"{direction}_long", target)
-
-
 @functools.lru_cache(maxsize=4096)
 def _mask_strides(shape: torch.Size, mask: torch.Size, strides: tuple[int, ...]) -> Strides | None:
     """How a row's number leads to its mask; None where that takes more dimensions than kernels follow."""
@@ -55,10 +49,10 @@ def _mask_strides(shape: torch.Size, mask: torch.Size, strides: tuple[int, ...])
     return a, b, c, i, j, k, last
 
 
-def _mask_arguments(input: Tensor, mask: Tensor | None) -> tuple[Tensor, int, Strides, int]:
-    """(tensor, kind, strides, elements from one column to the next) as kernels take masks."""
+def _mask_arguments(input: Tensor, mask: Tensor | None) -> tuple[tuple[Any, ...], int]:
+    """(tensor, sizes, strides, elements from one column to the next; kind) as kernels take masks."""
     if mask is None:
-        return input, 0, _NO_MASK, 0
+        return (input, *_NO_MASK, 0), 0
     kind = 1 if mask.dtype == torch.bool else 2
     strides = _mask_strides(input.shape, mask.shape, mask.stride())
     if strides is None:
@@ -66,26 +60,74 @@ def _mask_arguments(input: Tensor, mask: Tensor | None) -> tuple[Tensor, int, St
         strides = _mask_strides(input.shape, mask.shape, mask.stride())
         assert strides is not None
     step = 0 if mask.shape[-1] == 1 else 1
-    return mask.view(torch.uint8) if kind == 1 else mask, kind, strides, step
+    return (mask.view(torch.uint8) if kind == 1 else mask, *strides, step), kind
 
 
-def _causal_arguments(tensor: Tensor, causal: int) -> tuple[int, int]:
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is launched for rows of so many columns. inner: how many rows lie side by side; 1 where they lie one behind
+    the other. dims: of the tensors that a row is of, the last ones."""
+
+    kernel: str
+    grid: tuple[int]
+    options: tuning.Options
+    rows: int
+    columns: int
+    inner: int
+    dims: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(direction: str, target: devices.Target, shape: torch.Size, dim: int) -> Plan | None:
+    """None where there is nothing to do."""
+    if 0 in shape:
+        return None
+    columns, inner, dims = shape[dim], math.prod(shape[dim + 1 :]), len(shape) - dim
+    rows = math.prod(shape) // columns
+    if inner == 1:
+        whole, parts = f"{direction}_rows", f"{direction}_long"
+        kernel, together, options = tuning.row_kernel("softmax", whole, parts, target, columns)
+        return Plan(kernel, (-(-rows // together),), options, rows, columns, inner, dims)
+    kernel = f"{direction}_columns"
+    options = tuning.options("softmax", kernel, target, dim=inner)
+    grid = (rows // inner * -(-inner // options["LANES"]),)
+    return Plan(kernel, grid, options, rows, columns, inner, dims)
+
+
+def _launch(
+    direction: str,
+    result: Tensor,
+    tensors: tuple[Tensor, ...],
+    dim: int,
+    scale: float,
+    causal: int,
+    mask: tuple[Any, ...] = (),
+    **constants: Any,
+) -> None:
+    """Rows along `dim` of tensors of one shape. mask: the last arguments of a kernel of whole rows; constants: what it
+    is compiled for."""
+    plan = _plan(direction, devices.target_of(result.device), result.shape, dim)
+    if plan is None:
+        return
+    kernel = getattr(KERNELS, plan.kernel)[plan.grid]
+    with devices.on(result):
+        if plan.inner == 1:
+            kernel(
+                result, *[part for tensor in tensors for part in as_rows(tensor, plan.dims)], scale, plan.rows,
+                plan.columns, *_causal_arguments(result.shape, causal), *mask, CAUSAL=causal != 0, **constants,
+                **plan.options,
+            )  # fmt: skip
+        else:
+            read = [tensor.contiguous() for tensor in tensors]
+            kernel(result, *read, plan.columns, plan.inner, LOG=constants["LOG"], **plan.options)
+
+
+def _causal_arguments(shape: torch.Size, causal: int) -> tuple[int, int]:
     """(rows of a matrix, columns that the first one sees)."""
     if not causal:
         return 1, 0
-    rows, columns = tensor.shape[-2:]
+    rows, columns = shape[-2:]
     return rows, 1 if causal == 1 else columns - rows + 1
-
-
-def _across(direction: str, results: Tensor, tensors: tuple[Tensor, ...], dim: int, log: bool) -> None:
-    """Rows along another dimension than the innermost: tensors are read contiguous."""
-    shape = results.shape
-    columns, inner = shape[dim], math.prod(shape[dim + 1 :])
-    options = tuning.options("softmax", f"{direction}_columns", devices.target_of(results.device), dim=inner)
-    grid = (math.prod(shape[:dim]) * -(-inner // options["LANES"]),)
-    read = [tensor.contiguous() for tensor in tensors]
-    with devices.on(results):
-        getattr(KERNELS, f"{direction}_columns")[grid](results, *read, columns, inner, LOG=log, **options)
 
 
 def forward(
@@ -98,24 +140,8 @@ def forward(
     causal: int = 0,
 ) -> Tensor:
     output = torch.empty_like(input, dtype=dtype, memory_format=torch.contiguous_format)
-    elements = output.numel()
-    if elements == 0:
-        return output
-    shape = input.shape
-    columns = shape[dim]
-    dims = len(shape) - dim
-    if dims > 1 and math.prod(shape[dim + 1 :]) != 1:
-        _across("forward", output, (input,), dim, log)
-        return output
-    rows = elements // columns
-    kernel, together, options = _choice("forward", devices.target_of(output.device), columns)
-    read, stride = as_rows(input, dims)
-    masks, kind, strides, step = _mask_arguments(input, mask)
-    with devices.on(output):
-        getattr(KERNELS, kernel)[(-(-rows // together),)](
-            output, read, masks, stride, scale, rows, columns, *_causal_arguments(input, causal), *strides, step,
-            LOG=log, MASK=kind, CAUSAL=causal != 0, **options,
-        )  # fmt: skip
+    arguments, kind = _mask_arguments(input, mask)
+    _launch("forward", output, (input,), dim, scale, causal, arguments, LOG=log, MASK=kind)
     return output
 
 
@@ -130,24 +156,8 @@ def backward(
     causal: int = 0,
 ) -> Tensor:
     grad_input = torch.empty_like(output, dtype=dtype, memory_format=torch.contiguous_format)
-    elements = grad_input.numel()
-    if elements == 0:
-        return grad_input
-    shape = output.shape
-    columns = shape[dim]
-    dims = len(shape) - dim
-    if dims > 1 and math.prod(shape[dim + 1 :]) != 1:
-        _across("backward", grad_input, (grad_output, output), dim, log)
-        return grad_input
-    rows = elements // columns
-    kernel, together, options = _choice("backward", devices.target_of(output.device), columns)
-    grad, grad_stride = as_rows(grad_output, dims)
-    read, stride = as_rows(output, dims)
-    with devices.on(output):
-        getattr(KERNELS, kernel)[(-(-rows // together),)](
-            grad_input, grad, read, grad_stride, stride, scale, rows, columns, *_causal_arguments(output, causal),
-            LOG=log, HIDES=masked or causal != 0, CAUSAL=causal != 0, **options,
-        )  # fmt: skip
+    hides = masked or causal != 0
+    _launch("backward", grad_input, (grad_output, output), dim, scale, causal, LOG=log, HIDES=hides)
     return grad_input
 
 
