@@ -22,7 +22,7 @@ NATIVE := build/native
 SPREAD := -n 2 --dist loadgroup
 INTERPRETED := tests/ops/test_conformance.py tests/ops/test_decode.py tests/ops/test_rotary.py tests/flash_attn tests/ops/test_bad_inference.py tests/gpu tests/bench/gpu
 
-.PHONY: setup demo test test-all gate test-torch-oldest test-triton-oldest neon lint format bench clean
+.PHONY: setup demo test test-all gate test-torch-oldest test-triton-oldest test-transformers-oldest neon lint format bench clean
 setup: $(READY) $(NATIVE)
 
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -45,7 +45,7 @@ test: setup
 	$(PYTHON) -m pytest -m "not slow"
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest -m "not slow" $(SPREAD) $(INTERPRETED)
 
-test-all: setup lint test-torch-oldest test-triton-oldest
+test-all: setup lint test-torch-oldest test-triton-oldest test-transformers-oldest
 	$(PYTHON) -m pytest
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest --timeout 900 $(SPREAD) $(INTERPRETED)
 	FASTATTN_BACKEND=cpu $(PYTHON) -m pytest -m "not slow"
@@ -66,6 +66,13 @@ test-triton-oldest: setup
 	$(PY) -m venv .venv-triton-oldest
 	.venv-triton-oldest/bin/python -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)" triton==3.6.0 numpy pytest pytest-timeout pytest-xdist pytest-benchmark expecttest hypothesis
 	TRITON_INTERPRET=1 .venv-triton-oldest/bin/python -m pytest -m "not slow" $(SPREAD) $(INTERPRETED)
+
+# Models of the oldest Transformers that asks for masks through an interface; TRANSFORMERS=4.57.6 is the last of 4.x.
+TRANSFORMERS ?= 4.53.3
+test-transformers-oldest: setup
+	$(PY) -m venv .venv-transformers-oldest
+	.venv-transformers-oldest/bin/python -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)" "transformers==$(TRANSFORMERS)" accelerate numpy pytest pytest-timeout pytest-benchmark expecttest
+	.venv-transformers-oldest/bin/python -m pytest tests/integrations/test_transformers.py
 
 # The NEON kernels, cross-compiled, against the conformance cases in emulation: about half an hour (Debian, Ubuntu).
 neon: $(READY)
