@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastattn.dispatch import autocast_enabled
 from fastattn.integrations.transformers.masks import BandMask, Mask, RangeMask
+from fastattn.numerics import accumulation_dtype
 from fastattn.ops.attention import scaled_dot_product_attention
 from fastattn.ops.decode import decode_attention
 
@@ -137,7 +138,8 @@ def _weights(
     """(B, H, Sq, Sk), the probabilities, by their definition: for output_attentions."""
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    scores = scale * (query.float() @ keys.float().transpose(2, 3))
+    wide = accumulation_dtype(query.dtype)
+    scores = scale * (query.to(wide) @ keys.to(wide).transpose(2, 3))
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if isinstance(mask, Mask):

@@ -1,0 +1,651 @@
+"""Models of Transformers on fastattn, through the registration that people call, held to their eager attention.
+
+The law (fastattn.numerics) decides: the truth is the eager model in float64, all of it, and eager float32 the peer.
+"""
+
+import copy
+import importlib
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install fastattn[test]")
+
+from fastattn import testing  # noqa: E402
+from fastattn.integrations import transformers as integration  # noqa: E402
+from fastattn.integrations.transformers import BandMask, RangeMask, attention, masks  # noqa: E402
+
+MAJOR = int(transformers.__version__.split(".")[0])
+V = 61
+TEXT = {"vocab_size": V, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+DECODER = {**TEXT, **SIZES, "num_key_value_heads": 2, "max_position_embeddings": 64}
+HEADS = {**DECODER, "num_key_value_heads": 4}
+ENCODER = {**TEXT, **SIZES, "max_position_embeddings": 64}
+QUIET = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
+GPT = {**TEXT, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 48}
+SEQ2SEQ = {
+    **TEXT, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "num_beams": 1,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "decoder_start_token_id": 2,
+}  # fmt: skip
+VISION = {**SIZES, "image_size": 24, "patch_size": 8}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+#: name: (kind of model, its auto class, arguments of its config)
+MODELS = {
+    "gpt2": ("causal", "AutoModelForCausalLM", GPT),
+    "opt": ("causal", "AutoModelForCausalLM", {**ENCODER, "ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "gpt_neox": ("causal", "AutoModelForCausalLM", {**ENCODER, "rotary_pct": 0.5}),
+    "llama": ("causal", "AutoModelForCausalLM", DECODER),
+    "mistral": ("causal", "AutoModelForCausalLM", {**DECODER, "sliding_window": 5}),
+    "mixtral": ("causal", "AutoModelForCausalLM", {**DECODER, **EXPERTS}),
+    "qwen2": ("causal", "AutoModelForCausalLM", {**DECODER, "use_sliding_window": True, "sliding_window": 5,
+                                                 "max_window_layers": 1}),
+    "qwen3": ("causal", "AutoModelForCausalLM", {**DECODER, "head_dim": 8}),
+    "gemma": ("causal", "AutoModelForCausalLM", {**DECODER, "head_dim": 8}),
+    "gemma2": ("causal", "AutoModelForCausalLM", {**DECODER, "head_dim": 8, "sliding_window": 5,
+                                                  "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}),
+    "gemma3_text": ("causal", "AutoModelForCausalLM", {**DECODER, "head_dim": 8, "sliding_window": 5,
+                    "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 8}),
+    "phi": ("causal", "AutoModelForCausalLM", {**HEADS, "partial_rotary_factor": 0.5}),
+    "phi3": ("causal", "AutoModelForCausalLM", {**DECODER, "sliding_window": 5}),
+    "falcon": ("causal", "AutoModelForCausalLM", {**TEXT, "hidden_size": 32, "num_hidden_layers": 2,
+                                                  "num_attention_heads": 4}),
+    "stablelm": ("causal", "AutoModelForCausalLM", DECODER),
+    "cohere": ("causal", "AutoModelForCausalLM", DECODER),
+    "olmo2": ("causal", "AutoModelForCausalLM", DECODER),
+    "granite": ("causal", "AutoModelForCausalLM", {**DECODER, "attention_multiplier": 0.3}),
+    "starcoder2": ("causal", "AutoModelForCausalLM", {**DECODER, "sliding_window": 5}),
+    "smollm3": ("causal", "AutoModelForCausalLM", DECODER),
+    "gpt_oss": ("causal", "AutoModelForCausalLM", {**DECODER, **EXPERTS, "head_dim": 8, "sliding_window": 5,
+                "layer_types": ["sliding_attention", "full_attention"]}),
+    "llama4_text": ("causal", "AutoModelForCausalLM", {**DECODER, **EXPERTS, "head_dim": 8, "attention_chunk_size": 4,
+                    "intermediate_size_mlp": 48, "num_experts_per_tok": 1, "moe_layers": [],
+                    "layer_types": ["chunked_attention", "full_attention"]}),
+    "bert": ("encoder", "AutoModelForMaskedLM", ENCODER),
+    "roberta": ("encoder", "AutoModelForMaskedLM", ENCODER),
+    "distilbert": ("encoder", "AutoModelForMaskedLM", {**TEXT, "dim": 32, "hidden_dim": 48, "n_layers": 2,
+                                                       "n_heads": 4, "max_position_embeddings": 64}),
+    "albert": ("encoder", "AutoModelForMaskedLM", {**ENCODER, "embedding_size": 16, "inner_group_num": 1}),
+    "electra": ("encoder", "AutoModelForMaskedLM", {**ENCODER, "embedding_size": 16}),
+    "modernbert": ("encoder", "AutoModelForMaskedLM", {**ENCODER, "global_attn_every_n_layers": 2,
+                                                       "local_attention": 6}),
+    "bart": ("seq2seq", "AutoModelForSeq2SeqLM", {**SEQ2SEQ, "max_position_embeddings": 64}),
+    "t5": ("seq2seq", "AutoModelForSeq2SeqLM", {**TEXT, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2,
+                                                "num_heads": 4, "decoder_start_token_id": 0}),
+    "whisper": ("speech", "AutoModelForSpeechSeq2Seq", {**SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 10,
+                                                        "max_target_positions": 64}),
+    "vit": ("vision", "AutoModelForImageClassification", {**VISION, "num_labels": 5}),
+    "clip": ("clip", "AutoModel", {"projection_dim": 16, "text_config": {**ENCODER, "eos_token_id": 2},
+                                   "vision_config": VISION}),
+}  # fmt: skip
+#: Models that choose among attention classes of their own.
+OWN_CLASSES = {"falcon"}
+
+
+def names(*kinds):
+    return [name for name, (kind, _, _) in MODELS.items() if kind in kinds and name not in OWN_CLASSES]
+
+
+CAUSAL = names("causal")
+ALL = names("causal", "encoder", "seq2seq", "speech", "vision", "clip")
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    integration.register()
+    yield
+    integration.unregister()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """(query, mask, options) of all calls of the attention function's two ways into our kernels."""
+    seen = []
+    whole, decode = attention._attended, attention._decoded
+
+    def attended(query, key, value, mask, *rest):
+        seen.append(("attention", query.shape, mask))
+        return whole(query, key, value, mask, *rest)
+
+    def decoded(query, key, value, mask, *rest):
+        seen.append(("decode", query.shape, mask))
+        return decode(query, key, value, mask, *rest)
+
+    monkeypatch.setattr(attention, "_attended", attended)
+    monkeypatch.setattr(attention, "_decoded", decoded)
+    return seen
+
+
+def config_of(name, **changes):
+    if name not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    config = transformers.CONFIG_MAPPING[name](**{**MODELS[name][2], **changes})
+    config._experts_implementation = "eager"  # the grouped products of 5.x have no float64
+    return config
+
+
+def pair(name, **changes):
+    """The same model twice, with eager attention and with ours. Weights are large enough for masks to matter."""
+    config = config_of(name, **changes)
+    auto = getattr(transformers, MODELS[name][1])
+    torch.manual_seed(0)
+    eager = auto.from_config(copy.deepcopy(config), attn_implementation="eager").eval()
+    module = importlib.import_module(type(eager).__module__)
+    if "ALL_ATTENTION_FUNCTIONS" not in vars(module):
+        pytest.skip(f"transformers {transformers.__version__}: {name} chooses among attention classes of its own")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in eager.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(0.2 * noise if parameter.ndim > 1 else parameter + 0.1 * noise)
+    ours = auto.from_config(copy.deepcopy(config), attn_implementation="fastattn").eval()
+    ours.load_state_dict(eager.state_dict())
+    return eager, ours
+
+
+def tokens(*shape, seed=2):
+    return torch.randint(3, V, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def padded(side, length=11, lengths=(11, 6, 9)):
+    """(ids, attention_mask) of sequences of these lengths."""
+    place = torch.arange(length)[None]
+    counts = torch.tensor(lengths)[:, None]
+    keep = place < counts if side == "right" else place >= length - counts
+    return torch.where(keep, tokens(len(lengths), length), 0), keep.long()
+
+
+def inputs_of(name, side):
+    """(arguments of the model, which positions of its outputs count)"""
+    kind = MODELS[name][0]
+    generator = torch.Generator().manual_seed(3)
+    if kind in ("vision", "clip"):
+        pixels = torch.randn(3, 3, 24, 24, generator=generator)
+        if kind == "vision":
+            return {"pixel_values": pixels}, None
+        ids, keep = padded("right")
+        ids[torch.arange(3), keep.sum(1) - 1] = 2  # CLIP pools where the sequence ends
+        return {"input_ids": ids, "attention_mask": keep, "pixel_values": pixels}, None
+    if kind == "speech":
+        ids, keep = padded("right", 7, (7, 4, 5))
+        features = torch.randn(3, 8, 20, generator=generator)
+        return {"input_features": features, "decoder_input_ids": ids, "decoder_attention_mask": keep}, keep.bool()
+    ids, keep = padded(side)
+    if kind == "seq2seq":
+        targets, seen = padded("right", 7, (7, 4, 5))
+        given = {"decoder_input_ids": targets, "decoder_attention_mask": seen}
+        return {"input_ids": ids, "attention_mask": keep, **given}, seen.bool()
+    return {"input_ids": ids, "attention_mask": keep}, keep.bool()
+
+
+class EverythingDouble(TorchFunctionMode):
+    """Where models ask for float32 in the midst of things (softmax, norms, rotary tables) they get float64."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        double = {torch.float32: torch.float64}
+        args = [double.get(a, a) if isinstance(a, torch.dtype) else a for a in args]
+        kwargs = {k: double.get(a, a) if isinstance(a, torch.dtype) else a for k, a in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def doubled(values):
+    return {k: v.double() if v.is_floating_point() else v for k, v in values.items()}
+
+
+def results(model, arguments, counts):
+    """(outputs that count, gradients by name) for a fixed gradient of the outputs."""
+    model.zero_grad()
+    options = {"use_cache": False} if getattr(model.config, "use_cache", None) is not None else {}
+    found = model(**arguments, **options)
+    output = found.logits if "logits" in found else torch.cat([found.text_embeds, found.image_embeds])
+    output = output if counts is None else output[counts]
+    weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(4)).to(output.dtype)
+    (output * weight).sum().backward()
+    return output.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def hold_to_eager(eager, ours, arguments, counts):
+    """Outputs and all gradients keep the law."""
+    output, gradients = results(ours, arguments, counts)
+    peer, peers = results(eager, arguments, counts)
+    with EverythingDouble():
+        exact = copy.deepcopy(eager).double()
+        truth, truths = results(exact, doubled(arguments), counts)
+    testing.assert_lawful(output, peer, truth)
+    assert gradients.keys() == peers.keys()
+    # Each parameter counts as much as any other; those whose gradient is zero by structure (of biases of keys) do not.
+    sizes = {n: g.norm() for n, g in truths.items()}
+    largest = max(sizes.values())
+    kept = [n for n in truths if sizes[n] > 1e-9 * largest]
+    joined = [torch.cat([(g[n].double() / sizes[n]).flatten() for n in kept]) for g in (gradients, peers, truths)]
+    testing.assert_lawful(joined[0].float(), joined[1].float(), joined[2])
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", ALL)
+def test_outputs_and_all_gradients_are_eager_attentions(name, side, calls):
+    eager, ours = pair(name)
+    arguments, counts = inputs_of(name, side)
+    hold_to_eager(eager, ours, arguments, counts)
+    assert calls, "our attention was not called"
+    if MODELS[name][0] == "causal":
+        assert all(isinstance(mask, BandMask) for _, _, mask in calls), "a causal mask reached us as a matrix"
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_without_padding(name, calls):
+    eager, ours = pair(name)
+    hold_to_eager(eager, ours, {"input_ids": tokens(2, 11)}, None)
+    assert all(isinstance(mask, BandMask) and (mask.ids is None or name == "llama4_text") for _, _, mask in calls)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", [*CAUSAL, *names("seq2seq", "speech")])
+def test_greedy_tokens_are_eager_attentions(name, cache, calls):
+    eager, ours = pair(name)
+    arguments, _ = inputs_of(name, "left")
+    if MODELS[name][0] != "causal":
+        arguments = {k: v for k, v in arguments.items() if not k.startswith("decoder")}
+    settings = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "num_beams": 1}
+    if cache == "static":
+        settings["cache_implementation"] = "static"
+    found, expected = (model.generate(**arguments, **settings) for model in (ours, eager))
+    assert torch.equal(found, expected)
+    assert expected.shape[1] >= 9
+    steps = [kind for kind, shape, mask in calls if shape[2] == 1]
+    assert steps, "no step of one query"
+    if name != "t5":  # whose position bias is what the kernel for caches has not
+        assert set(steps) == {"decode"}
+
+
+def test_models_with_classes_of_their_own_say_so():
+    """Falcon chooses among classes by the name of the implementation, and knows its own only."""
+    config = config_of("falcon")
+    with pytest.raises((KeyError, ValueError), match="fastattn"):
+        transformers.AutoModelForCausalLM.from_config(config, attn_implementation="fastattn")
+
+
+def functions():
+    """(name, mask function, what a band says of it) for 12 queries and keys."""
+    m = masks.masking_utils
+    ids = torch.tensor([[0] * 5 + [1] * 4 + [2] * 3, [0] * 2 + [1] * 10])
+    positions = torch.tensor([[*range(5), *range(4), *range(3)], [*range(2), *range(10)]])
+    padding = torch.tensor([0, 3])
+    packed = m.packed_sequence_mask_function(ids)
+
+    def causal(b, h, q, k):
+        return k <= q
+
+    def moved(function):
+        return lambda b, h, q, k: function(b, h, positions[b, q], positions[b, k])
+
+    chunked = m.and_masks(
+        lambda b, h, q, k: (k - padding[b]) // 4 == (q - padding[b]) // 4, causal
+    )  # fmt: skip
+    window = m.sliding_window_causal_mask_function(3)
+    return [
+        ("causal", m.causal_mask_function, True),
+        ("window", window, True),
+        ("window of one", m.sliding_window_causal_mask_function(1), True),
+        ("wide window", m.sliding_window_causal_mask_function(50), True),
+        ("chunked", chunked, True),
+        ("packed", m.and_masks(causal, packed), True),
+        ("packed window", m.and_masks(window, packed), True),
+        ("packed, positions begin anew", m.and_masks(moved(window), packed), True),
+        ("packed chunks", m.and_masks(moved(chunked), packed), True),
+        ("everything", lambda b, h, q, k: q >= 0, True),
+        ("distance", lambda b, h, q, k: abs(q - k) <= 2, True),
+        ("distance, the other way round", lambda b, h, q, k: k - q >= -2, True),
+        ("strictly before", lambda b, h, q, k: k < q, True),
+        ("strictly before, in a window", lambda b, h, q, k: (k + 1 <= q) & (q - 4 < k), True),
+        ("both bounds", lambda b, h, q, k: (k - q < 3) & (q - k < 2), True),
+        ("a table of keys", m.padding_mask_function(torch.rand(2, 40) < 0.7), True),
+        ("two tables", m.and_masks(lambda b, h, q, k: ids[b, q % 12] == ids[b, k % 12], packed_or(ids)), True),
+        ("prefix", m.or_masks(causal, lambda b, h, q, k: k < 4), False),
+        ("far away", lambda b, h, q, k: abs(q - k) >= 3, False),
+        ("blocks or causal", m.or_masks(causal, packed), False),
+        ("only the future", lambda b, h, q, k: q - k <= -2, False),
+        ("a product", lambda b, h, q, k: q * k >= 6, False),
+    ]
+
+
+def packed_or(ids):
+    return lambda b, h, q, k: ids[b, k % 12] >= 1
+
+
+FUNCTIONS = {name: (function, known) for name, function, known in functions()}
+
+
+def asked(function, queries, keys, query_start=0, key_start=0, attention_mask=None, **options):
+    """The arguments of a mask function of this version of Transformers."""
+    given = {"batch_size": 2, "kv_length": keys, "kv_offset": key_start, "mask_function": function, **options}
+    if MAJOR < 5:
+        given["cache_position"] = torch.arange(queries) + query_start
+    else:
+        given |= {"q_length": queries, "q_offset": query_start, "device": torch.device("cpu")}
+    return {**given, "attention_mask": attention_mask}
+
+
+def matrix(arguments):
+    """What the mask is, evaluated point by point."""
+    return masks._SDPA_MASK(**{**arguments, "allow_is_causal_skip": False, "use_vmap": False})
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_masks_are_what_transformers_evaluates(name, padding):
+    function, known = FUNCTIONS[name]
+    keep = None
+    if padding:
+        keep = torch.ones(2, 12, dtype=torch.bool)
+        keep[0, :3] = keep[1, 10:] = False
+    arguments = asked(function, 12, 12, attention_mask=keep, allow_is_causal_skip=known)
+    found = masks.fastattn_mask(**arguments)
+    assert isinstance(found, BandMask) == known
+    assert torch.equal(found & True, matrix(arguments))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize(
+    ("queries", "keys", "query_start", "key_start"),
+    [
+        (12, 12, 0, 0), (4, 12, 8, 0), (12, 20, 0, 0), (3, 20, 5, 0), (1, 12, 11, 0), (1, 20, 11, 0), (4, 6, 9, 7),
+        (1, 3, 9, 7),
+    ],
+)  # fmt: skip
+def test_offsets_of_caches(window, queries, keys, query_start, key_start):
+    m = masks.masking_utils
+    function = m.causal_mask_function if window is None else m.sliding_window_causal_mask_function(window)
+    keep = torch.ones(2, query_start + queries, dtype=torch.bool)
+    keep[1, :6] = False
+    for attention_mask in (None, keep):
+        arguments = asked(function, queries, keys, query_start, key_start, attention_mask)
+        found, expected = masks.fastattn_mask(**arguments), matrix(arguments)
+        if found is None:
+            assert expected.all() and queries == 1
+        else:
+            assert isinstance(found, BandMask if queries > 1 else RangeMask)
+            assert torch.equal(found & True, expected)
+        layer = torch.nn.Module()
+        layer.is_causal = True
+        q, k, v = (torch.randn(2, h, n, 8) for h, n in ((4, queries), (2, keys), (2, keys)))
+        ours, _ = attention.fastattn_attention(layer, q, k, v, found)
+        truth, _ = attention.fastattn_attention(layer, q.double(), k.double(), v.double(), expected)
+        peer, _ = attention.fastattn_attention(layer, q, k, v, expected)
+        testing.assert_lawful(ours, peer, truth)
+
+
+def test_a_mask_is_a_tensor_for_who_takes_it_as_one():
+    arguments = asked(FUNCTIONS["window"][0], 6, 8, 2)
+    mask, expected = masks.fastattn_mask(**arguments), matrix(arguments)
+    assert mask.shape == expected.shape == (2, 1, 6, 8) and mask.dtype == torch.bool and len(mask) == 2
+    assert mask.ndim == mask.dim() == 4 and mask.size(-1) == 8 and mask.size() == expected.size()
+    assert mask[:, :, :, :8] is mask and mask.to("cpu") is mask and mask.contiguous() is mask
+    for use in (
+        lambda m: m[:, :, :, :5],
+        lambda m: m[:, 0],
+        lambda m: m | torch.eye(6, 8, dtype=torch.bool),
+        lambda m: ~m,
+        lambda m: m.to(torch.float32),
+        lambda m: m.long(),
+        lambda m: torch.where(m, 0.0, -1.0),
+        lambda m: torch.zeros(2, 3, 6, 8).masked_fill(m, 1.0),
+        lambda m: torch.cat([m, m], dim=-1),
+        lambda m: torch.zeros(6, 8) + m,
+        lambda m: 1.0 - m.float(),
+    ):
+        assert torch.equal(use(mask), use(expected))
+
+
+def layer_of(**attributes):
+    layer = torch.nn.Module()
+    for name, value in attributes.items():
+        setattr(layer, name, value)
+    return layer
+
+
+def rows(*shapes, dtype=torch.float32, seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def test_arguments_that_few_models_pass():
+    """Against the definition, in float64: weights that output_attentions returns, applied to the values."""
+    query, key, value, bias, sinks, shared, factors = rows(
+        (2, 4, 6, 8), (2, 2, 9, 8), (2, 2, 9, 8), (1, 4, 6, 9), (2, 4, 6, 1), (4,), (4,), dtype=torch.float64
+    )  # fmt: skip
+    band = masks.fastattn_mask(**asked(FUNCTIONS["window"][0], 6, 9, 3))
+    dense = matrix(asked(FUNCTIONS["window"][0], 6, 9, 3))
+    listed = torch.tensor([[[0, 3, -1]] * 6, [[2, 5, 8]] * 6])
+    floats = torch.zeros(2, 1, 6, 9, dtype=torch.float64).masked_fill(~dense, float("-inf"))
+    for options in (
+        {},
+        {"softcap": 0.7},
+        {"position_bias": bias},
+        {"position_bias": bias, "softcap": 2.0},
+        {"s_aux": shared},
+        {"sinks": sinks},
+        {"sinks": sinks, "position_bias": bias},
+        {"head_mask": factors},
+        {"indices": listed},
+        {"scaling": 0.1},
+    ):
+        for mask in (band, dense, floats, None):
+            found, weights = attention.fastattn_attention(
+                layer_of(is_causal=True), query, key, value, mask, output_attentions=True, **options
+            )
+            values = value.repeat_interleave(2, dim=1)
+            expected = (weights @ values).transpose(1, 2)
+            if "head_mask" in options:
+                expected = expected * factors[:, None]
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+            if mask is not None and "indices" not in options:
+                assert torch.equal(weights == 0, ~dense.expand_as(weights))
+    with pytest.raises(NotImplementedError, match="block_indices"):
+        attention.fastattn_attention(layer_of(), query, key, value, None, block_indices=listed)
+
+
+def test_packed_sequences_by_their_lengths():
+    query, key, value = rows((1, 4, 9, 8), (1, 2, 9, 8), (1, 2, 9, 8))
+    bounds = torch.tensor([0, 4, 6, 9], dtype=torch.int32)
+    layer = layer_of(is_causal=True)
+    found, _ = attention.fastattn_attention(layer, query, key, value, None, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds)
+    alone = [
+        attention.fastattn_attention(layer, *(t[:, :, a:b] for t in (query, key, value)), None)[0]
+        for a, b in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
+    ]
+    torch.testing.assert_close(found, torch.cat(alone, dim=1))
+
+
+def test_one_query_that_wants_gradients_is_not_decoded(calls):
+    query, key, value = rows((2, 4, 1, 8), (2, 2, 9, 8), (2, 2, 9, 8))
+    attention.fastattn_attention(layer_of(), query, key, value, None)
+    attention.fastattn_attention(layer_of(), query.requires_grad_(), key, value, None)
+    with torch.no_grad():
+        attention.fastattn_attention(layer_of(), query, key, value, None)
+    assert [kind for kind, _, _ in calls] == ["decode", "attention", "decode"]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma2"])
+def test_packed_sequences_by_position_ids(name, calls):
+    if MAJOR < 5:
+        pytest.skip("Transformers looks for packed sequences in position_ids from 5.0 in all of these")
+    eager, ours = pair(name)
+    arguments = {"input_ids": tokens(2, 11), "position_ids": torch.tensor([[*range(4), *range(7)]] * 2)}
+    hold_to_eager(eager, ours, arguments, None)
+    assert all(isinstance(mask, BandMask) and mask.ids is not None for _, _, mask in calls)
+
+
+def test_masks_that_the_user_made():
+    eager, ours = pair("llama")
+    mask = torch.zeros(2, 1, 11, 11)
+    mask.masked_fill_(~torch.ones(11, 11, dtype=torch.bool).tril(2), torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        found, expected = (m(tokens(2, 11), attention_mask=mask).logits for m in (ours, eager))
+    torch.testing.assert_close(found, expected)
+
+
+def test_long_prompts_in_pieces():
+    """Chunked prefill: queries in the middle of a cache that is filled to there (dynamic) or longer (static)."""
+    eager, ours = pair("mistral")
+    ids = tokens(2, 11)
+    for make in (
+        lambda m: transformers.DynamicCache(config=m.config),
+        lambda m: transformers.StaticCache(config=m.config, max_cache_len=20),
+    ):
+        found = []
+        for model in (ours, eager):
+            cache = make(model)
+            with torch.no_grad():
+                pieces = [
+                    model(ids[:, a:b], past_key_values=cache, cache_position=torch.arange(a, b)).logits
+                    if MAJOR < 5 else model(ids[:, a:b], past_key_values=cache).logits
+                    for a, b in ((0, 4), (4, 9), (9, 11))
+                ]  # fmt: skip
+            found.append(torch.cat(pieces, dim=1))
+        torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_training_with_dropout_and_checkpointing(reentrant):
+    """The same seed gives the same gradients, recomputed layers or not; another seed gives others."""
+    _, model = pair("gpt2", attn_pdrop=0.5, resid_pdrop=0.0, embd_pdrop=0.0)
+    model.train()
+    ids, keep = padded("right")
+    labels = torch.where(keep.bool(), ids, -100)
+
+    def gradient(seed):
+        torch.manual_seed(seed)
+        model.zero_grad()
+        model(ids, attention_mask=keep, labels=labels, use_cache=False).loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    first, again, other = gradient(1), gradient(1), gradient(2)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert torch.equal(first, gradient(1))
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("name", ["llama", "mistral", "bert", "gemma2"])
+def test_compiled_whole(name, padding, calls):
+    """fullgraph, with the same masks as uncompiled."""
+    if MAJOR < 5:
+        pytest.skip("before 5.0 positions are tensors, whose masks are explicit while torch.compile traces")
+    _, model = pair(name)
+    ids, keep = padded("right")
+    arguments = {"input_ids": ids, "attention_mask": keep if padding else None}
+    with torch.no_grad():
+        expected = model(**arguments)[0]
+        eager_kinds = [(type(mask), getattr(mask, "ids", None) is None) for _, _, mask in calls]
+        calls.clear()
+        torch._dynamo.reset()
+        graph = []
+
+        def backend(module, _):
+            graph.extend(node for node in module.graph.nodes if "fastattn" in str(node.target))
+            return module
+
+        found = torch.compile(model, fullgraph=True, backend=backend)(**arguments)[0]
+    where = keep.bool() if padding else torch.ones_like(keep, dtype=torch.bool)
+    torch.testing.assert_close(found[where], expected[where])
+    assert len(graph) == len(eager_kinds) == 2
+    assert all(node.args[3] is None for node in graph), "a matrix reached the kernels"
+
+
+def test_compiled_steps_of_a_static_cache():
+    """Every step runs the graph of the first; tokens are those of eager attention."""
+    if MAJOR < 5:
+        pytest.skip("generate() of 4.x prepares masks inside of the compiled step")
+    eager, ours = pair("llama")
+    ids, keep = padded("left")
+    settings = {"max_new_tokens": 7, "do_sample": False, "cache_implementation": "static", "eos_token_id": None}
+    expected = eager.generate(ids, attention_mask=keep, **settings)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    ours.forward = torch.compile(ours.forward, backend=counter, fullgraph=True)
+    assert torch.equal(ours.generate(ids, attention_mask=keep, **settings), expected)
+    assert counter.frame_count <= 3  # the prompt, a step, and a step whose lengths are known to change
+
+
+def test_under_autocast():
+    eager, ours = pair("llama")
+    ids, keep = padded("left")
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found, peer = (m(ids, attention_mask=keep).logits for m in (ours, eager))
+        assert torch.equal(
+            ours.generate(ids, attention_mask=keep, max_new_tokens=4, do_sample=False),
+            eager.generate(ids, attention_mask=keep, max_new_tokens=4, do_sample=False),
+        )
+    with EverythingDouble(), torch.no_grad():
+        truth = copy.deepcopy(eager).double()(ids, attention_mask=keep).logits
+    where = keep.bool()
+    testing.assert_lawful(found[where], peer[where], truth[where])
+
+
+def test_set_and_registered_twice_and_undone():
+    eager, _ = pair("llama")
+    integration.register()
+    eager.set_attn_implementation("fastattn")
+    assert eager.config._attn_implementation == "fastattn"
+    eager(tokens(1, 5))
+    integration.unregister()
+    integration.unregister()
+    with pytest.raises((KeyError, ValueError), match="fastattn"):
+        eager(tokens(1, 5))
+    with pytest.raises(ValueError, match="fastattn"):
+        transformers.AutoModelForCausalLM.from_config(config_of("llama"), attn_implementation="fastattn")
+
+
+def test_another_fastattn_is_not_replaced():
+    integration.unregister()
+    transformers.AttentionInterface.register("fastattn", print)
+    try:
+        with pytest.raises(RuntimeError, match="another"):
+            integration.register()
+    finally:
+        transformers.AttentionInterface._global_mapping.pop("fastattn")
+        integration.unregister()
+
+
+@pytest.mark.parametrize(
+    ("library", "message"),
+    [
+        (None, "needs transformers >= 4.53: pip install transformers"),
+        (SimpleNamespace(__version__="4.48.3"), "4.48.3 is installed, in which padding"),
+    ],
+)
+def test_without_transformers_and_with_an_old_one(library, message, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("fastattn.integrations.transformers")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", library)
+    with pytest.raises(ImportError, match=message):
+        importlib.import_module("fastattn.integrations.transformers")
+
+
+def test_trainer(tmp_path, calls):
+    """A few steps of Trainer: the losses of eager attention."""
+    pytest.importorskip("accelerate", reason="accelerate, which Trainer needs, is not installed")
+    ids, keep = padded("right")
+    examples = [
+        {"input_ids": i, "attention_mask": k, "labels": torch.where(k.bool(), i, -100)}
+        for i, k in zip(ids, keep, strict=True)
+    ]
+    histories = []
+    for model in reversed(pair("gpt2", attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)):
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), max_steps=4, per_device_train_batch_size=2, logging_steps=1, report_to=[], use_cpu=True,
+            save_strategy="no", disable_tqdm=True, seed=3, dataloader_pin_memory=False,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=examples)
+        trainer.train()
+        histories.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(histories[0]) == 4 and histories[0] == pytest.approx(histories[1], abs=2e-4)
+    assert calls
