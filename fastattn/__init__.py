@@ -2,6 +2,8 @@
 
 from fastattn.allocator import AllocatorTuning, tune_allocator
 from fastattn.dispatch import BackendUnsupported, explain, use_backend
+from fastattn.integrations import sdpa as _registered_with_torch  # noqa: F401
+from fastattn.integrations.functional import accelerate
 from fastattn.ops import (
     add_layer_norm,
     add_rms_norm,
@@ -25,6 +27,7 @@ __all__ = [
     "AllocatorTuning",
     "BackendUnsupported",
     "__version__",
+    "accelerate",
     "add_layer_norm",
     "add_rms_norm",
     "apply_rotary_emb",

@@ -176,6 +176,11 @@ class Bound:
                     return self._recorded(args)
         return self.forward(*args)
 
+    def compute(self, *args: Any) -> Any:
+        """The forward for callers that have autograd behind them: kernels of torch's own ops."""
+        _served[self.backend] += 1
+        return self.forward(*args)
+
     def _recorded(self, args: tuple[Any, ...]) -> Any:
         """The forward with a node of the graph; outputs that the op hides are None."""
         apply = self._apply
@@ -533,6 +538,7 @@ class Explanation:
     """What dispatch would do with a call: the problem, the backend chosen (None: it would raise), every reason.
 
     preference: what decided between backends that can serve it, where the op has preferences and none was forced.
+    notes: what integrations have to say: which of torch's functions come here, and which calls were left to torch.
     """
 
     op: str
@@ -540,6 +546,7 @@ class Explanation:
     backend: str | None
     reasons: dict[str, str | None]
     preference: preference.Preference | None = None
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.backend or 'no backend can serve this call'}", f"  {describe(self.problem)}"]
@@ -548,7 +555,11 @@ class Explanation:
             lines.append(f"  {name}: {verdict}")
         if self.preference is not None:
             lines.append(f"  {self.preference}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+
+#: Called with an op's name; integrations add theirs.
+NOTES: list[Callable[[str], Sequence[str]]] = []
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
@@ -566,7 +577,9 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         chosen: str | None = op.resolve(problem, kwargs.get("backend")).backend
     except BackendUnsupported:
         chosen = None
-    return Explanation(op.name, problem, chosen, op.reasons(problem), None if forced else op.preference(problem))
+    notes = tuple(line for note in NOTES for line in note(op.name))
+    wish = None if forced else op.preference(problem)
+    return Explanation(op.name, problem, chosen, op.reasons(problem), wish, notes)
 
 
 set_backend(env.forced_backend())

@@ -11,6 +11,8 @@ from fastattn import philox
 from fastattn.flash_attn.dense import cap_of, limits, scale_of, unpacked
 from fastattn.ops.attention import attention_varlen, varlen_reference
 
+NAME = "flash_attn_varlen_func"
+
 
 class _Wanted(NamedTuple):
     lse: bool
@@ -127,7 +129,9 @@ def _attend(
     window, cap = limits(causal, window_size), cap_of(softcap)
     used, room = None, max_seqlen_k
     if block_table is not None:
-        k, v, cu_seqlens_k, used, room = _gathered(k, v, cu_seqlens_k, max_seqlen_k, block_table)
+        _check_bounds(cu_seqlens_k, block_table)
+        lengths = cu_seqlens_k[1:] - cu_seqlens_k[:-1]
+        k, v, cu_seqlens_k, used, room = gathered_pages(NAME, k, v, lengths, max_seqlen_k, block_table)
     seed = philox.draw(q.device) if return_attn_probs and dropout_p > 0.0 else None
     result = attention_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, room, return_aux=_Wanted(return_attn_probs),
@@ -147,14 +151,14 @@ def _attend(
     return output, lse, probabilities.to(output.dtype)
 
 
-def _gathered(
-    k: Tensor, v: Tensor, cu_seqlens_k: Tensor, max_seqlen_k: int, block_table: Tensor
+def gathered_pages(
+    name: str, k: Tensor, v: Tensor, lengths: Tensor, max_seqlen_k: int, block_table: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     """Keys and values of all sequences, each with room for the longest: (rows, rows, bounds, lengths, room).
 
-    The room and not the lengths is what decides sizes: no length has to come back from a GPU.
+    name: whose arguments these are, for errors. lengths: (N,) keys of the sequences. The room and not the lengths is
+    what decides sizes: no length has to come back from a GPU.
     """
-    name = "flash_attn_varlen_func"
     if k.ndim != 4 or v.ndim != 4 or k.shape[:3] != v.shape[:3] or k.shape[1] == 0:
         raise ValueError(
             f"{name}: with a block_table k and v must be (pages, page size, Hkv, D), alike but for D, got"
@@ -165,23 +169,25 @@ def _gathered(
             f"{name}: block_table must be int32 (N, n) on {k.device}, got {block_table.dtype}"
             f" {tuple(block_table.shape)} on {block_table.device}"
         )
-    if cu_seqlens_k.ndim != 1 or cu_seqlens_k.shape[0] != block_table.shape[0] + 1:
-        raise ValueError(
-            f"{name}: cu_seqlens_k must have shape ({block_table.shape[0] + 1},) with a block_table of"
-            f" {block_table.shape[0]} rows, got {tuple(cu_seqlens_k.shape)}"
-        )
     pages, size = k.shape[:2]
     sequences, columns = block_table.shape
     room = min(max_seqlen_k, columns * size)
-    lengths = cu_seqlens_k[1:] - cu_seqlens_k[:-1]
     slot = torch.arange(room, device=k.device)
     there = slot < lengths[:, None]
     page = torch.where(there, block_table[:, slot // size], 0)
     if page.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_pages(name, page, pages, size)
     rows = (page * size + slot % size).flatten()
-    bounds = torch.arange(sequences + 1, device=k.device, dtype=cu_seqlens_k.dtype) * room
+    bounds = torch.arange(sequences + 1, device=k.device, dtype=lengths.dtype) * room
     return k.flatten(0, 1)[rows], v.flatten(0, 1)[rows], bounds, lengths, room
+
+
+def _check_bounds(cu_seqlens_k: Tensor, block_table: Tensor) -> None:
+    if cu_seqlens_k.ndim != 1 or (block_table.ndim == 2 and cu_seqlens_k.shape[0] != block_table.shape[0] + 1):
+        raise ValueError(
+            f"{NAME}: cu_seqlens_k must have shape ({block_table.shape[0] + 1},) with a block_table of"
+            f" {block_table.shape[0]} rows, got {tuple(cu_seqlens_k.shape)}"
+        )
 
 
 def _check_pages(name: str, page: Tensor, pages: int, size: int) -> None:

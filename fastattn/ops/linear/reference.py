@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+# Bound here: what fastattn.accelerate() puts in their place leads back here.
+from torch.nn.functional import gelu as torchs_gelu
+from torch.nn.functional import linear as torchs_linear
 
 from fastattn.dispatch import Implementation
 from fastattn.ops.linear.op import ACTIVATIONS
@@ -15,11 +18,11 @@ _TANH = {"gelu": "none", "gelu_tanh": "tanh"}
 def forward(input: Tensor, weight: Tensor, bias: Tensor | None, activation: int, save: bool) -> tuple[Tensor, Tensor]:
     """(output, what it was before the activation if that is to be saved, else nothing)."""
     weight = weight.to(input.dtype)
-    output = F.linear(input, weight, None if bias is None else bias.to(input.dtype))
+    output = torchs_linear(input, weight, None if bias is None else bias.to(input.dtype))
     preactivation = output if save else input.new_empty((0,))
     name = ACTIVATIONS[activation]
     if name in _TANH:
-        output = F.gelu(output, approximate=_TANH[name])
+        output = torchs_gelu(output, approximate=_TANH[name])
     elif name == "relu":
         output = torch.relu(output)
     return output.contiguous(), preactivation.contiguous()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import linear as torchs_linear
 
 from fastattn.dispatch import Implementation
 from fastattn.numerics import accumulation_dtype
@@ -13,7 +13,7 @@ from fastattn.ops.linear_cross_entropy.op import check_targets
 
 def _logits(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     acc = accumulation_dtype(input.dtype)
-    return F.linear(input.to(acc), weight.to(acc), None if bias is None else bias.to(acc))
+    return torchs_linear(input.to(acc), weight.to(acc), None if bias is None else bias.to(acc))
 
 
 def _coefficients(
