@@ -1,9 +1,10 @@
 """fastattn: fused transformer kernels for CPUs and GPUs behind one op contract."""
 
+from fastattn import nn
 from fastattn.allocator import AllocatorTuning, tune_allocator
-from fastattn.dispatch import BackendUnsupported, explain, use_backend
-from fastattn.integrations import sdpa as _registered_with_torch  # noqa: F401
-from fastattn.integrations.functional import accelerate
+from fastattn.dispatch import BackendUnsupported, use_backend
+from fastattn.integrations.explanation import explain
+from fastattn.integrations.patching import PatchReport, patch, unpatch
 from fastattn.ops import (
     add_layer_norm,
     add_rms_norm,
@@ -26,8 +27,8 @@ from fastattn.version import __version__
 __all__ = [
     "AllocatorTuning",
     "BackendUnsupported",
+    "PatchReport",
     "__version__",
-    "accelerate",
     "add_layer_norm",
     "add_rms_norm",
     "apply_rotary_emb",
@@ -40,10 +41,13 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "log_softmax",
+    "nn",
+    "patch",
     "rms_norm",
     "scaled_dot_product_attention",
     "softmax",
     "swiglu",
     "tune_allocator",
+    "unpatch",
     "use_backend",
 ]

@@ -176,11 +176,6 @@ class Bound:
                     return self._recorded(args)
         return self.forward(*args)
 
-    def compute(self, *args: Any) -> Any:
-        """The forward for callers that have autograd behind them: kernels of torch's own ops."""
-        _served[self.backend] += 1
-        return self.forward(*args)
-
     def _recorded(self, args: tuple[Any, ...]) -> Any:
         """The forward with a node of the graph; outputs that the op hides are None."""
         apply = self._apply
@@ -452,6 +447,33 @@ class Op:
         return "\n".join(lines)
 
 
+@contextlib.contextmanager
+def observed(around: Callable[[Bound, Any], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+    """Within the block every call in eager code is served inside of `around(bound, problem)`. Process-wide.
+
+    problem: what the op asked its backends about; None for calls that went straight to the native kernel.
+    """
+    problems: dict[str, Any] = {}
+    run, compute, resolve = Bound.run, Bound.compute, Op.resolve_cached
+
+    def hearing(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Bound, *args: Any) -> Any:
+            with around(self, problems.pop(self.op.name, None)):
+                return plain(self, *args)
+
+        return call
+
+    def resolved(self: Op, key: Any, problem: Callable[[], Any], backend: str | None) -> Bound:
+        problems[self.name] = given = problem()
+        return self.resolve(given, backend)
+
+    Bound.run, Bound.compute, Op.resolve_cached = hearing(run), hearing(compute), resolved  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Bound.run, Bound.compute, Op.resolve_cached = run, compute, resolve  # type: ignore[method-assign]
+
+
 class NativeKernel:
     """A kernel that is registered under the schema's own name, by fastattn._C for one; calls go straight to that torch
     op."""
@@ -538,7 +560,6 @@ class Explanation:
     """What dispatch would do with a call: the problem, the backend chosen (None: it would raise), every reason.
 
     preference: what decided between backends that can serve it, where the op has preferences and none was forced.
-    notes: what integrations have to say: which of torch's functions come here, and which calls were left to torch.
     """
 
     op: str
@@ -546,7 +567,6 @@ class Explanation:
     backend: str | None
     reasons: dict[str, str | None]
     preference: preference.Preference | None = None
-    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.backend or 'no backend can serve this call'}", f"  {describe(self.problem)}"]
@@ -555,11 +575,7 @@ class Explanation:
             lines.append(f"  {name}: {verdict}")
         if self.preference is not None:
             lines.append(f"  {self.preference}")
-        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
-
-
-#: Called with an op's name; integrations add theirs.
-NOTES: list[Callable[[str], Sequence[str]]] = []
+        return "\n".join(lines)
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
@@ -577,9 +593,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         chosen: str | None = op.resolve(problem, kwargs.get("backend")).backend
     except BackendUnsupported:
         chosen = None
-    notes = tuple(line for note in NOTES for line in note(op.name))
-    wish = None if forced else op.preference(problem)
-    return Explanation(op.name, problem, chosen, op.reasons(problem), wish, notes)
+    return Explanation(op.name, problem, chosen, op.reasons(problem), None if forced else op.preference(problem))
 
 
 set_backend(env.forced_backend())

@@ -103,7 +103,7 @@ def _rebased(cls: type, old: type, new: type) -> type:
 
 def _class_with(module: nn.Module, form: Form, strict: bool) -> type:
     """The class that the module gets."""
-    cls = type(module)
+    cls: type = type(module)
     if not is_parametrized(module):
         return served_class(cls, form, strict)
     # torch takes parametrizations off by going back to the base of a class that it made for this module.

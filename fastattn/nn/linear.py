@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn import ops
+from fastattn import dispatch, ops
 from fastattn.nn.served import Served, refusal
 from fastattn.ops.linear.op import prefers_torch
 
@@ -18,7 +18,11 @@ _ACTIVATIONS = {"relu": torch.relu, "gelu": ops.gelu, "gelu_tanh": lambda x: ops
 
 
 def torchs(input: Tensor, weight: Tensor) -> bool:
-    """Whether torch's product is the faster one: it is short, or the committed table (preference.py) says so."""
+    """Whether torch's product is the faster one: it is short, or the committed table (preference.py) says so.
+
+    A forced backend is neither."""
+    if dispatch.forced_backend() is not None:
+        return False
     return (weight.ndim == 2 and input.numel() * weight.shape[0] < FEW) or prefers_torch(input, weight)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
 
 from fastattn import backends, dispatch
 from fastattn.norms import HALVES, PLAIN
@@ -76,6 +77,12 @@ def refusal(*tensors: Tensor | None) -> str | None:
             return f"a {type(tensor).__name__} is not a plain tensor"
         if tensor.is_nested:
             return "nested tensors are torch's"
+        if tensor.layout is not torch.strided:
+            return f"tensors of layout {tensor.layout} are torch's"
+    if forward_ad._current_level >= 0:
+        return "derivatives in forward mode are torch's"
+    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+        return "torch.jit traces torch's ops"
     first = tensors[0]
     assert first is not None
     return no_kernel(first.device.type, first.dtype)
