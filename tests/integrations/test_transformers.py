@@ -194,6 +194,14 @@ class EverythingDouble(TorchFunctionMode):
         kwargs = {k: double.get(a, a) if isinstance(a, torch.dtype) else a for k, a in kwargs.items()}
         return func(*args, **kwargs)
 
+    def __enter__(self):
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()
+
+    def __exit__(self, *raised):
+        torch.set_default_dtype(torch.float32)
+        return super().__exit__(*raised)
+
 
 def doubled(values):
     return {k: v.double() if v.is_floating_point() else v for k, v in values.items()}
@@ -256,8 +264,13 @@ def test_greedy_tokens_are_eager_attentions(name, cache, calls):
     settings = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "num_beams": 1}
     if cache == "static":
         settings["cache_implementation"] = "static"
-    found, expected = (model.generate(**arguments, **settings) for model in (ours, eager))
-    assert torch.equal(found, expected)
+    try:
+        expected = eager.generate(**arguments, **settings)
+    except ValueError as error:
+        if "does not support `cache_implementation" not in str(error):
+            raise
+        pytest.skip(f"transformers {transformers.__version__}: {error}")
+    assert torch.equal(ours.generate(**arguments, **settings), expected)
     assert expected.shape[1] >= 9
     steps = [kind for kind, shape, mask in calls if shape[2] == 1]
     assert steps, "no step of one query"
@@ -483,6 +496,40 @@ def test_packed_sequences_by_position_ids(name, calls):
     assert all(isinstance(mask, BandMask) and mask.ids is not None for _, _, mask in calls)
 
 
+def test_explicit_masks_are_recognised():
+    """Padding, causality and both, bool and additive; anything else stays what it is."""
+    lowest = torch.finfo(torch.float32).min
+    keep = torch.ones(2, 1, 1, 9, dtype=torch.bool)
+    keep[0, ..., :3] = keep[1, ..., 7:] = False
+    full = torch.ones(2, 1, 6, 9, dtype=torch.bool)
+    holes = keep.clone()
+    holes[0, ..., 5] = False
+    for seen, kind in (
+        (full, BandMask),
+        (full & keep, BandMask),
+        (full.tril(3), BandMask),
+        (full.tril(3) & keep, BandMask),
+        (full & holes, BandMask),
+        (keep, RangeMask),
+        (holes, None),
+        (full.tril(2), None),
+        (full.triu(), None),
+        (full[:, :, :, :1].expand(2, 3, 6, 9), None),
+    ):
+        for mask in (seen, torch.zeros(seen.shape).masked_fill(~seen, lowest)):
+            found = masks.recognised(mask)
+            assert type(found) is kind if kind else found is mask
+            assert masks.recognised(mask) is found
+            if kind:
+                assert torch.equal(found & True, seen)
+        biased = torch.full(seen.shape, 0.5).masked_fill(~seen, lowest)
+        assert masks.recognised(biased) is biased
+    mask = torch.zeros(2, 1, 6, 9)
+    assert masks.recognised(mask).ids is None
+    mask[0, :, :, :3] = lowest
+    assert masks.recognised(mask).ids is not None, "what has been written since counts"
+
+
 def test_masks_that_the_user_made():
     eager, ours = pair("llama")
     mask = torch.zeros(2, 1, 11, 11)
@@ -496,9 +543,10 @@ def test_long_prompts_in_pieces():
     """Chunked prefill: queries in the middle of a cache that is filled to there (dynamic) or longer (static)."""
     eager, ours = pair("mistral")
     ids = tokens(2, 11)
+    sizes = {"max_cache_len": 20, **({"max_batch_size": 2} if MAJOR < 5 else {})}
     for make in (
-        lambda m: transformers.DynamicCache(config=m.config),
-        lambda m: transformers.StaticCache(config=m.config, max_cache_len=20),
+        lambda m: transformers.DynamicCache(**({} if MAJOR < 5 else {"config": m.config})),
+        lambda m: transformers.StaticCache(config=m.config, **sizes),
     ):
         found = []
         for model in (ours, eager):
@@ -591,15 +639,18 @@ def test_under_autocast():
 
 
 def test_set_and_registered_twice_and_undone():
-    eager, _ = pair("llama")
+    model, ours = pair("llama")
     integration.register()
-    eager.set_attn_implementation("fastattn")
-    assert eager.config._attn_implementation == "fastattn"
-    eager(tokens(1, 5))
+    if hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation("fastattn")
+    else:  # before 4.54
+        model = ours
+    assert model.config._attn_implementation == "fastattn"
+    model(tokens(1, 5))
     integration.unregister()
     integration.unregister()
     with pytest.raises((KeyError, ValueError), match="fastattn"):
-        eager(tokens(1, 5))
+        model(tokens(1, 5))
     with pytest.raises(ValueError, match="fastattn"):
         transformers.AutoModelForCausalLM.from_config(config_of("llama"), attn_implementation="fastattn")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn.dispatch import autocast_enabled
-from fastattn.integrations.transformers.masks import BandMask, Mask, RangeMask
+from fastattn.integrations.transformers.masks import BandMask, Mask, RangeMask, recognised
 from fastattn.numerics import accumulation_dtype
 from fastattn.ops.attention import scaled_dot_product_attention
 from fastattn.ops.decode import decode_attention
@@ -212,6 +212,8 @@ def fastattn_attention(
         mask = mask[..., :keys]
     if indices is not None:
         mask, is_causal = _restricted(mask, is_causal, indices, query, keys), False
+    elif isinstance(mask, Tensor):
+        mask = recognised(mask)
     cap = softcap or 0.0
     weights = None
     if output_attentions:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import masking_utils
 
 from fastattn.integrations.transformers.patterns import Frame, Pattern, in_rows, merged_ids, read
@@ -301,3 +302,45 @@ def fastattn_mask(
 
 
 _SDPA_MASK = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+
+#: Explicit mask -> (its version, what recognised() made of it): all layers of a model get the same tensor.
+_recognised: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def recognised(mask: Tensor) -> Tensor | Mask:
+    """An explicit mask as a BandMask or RangeMask where it is padding, causality or both; else the mask itself.
+
+    Models that make their own masks (most encoders before 5.0) hand over (B, 1, Sq, Sk) of 0 and the lowest number.
+    """
+    if mask.requires_grad or mask.ndim != 4 or mask.shape[1] != 1 or mask.numel() == 0 or mask.device.type == "meta":
+        return mask
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return mask
+    version = None if mask.is_inference() else mask._version
+    known = _recognised.get(mask)
+    if known is None or version is None or known[0] != version:
+        known = version, _recognise(mask)
+        _recognised[mask] = known
+    return mask if known[1] is None else known[1]
+
+
+def _recognise(mask: Tensor) -> Mask | None:
+    seen = mask
+    if mask.dtype.is_floating_point:
+        seen = mask == 0
+        if not bool((seen | (mask <= torch.finfo(mask.dtype).min)).all()):
+            return None
+    elif mask.dtype != torch.bool:
+        return None
+    batch, _, queries, keys = mask.shape
+    last = seen[:, :, -1]
+    if queries == 1:
+        found = _range(last[:, 0], batch)
+        return found if isinstance(found, RangeMask) else None
+    frame = Frame(queries, keys, keys - queries, 0, mask.device)
+    padding = Pattern(frame, masked=(("key", last[:, 0]),))
+    for pattern in (padding, padding & Pattern(frame, right=0)):
+        band = _band(pattern, batch, known=True)
+        if band is not None and torch.equal(band.dense().expand_as(seen), seen):
+            return band
+    return None

@@ -324,6 +324,8 @@ def merged_ids(pattern: Pattern, known: bool) -> tuple[Tensor, Tensor] | None:
         if queries.numel() == 0 or keys.numel() == 0:
             continue
         least = torch.minimum(queries.min(), keys.min())
+        if known and bool(least == torch.maximum(queries.max(), keys.max())):
+            continue  # all of one sequence
         queries, keys = queries - least, keys - least
         if query_ids is None or key_ids is None:
             query_ids, key_ids = queries, keys
