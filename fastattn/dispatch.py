@@ -119,7 +119,10 @@ def autocast_enabled(device: str) -> bool:
 
 
 class Bound:
-    """An op bound to one backend: its kernels and the ways in which autograd can reach them."""
+    """An op bound to one backend: its kernels and the ways in which autograd can reach them.
+
+    Public functions call `public` where they are compiled and `run` in eager code.
+    """
 
     def __init__(self, op: Op, backend: str, implementation: Implementation) -> None:
         self.op, self.backend, self.implementation = op, backend, implementation
@@ -158,14 +161,9 @@ class Bound:
             generate_vmap_rule=True,
         ).apply
 
-    def __call__(self, *args: Any) -> Any:
-        """The op's forward on canonical arguments, differentiable by whatever means the caller's context needs."""
-        if torch.compiler.is_compiling():
-            return self.public(*args)
-        return self.run(*args)
-
     def run(self, *args: Any) -> Any:
-        """`__call__` in eager code."""
+        """The op's forward on canonical arguments, in eager code; differentiable by whatever means the caller's context
+        needs."""
         _served[self.backend] += 1
         if _transforms_active():
             return self.transformed(*args)
@@ -174,6 +172,11 @@ class Bound:
             for i in self.tensors:
                 if i < given and args[i] is not None and args[i].requires_grad:
                     return self._recorded(args)
+        return self.forward(*args)
+
+    def compute(self, *args: Any) -> Any:
+        """The forward for callers that have autograd behind them: kernels of torch's own ops."""
+        _served[self.backend] += 1
         return self.forward(*args)
 
     def _recorded(self, args: tuple[Any, ...]) -> Any:
@@ -560,6 +563,7 @@ class Explanation:
     """What dispatch would do with a call: the problem, the backend chosen (None: it would raise), every reason.
 
     preference: what decided between backends that can serve it, where the op has preferences and none was forced.
+    notes: what integrations have to say: which of torch's functions come here, and which calls were left to torch.
     """
 
     op: str
@@ -567,6 +571,7 @@ class Explanation:
     backend: str | None
     reasons: dict[str, str | None]
     preference: preference.Preference | None = None
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.backend or 'no backend can serve this call'}", f"  {describe(self.problem)}"]
@@ -575,7 +580,11 @@ class Explanation:
             lines.append(f"  {name}: {verdict}")
         if self.preference is not None:
             lines.append(f"  {self.preference}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+
+#: Called with an op's name; integrations add theirs.
+NOTES: list[Callable[[str], Sequence[str]]] = []
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
@@ -593,7 +602,9 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         chosen: str | None = op.resolve(problem, kwargs.get("backend")).backend
     except BackendUnsupported:
         chosen = None
-    return Explanation(op.name, problem, chosen, op.reasons(problem), None if forced else op.preference(problem))
+    notes = tuple(line for note in NOTES for line in note(op.name))
+    wish = None if forced else op.preference(problem)
+    return Explanation(op.name, problem, chosen, op.reasons(problem), wish, notes)
 
 
 set_backend(env.forced_backend())

@@ -173,13 +173,13 @@ def _query_step(
 
 @triton.jit(do_not_specialize=PLAIN)
 def backward_query(
-    grad_query_ptr, rest_ptr, grad_ptr, query_ptr, key_ptr, value_ptr, lse_ptr, delta_ptr,
+    grad_query_ptr, rest_ptr, grad_ptr, query_ptr, key_ptr, value_ptr, lse_ptr, delta_ptr, key_ranges_ptr,
+    mask_ptr, philox_ptr, slopes_ptr, query_ids_ptr, key_ids_ptr, prefix_ptr, cu_queries_ptr, cu_keys_ptr, used_ptr,
+    sinks_ptr,
     result_batch, result_head, result_row, grad_batch, grad_head, grad_row, query_batch, query_head, query_row,
     key_batch, key_head, key_row, value_batch, value_head, value_row, lse_batch, lse_head,
-    mask_ptr, mask_batch, mask_head, mask_row, mask_column,
-    philox_ptr, sinks_ptr, slopes_ptr, slopes_batch,
-    query_ids_ptr, query_ids_batch, key_ids_ptr, key_ids_batch, key_ranges_ptr, key_ranges_batch,
-    prefix_ptr, prefix_batch, cu_queries_ptr, cu_keys_ptr, used_ptr,
+    mask_batch, mask_head, mask_row, mask_column,
+    slopes_batch, query_ids_batch, key_ids_batch, prefix_batch, key_ranges_batch,
     scale, softcap, kept_scale, threshold,
     queries, keys, shift, left, right, heads, grouped, lanes, group, blocks, key_tiles, sequences,
     FEATURES: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
@@ -294,11 +294,10 @@ def _key_step(
 @triton.jit(do_not_specialize=PLAIN)
 def backward_mask(
     result_ptr, grad_ptr, query_ptr, key_ptr, value_ptr, lse_ptr, delta_ptr, rest_ptr,
+    mask_ptr, philox_ptr, slopes_ptr, query_ids_ptr, key_ids_ptr, prefix_ptr,
     grad_batch, grad_head, grad_row, query_batch, query_head, query_row,
     key_batch, key_head, key_row, value_batch, value_head, value_row, lse_batch, lse_head,
-    mask_ptr, mask_batch, mask_head, mask_row, mask_column,
-    philox_ptr, slopes_ptr, slopes_batch, query_ids_ptr, query_ids_batch, key_ids_ptr, key_ids_batch,
-    prefix_ptr, prefix_batch,
+    mask_batch, mask_head, mask_row, mask_column, slopes_batch, query_ids_batch, key_ids_batch, prefix_batch,
     scale, softcap, kept_scale, threshold,
     queries, keys, shift, left, right, heads, grouped, batches, mask_batches, mask_heads, mask_rows, mask_columns,
     splits,
@@ -412,13 +411,13 @@ def backward_mask(
 @triton.jit(do_not_specialize=PLAIN)
 def backward_key(
     grad_key_ptr, grad_value_ptr, grad_ptr, query_ptr, key_ptr, value_ptr, lse_ptr, delta_ptr, rest_ptr,
+    query_ranges_ptr,
+    mask_ptr, philox_ptr, slopes_ptr, query_ids_ptr, key_ids_ptr, prefix_ptr, cu_queries_ptr, cu_keys_ptr, used_ptr,
     key_result_batch, key_result_head, key_result_row, value_result_batch, value_result_head, value_result_row,
     grad_batch, grad_head, grad_row, query_batch, query_head, query_row,
     key_batch, key_head, key_row, value_batch, value_head, value_row, lse_batch, lse_head,
-    mask_ptr, mask_batch, mask_head, mask_row, mask_column,
-    philox_ptr, slopes_ptr, slopes_batch,
-    query_ids_ptr, query_ids_batch, key_ids_ptr, key_ids_batch, query_ranges_ptr, query_ranges_batch,
-    prefix_ptr, prefix_batch, cu_queries_ptr, cu_keys_ptr, used_ptr,
+    mask_batch, mask_head, mask_row, mask_column,
+    slopes_batch, query_ids_batch, key_ids_batch, prefix_batch, query_ranges_batch,
     scale, softcap, kept_scale, threshold,
     queries, keys, shift, left, right, heads, grouped, lanes, group, blocks, query_tiles, sequences,
     FEATURES: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,

@@ -87,13 +87,12 @@ def _step(
 
 @triton.jit(do_not_specialize=PLAIN)
 def forward(
-    output_ptr, lse_ptr, query_ptr, key_ptr, value_ptr,
+    output_ptr, lse_ptr, query_ptr, key_ptr, value_ptr, key_ranges_ptr,
+    mask_ptr, philox_ptr, slopes_ptr, query_ids_ptr, key_ids_ptr, prefix_ptr, cu_queries_ptr, cu_keys_ptr, used_ptr,
+    sinks_ptr,
     output_batch, output_head, output_row, query_batch, query_head, query_row, key_batch, key_head, key_row,
-    value_batch, value_head, value_row, lse_batch, lse_head,
-    mask_ptr, mask_batch, mask_head, mask_row, mask_column,
-    philox_ptr, sinks_ptr, slopes_ptr, slopes_batch,
-    query_ids_ptr, query_ids_batch, key_ids_ptr, key_ids_batch, key_ranges_ptr, key_ranges_batch,
-    prefix_ptr, prefix_batch, cu_queries_ptr, cu_keys_ptr, used_ptr,
+    value_batch, value_head, value_row, lse_batch, lse_head, mask_batch, mask_head, mask_row, mask_column,
+    slopes_batch, query_ids_batch, key_ids_batch, prefix_batch, key_ranges_batch,
     scale, softcap, kept_scale, threshold,
     queries, keys, shift, left, right, heads, grouped, lanes, group, blocks, key_tiles, sequences,
     FEATURES: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,

@@ -203,7 +203,7 @@ def _canonical(input: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Te
     accumulation = accumulation_dtype(input.dtype)
     rows = _rows(input)
     if target.dtype in INTEGERS:
-        goal = target.reshape(-1).to(torch.int64)
+        goal = target if target.dtype == torch.int64 and target.ndim == 1 else target.reshape(-1).to(torch.int64)
     else:
         goal = _rows(target if target.dtype == input.dtype else target.to(accumulation))
     return rows, goal, None if weight is None else weight.to(accumulation).contiguous()
@@ -286,7 +286,7 @@ def cross_entropy(
     if torch.compiler.is_compiling():
         _check(input, target, weight, reduction, label_smoothing, z_loss, softcap)
         x, t, w = _canonical(input, target, weight)
-        bound = OP.resolve(_problem(x, t, w, label_smoothing, reduction, z_loss, softcap), backend)
+        compute = OP.resolve(_problem(x, t, w, label_smoothing, reduction, z_loss, softcap), backend).public
     else:
         signature = (
             input.shape, target.shape, input.dtype, target.dtype, input.device, target.device,
@@ -298,11 +298,11 @@ def cross_entropy(
             _check(input, target, weight, reduction, label_smoothing, z_loss, softcap)
             return _problem(*_canonical(input, target, weight), label_smoothing, reduction, z_loss, softcap)
 
-        bound = OP.resolve_cached(signature, problem, backend)
+        compute = OP.resolve_cached(signature, problem, backend).run
         x, t, w = _canonical(input, target, weight)
     options = ignore_index, label_smoothing, REDUCTIONS.index(reduction)
     features = (z_loss, softcap) if z_loss or softcap else ()
-    loss, lse, total = bound(x, t, w, *options, *features)
+    loss, lse, total = compute(x, t, w, *options, *features)
     dtype = _result_dtype(input, target)
 
     def shaped(result: Tensor) -> Tensor:

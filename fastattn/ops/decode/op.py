@@ -220,6 +220,7 @@ class Call:
         self.problem = problem
         if torch.compiler.is_compiling():
             self.bound = OP.resolve(problem(), backend)
+            self._compute = self.bound.public
         else:
             signature = (
                 _strided(query), _strided(key_cache), _strided(value_cache),
@@ -230,10 +231,11 @@ class Call:
                 alibi_slopes if alibi_slopes is None else _form(alibi_slopes),
             )  # fmt: skip
             self.bound = OP.resolve_cached(signature, problem, backend)
+            self._compute = self.bound.run
 
     def run(self, query: Tensor, appended: int = 0) -> tuple[Tensor, Tensor]:
         """(output, lse)"""
-        return self.bound(query, *self.caches, *self.indices, self.slopes, appended, *self.options)
+        return self._compute(query, *self.caches, *self.indices, self.slopes, appended, *self.options)
 
 
 def _plain(

@@ -115,7 +115,7 @@ def gelu(input: Tensor, approximate: str = "none", *, bias: Tensor | None = None
     if torch.compiler.is_compiling():
         _check(input, approximate, bias)
         b = _canonical(input, bias)
-        bound = OP.resolve(_problem(input, approximate, b), backend)
+        compute = OP.resolve(_problem(input, approximate, b), backend).public
     else:
         signature = (
             input.shape, input.dtype, input.device, approximate,
@@ -126,9 +126,9 @@ def gelu(input: Tensor, approximate: str = "none", *, bias: Tensor | None = None
             _check(input, approximate, bias)
             return _problem(input, approximate, _canonical(input, bias))
 
-        bound = OP.resolve_cached(signature, problem, backend)
+        compute = OP.resolve_cached(signature, problem, backend).run
         b = _canonical(input, bias)
-    return bound(input, b, approximate == "tanh")
+    return compute(input, b, approximate == "tanh")
 
 
 def _prepare(

@@ -284,12 +284,12 @@ def layer_norm(
         return _problem(input, shape, weight, bias)
 
     if torch.compiler.is_compiling():
-        bound = OP.resolve(problem(), backend)
+        compute = OP.resolve(problem(), backend).public
     else:
         signature = (input.shape, shape, input.dtype, input.device, key_of(weight), key_of(bias))
-        bound = OP.resolve_cached(signature, problem, backend)
+        compute = OP.resolve_cached(signature, problem, backend).run
     weight, bias = parameters_for(input.dtype, weight, bias)
-    output, _mean, _rstd = bound(input, weight, bias, len(shape), float(eps), float(weight_offset))
+    output, _mean, _rstd = compute(input, weight, bias, len(shape), float(eps), float(weight_offset))
     return (output, input) if prenorm else output
 
 
@@ -359,17 +359,17 @@ def _added(
         return _add_problem(op, input, residual, shape, weight, bias, dropout_p > 0.0)
 
     if torch.compiler.is_compiling():
-        bound = ADD_OP.resolve(problem(), backend)
+        compute = ADD_OP.resolve(problem(), backend).public
     else:
         signature = (
             op, input.shape, shape, input.dtype, input.device, key_of(residual), key_of(weight), key_of(bias),
             dropout_p > 0.0,
         )  # fmt: skip
-        bound = ADD_OP.resolve_cached(signature, problem, backend)
+        compute = ADD_OP.resolve_cached(signature, problem, backend).run
     x, r = sides(input, residual)
     weight, bias = parameters_for(r.dtype, weight, bias)
     philox = dropout_state(x.device, dropout_p, seed)
-    output, total, _mean, _rstd = bound(
+    output, total, _mean, _rstd = compute(
         x, r, weight, bias, philox, len(shape), float(eps), float(weight_offset), float(dropout_p)
     )
     return output, total

@@ -232,7 +232,7 @@ def linear(
     if torch.compiler.is_compiling():
         _check(input, weight, bias, activation)
         x, w, b = _canonical(input, weight, bias)
-        bound = OP.resolve(_problem(x, w, b, activation), backend)
+        compute = OP.resolve(_problem(x, w, b, activation), backend).public
     else:
         signature = (
             input.shape, input.dtype, input.device, weight.shape, weight.dtype, weight.device,
@@ -244,13 +244,13 @@ def linear(
             _check(input, weight, bias, activation)
             return _problem(*_canonical(input, weight, bias), activation)
 
-        bound = OP.resolve_cached(signature, problem, backend)
+        compute = OP.resolve_cached(signature, problem, backend).run
         x, w, b = _canonical(input, weight, bias)
     index = ACTIVATIONS.index(activation)
     save = (
         index not in (0, RELU) and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, b))
     )
-    output, _preactivation = bound(x, w, b, index, save)
+    output, _preactivation = compute(x, w, b, index, save)
     return output if weight.ndim == 2 else output.squeeze(-1)
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import linear as torchs_linear
 
 from fastattn.dispatch import Op, Problem, autocast_enabled, check_size
 from fastattn.numerics import FLOATING, accumulation_dtype
@@ -104,7 +104,7 @@ def _grad_probabilities(
     """Gradient of class-probability targets, which are as large as the logits: the same for every backend."""
     input, weight, bias, target, class_weight = tensors
     acc = lse.dtype
-    logits = F.linear(input.to(acc), weight.to(acc), None if bias is None else bias.to(acc))
+    logits = torchs_linear(input.to(acc), weight.to(acc), None if bias is None else bias.to(acc))
     # For a second derivative lse is no constant.
     log_probabilities = torch.log_softmax(logits, -1) if torch.is_grad_enabled() else logits - lse[:, None]
     if class_weight is not None:
@@ -372,14 +372,14 @@ def _loss(
 ) -> Tensor:
     x, w, b, t, c = _canonical(input, linear_weight, target, linear_bias, weight)
     if torch.compiler.is_compiling():
-        bound = OP.resolve(_problem(x, w, b, t, c, label_smoothing, reduction), backend)
+        compute = OP.resolve(_problem(x, w, b, t, c, label_smoothing, reduction), backend).public
     else:
         signature = (x.shape, w.shape, x.dtype, w.dtype, t.dtype, x.device, b is None, c is None, reduction,
                      label_smoothing)  # fmt: skip
-        bound = OP.resolve_cached(signature, lambda: _problem(x, w, b, t, c, label_smoothing, reduction), backend)
+        compute = OP.resolve_cached(signature, lambda: _problem(x, w, b, t, c, label_smoothing, reduction), backend).run
     ahead = reduction != "none" and torch.is_grad_enabled()
     wanted = (ahead and y is not None and y.requires_grad for y in (x, w, b))
-    return bound(x, w, b, t, c, ignore_index, label_smoothing, REDUCTIONS.index(reduction), *wanted)[0]
+    return compute(x, w, b, t, c, ignore_index, label_smoothing, REDUCTIONS.index(reduction), *wanted)[0]
 
 
 def _at_positions(

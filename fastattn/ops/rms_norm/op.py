@@ -271,13 +271,13 @@ def rms_norm(
         return _problem(input, shape, weight)
 
     if torch.compiler.is_compiling():
-        bound = OP.resolve(problem(), backend)
+        compute = OP.resolve(problem(), backend).public
     else:
         signature = (input.shape, shape, input.dtype, input.device, key_of(weight))
-        bound = OP.resolve_cached(signature, problem, backend)
+        compute = OP.resolve_cached(signature, problem, backend).run
     eps = _default_eps(input.dtype) if eps is None else float(eps)
     (weight,) = parameters_for(input.dtype, weight)
-    output, _rstd = bound(input, weight, len(shape), eps, float(weight_offset))
+    output, _rstd = compute(input, weight, len(shape), eps, float(weight_offset))
     return (output, input) if prenorm else output
 
 
@@ -347,18 +347,18 @@ def _added(
         return _add_problem(op, input, residual, shape, weight, dropout_p > 0.0)
 
     if torch.compiler.is_compiling():
-        bound = ADD_OP.resolve(problem(), backend)
+        compute = ADD_OP.resolve(problem(), backend).public
     else:
         signature = (
             op, input.shape, shape, input.dtype, input.device, key_of(residual), key_of(weight),
             dropout_p > 0.0,
         )  # fmt: skip
-        bound = ADD_OP.resolve_cached(signature, problem, backend)
+        compute = ADD_OP.resolve_cached(signature, problem, backend).run
     x, r = sides(input, residual)
     (weight,) = parameters_for(r.dtype, weight)
     philox = dropout_state(x.device, dropout_p, seed)
     eps = _default_eps(r.dtype) if eps is None else float(eps)
-    output, total, _rstd = bound(x, r, weight, philox, len(shape), eps, float(weight_offset), float(dropout_p))
+    output, total, _rstd = compute(x, r, weight, philox, len(shape), eps, float(weight_offset), float(dropout_p))
     return output, total
 
 

@@ -141,6 +141,7 @@ def apply_rotary_emb(
     if torch.compiler.is_compiling():
         _check(x, cos, sin, seqlen_offsets, cu_seqlens)
         bound = OP.resolve(_problem(x, cos, interleaved), backend)
+        compute = bound.public
     else:
         index = [None if t is None else (t.shape, t.dtype, t.device) for t in (offsets, cu_seqlens)]
         signature = (
@@ -153,9 +154,10 @@ def apply_rotary_emb(
             return _problem(x, cos, interleaved)
 
         bound = OP.resolve_cached(signature, problem, backend)
+        compute = bound.run
     tables = [t if t.stride(-1) == 1 else t.contiguous() for t in (cos, sin)]
     if not inplace:
-        return bound(x, *tables, offsets, cu_seqlens, offset, interleaved)
+        return compute(x, *tables, offsets, cu_seqlens, offset, interleaved)
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("rotary: inplace=True would change a tensor that needs a gradient")
     if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):

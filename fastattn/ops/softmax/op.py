@@ -208,14 +208,13 @@ def _softmax(
     if scale != 1.0 or mask is not None or is_causal or alignment not in ALIGNMENTS:
         return _with_features(name, log, x, axis, out, float(scale), mask, is_causal, alignment, backend)
     if torch.compiler.is_compiling():
-        bound = OP.resolve(_problem(x, axis, log, out), backend)
+        compute = OP.resolve(_problem(x, axis, log, out), backend).public
     else:
-        bound = OP.resolve_cached(
-            (x.shape, x.dtype, x.device, axis, log, out), lambda: _problem(x, axis, log, out), backend
-        )
+        signature = (x.shape, x.dtype, x.device, axis, log, out)
+        compute = OP.resolve_cached(signature, lambda: _problem(x, axis, log, out), backend).run
     if x.ndim == 0:
-        return bound(x.reshape(1), 0, log, out).reshape(())
-    return bound(x, axis, log, out)
+        return compute(x.reshape(1), 0, log, out).reshape(())
+    return compute(x, axis, log, out)
 
 
 def _with_features(
@@ -235,18 +234,18 @@ def _with_features(
     m = _canonical_mask(x, axis, mask)
     causal = alignment if is_causal else "none"
     if torch.compiler.is_compiling():
-        bound = OP.resolve(_problem(x, axis, log, out, scale, m, causal), backend)
+        compute = OP.resolve(_problem(x, axis, log, out, scale, m, causal), backend).public
     else:
         signature = (
             x.shape, x.dtype, x.device, axis, log, out, scale != 1.0, None if m is None else m.dtype, causal,
         )  # fmt: skip
-        bound = OP.resolve_cached(signature, lambda: _problem(x, axis, log, out, scale, m, causal), backend)
+        compute = OP.resolve_cached(signature, lambda: _problem(x, axis, log, out, scale, m, causal), backend).run
     features = scale, m, 0 if causal == "none" else 1 + ALIGNMENTS.index(causal)
     if x.ndim == 0:
-        return bound(x.reshape(1), 0, log, out, scale, None if m is None else m.reshape(1), 0).reshape(())
+        return compute(x.reshape(1), 0, log, out, scale, None if m is None else m.reshape(1), 0).reshape(())
     if axis == x.ndim - 1:
-        return bound(x, axis, log, out, *features)
-    return bound(x.movedim(axis, -1), x.ndim - 1, log, out, *features).movedim(-1, axis).contiguous()
+        return compute(x, axis, log, out, *features)
+    return compute(x.movedim(axis, -1), x.ndim - 1, log, out, *features).movedim(-1, axis).contiguous()
 
 
 def softmax(

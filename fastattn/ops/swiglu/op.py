@@ -76,14 +76,14 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     """
     if torch.compiler.is_compiling():
         _check(gate, up)
-        return OP.resolve(_problem(gate), backend)(gate, up)
+        return OP.resolve(_problem(gate), backend).public(gate, up)
 
     def problem() -> SwigluProblem:
         _check(gate, up)
         return _problem(gate)
 
     signature = (gate.shape, gate.dtype, gate.device, up.shape, up.dtype, up.device)
-    return OP.resolve_cached(signature, problem, backend)(gate, up)
+    return OP.resolve_cached(signature, problem, backend).run(gate, up)
 
 
 def _prepare(gate: Tensor, up: Tensor, **_: Any) -> tuple[Op, SwigluProblem]:
