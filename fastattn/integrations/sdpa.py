@@ -25,9 +25,11 @@ import torch.nn.attention
 from torch import Tensor
 
 from fastattn import dispatch, philox
+from fastattn.flash_attn.passes import Kernels, dense_kernels, packed_kernels, unit
 from fastattn.flash_attn.varlen import gathered_pages
 from fastattn.integrations import left_to_torch
-from fastattn.ops.attention import OP, VARLEN_OP, attention_varlen, scaled_dot_product_attention
+from fastattn.numerics import accumulation_dtype
+from fastattn.ops.attention import OP, VARLEN_OP, scaled_dot_product_attention
 
 NAME = "fastattn"
 _JAGGED = "jagged_scaled_dot_product_attention"
@@ -109,23 +111,18 @@ class _Left(Exception):
     """A call that our kernels do not serve; the message says why."""
 
 
-def _chosen(op: dispatch.Op, alone: bool, key: Any, function: Any, *args: Any, **kwargs: Any) -> dispatch.Bound:
+def _served(find: Callable[..., Kernels], *args: Any, alone: bool = False) -> dispatch.Bound:
     """The kernels that serve a call; _Left where that would be the definition in plain torch and nobody forced it.
 
     alone: torch has no kernel of its own for this operator and device; then the definition will do.
     """
-
-    def problem() -> dispatch.Problem:
-        try:
-            with torch.autocast(args[0].device.type, enabled=False):  # torch's operator has cast already
-                described: dispatch.Problem = function.prepare(*args, **kwargs)[1]
-        except ValueError as error:
-            raise _Left(str(error)) from error
-        return described
-
-    bound = op.resolve_cached(("aten", *key), problem, None)
+    try:
+        kernels = find(*args)
+    except ValueError as error:
+        raise _Left(str(error)) from error
+    bound = kernels.bound
     if bound.backend == "reference" and not alone and dispatch.forced_backend() is None:
-        reasons = op.reasons(problem())
+        reasons = bound.op.reasons(kernels.problem())
         raise _Left("; ".join(f"{name}: {why}" for name, why in reasons.items() if why is not None))
     return bound
 
@@ -150,26 +147,7 @@ def _sequence_first(tensor: Tensor) -> Tensor:
     return _lying_as(tensor, turned.transpose(1, 2).stride())
 
 
-def _unit(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 # ---- (B, H, S, D) ----
-
-
-def _dense(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool,
-    bottom_right: bool, window: tuple[int, int] = (-1, -1), slopes: Tensor | None = None, alone: bool = False,
-) -> dispatch.Bound:  # fmt: skip
-    described = tuple(None if t is None else (t.shape, t.dtype, t.device) for t in (query, key, value, mask, slopes))
-    call = {
-        "enable_gqa": True, "causal_alignment": "bottom_right" if bottom_right else "top_left", "window": window,
-        "alibi_slopes": slopes,
-    }  # fmt: skip
-    signature = (described, dropout_p > 0.0, is_causal, bottom_right, window)
-    return _chosen(
-        OP, alone, signature, scaled_dot_product_attention, query, key, value, mask, dropout_p, is_causal, **call
-    )
 
 
 def _mask(mask: Tensor | None) -> Tensor | None:
@@ -187,9 +165,9 @@ def _sdpa_cpu(
     if dropout_p > 0.0:
         raise _Left("torch's operator for CPUs keeps no state for dropout")
     mask = _mask(attn_mask)
-    bound = _dense(query, key, value, mask, 0.0, is_causal, False)
+    bound = _served(dense_kernels, query, key, value, mask, 0.0, is_causal, False)
     output, lse = bound.compute(
-        _unit(query), _unit(key), _unit(value), mask, None, _scale(query, scale), is_causal, False, 0.0
+        unit(query), unit(key), unit(value), mask, None, _scale(query, scale), is_causal, False, 0.0
     )
     return _like(output, query), _sequence_first(lse)
 
@@ -201,10 +179,10 @@ def _sdpa_cpu_backward(
     if dropout_p > 0.0:
         raise _Left("torch's operator for CPUs keeps no state for dropout")
     mask = _mask(attn_mask)
-    bound = _dense(query, key, value, mask, 0.0, is_causal, False)
+    bound = _served(dense_kernels, query, key, value, mask, 0.0, is_causal, False)
     assert bound.backward is not None
     grads = bound.backward(
-        _unit(grad_out), None, _unit(query), _unit(key), _unit(value), mask, None, _unit(out), logsumexp.contiguous(),
+        unit(grad_out), None, unit(query), unit(key), unit(value), mask, None, unit(out), logsumexp.contiguous(),
         _scale(query, scale), is_causal, False, 0.0, False,
     )  # fmt: skip
     return tuple(_sequence_first(grad) for grad in grads[:3])
@@ -216,10 +194,10 @@ def _sdpa_gpu(
 ) -> tuple[Any, ...]:  # fmt: skip
     if return_debug_mask:
         raise _Left("return_debug_mask is torch's")
-    bound = _dense(query, key, value, None, dropout_p, is_causal, False)
+    bound = _served(dense_kernels, query, key, value, None, dropout_p, is_causal, False)
     state = philox.draw(query.device) if dropout_p > 0.0 else None
     output, lse = bound.compute(
-        _unit(query), _unit(key), _unit(value), None, state, _scale(query, scale), is_causal, False, dropout_p
+        unit(query), unit(key), unit(value), None, state, _scale(query, scale), is_causal, False, dropout_p
     )
     return (_like(output, query), lse, None, None, query.shape[2], key.shape[2], *_as_states(state, query),
             query.new_empty(0))  # fmt: skip
@@ -230,11 +208,11 @@ def _sdpa_gpu_backward(
     cum_seq_k: Any, max_q: int, max_k: int, dropout_p: float, is_causal: bool, philox_seed: Tensor,
     philox_offset: Tensor, *, scale: float | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    bound = _dense(query, key, value, None, dropout_p, is_causal, False)
+    bound = _served(dense_kernels, query, key, value, None, dropout_p, is_causal, False)
     assert bound.backward is not None
     grads = bound.backward(
-        _unit(grad_out), None, _unit(query), _unit(key), _unit(value), None,
-        _as_state(philox_seed, philox_offset) if dropout_p > 0.0 else None, _unit(out), logsumexp.contiguous(),
+        unit(grad_out), None, unit(query), unit(key), unit(value), None,
+        _as_state(philox_seed, philox_offset) if dropout_p > 0.0 else None, unit(out), logsumexp.contiguous(),
         _scale(query, scale), is_causal, False, dropout_p, False,
     )  # fmt: skip
     return tuple(_like(grad, side) for grad, side in zip(grads[:3], (query, key, value), strict=True))
@@ -261,18 +239,6 @@ def _window(is_causal: bool, left: int | None, right: int | None) -> tuple[int, 
     return left, 0 if is_causal else right
 
 
-def _packed(
-    query: Tensor, key: Tensor, value: Tensor, bounds: tuple[Tensor, Tensor, Tensor | None], max_q: int, max_k: int,
-    dropout_p: float, window: tuple[int, int], slopes: Tensor | None,
-) -> dispatch.Bound:  # fmt: skip
-    described = tuple(None if t is None else (t.shape, t.dtype, t.device) for t in (query, key, value, *bounds, slopes))
-    return _chosen(
-        VARLEN_OP, query.is_cpu, (described, dropout_p > 0.0, window), attention_varlen, query, key, value, *bounds[:2],
-        max_q, max_k, window_size=window, enable_gqa=True, seqused_k=bounds[2], alibi_slopes=slopes,
-        dropout_p=dropout_p,
-    )  # fmt: skip
-
-
 def _flash(
     query: Tensor, key: Tensor, value: Tensor, cum_seq_q: Tensor | None, cum_seq_k: Tensor | None, max_q: int,
     max_k: int, dropout_p: float, is_causal: bool, return_debug_mask: bool, *, scale: float | None = None,
@@ -287,11 +253,11 @@ def _flash(
         if seqused_k is not None or block_table is not None:
             raise _Left("seqused_k and block_table are for packed sequences")
         heads = [t.transpose(1, 2) for t in (query, key, value)]
-        bound = _dense(
-            heads[0], heads[1], heads[2], None, dropout_p, is_causal, True, window, alibi_slopes, query.is_cpu
+        bound = _served(
+            dense_kernels, *heads, None, dropout_p, is_causal, True, window, 0.0, alibi_slopes, alone=query.is_cpu
         )
         output, lse = bound.compute(
-            *map(_unit, heads), None, state, _scale(query, scale), is_causal, True, dropout_p, *window, 0.0, None,
+            *map(unit, heads), None, state, _scale(query, scale), is_causal, True, dropout_p, *window, 0.0, None,
             alibi_slopes, None, None, None,
         )  # fmt: skip
         output = output.transpose(1, 2)
@@ -303,11 +269,12 @@ def _flash(
             key, value, cum_seq_k, seqused_k, max_k = gathered_pages(NAME, key, value, lengths, max_k, block_table)
         if cum_seq_k is None:
             raise _Left("packed queries need cum_seq_k, the bounds of their keys")
-        bound = _packed(
-            query, key, value, (cum_seq_q, cum_seq_k, seqused_k), max_q, max_k, dropout_p, window, alibi_slopes
-        )
+        bound = _served(
+            packed_kernels, query, key, value, cum_seq_q, cum_seq_k, seqused_k, max_q, max_k, dropout_p, window, 0.0,
+            alibi_slopes, alone=query.is_cpu,
+        )  # fmt: skip
         output, lse = bound.compute(
-            _unit(query), _unit(key), _unit(value), cum_seq_q, cum_seq_k, seqused_k, state, None, alibi_slopes,
+            unit(query), unit(key), unit(value), cum_seq_q, cum_seq_k, seqused_k, state, None, alibi_slopes,
             _scale(query, scale), max_q, max_k, *window, 0.0, dropout_p,
         )  # fmt: skip
     return _like(output, query), lse.float(), *_as_states(state, query), query.new_empty(0)
@@ -327,24 +294,27 @@ def _flash_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     window = _window(is_causal, window_size_left, window_size_right)
     state = _as_state(rng_state, unused) if dropout_p > 0.0 else None
-    logsumexp = logsumexp.to(torch.float64 if query.dtype == torch.float64 else torch.float32).contiguous()
+    logsumexp = logsumexp.to(accumulation_dtype(query.dtype)).contiguous()
     if cum_seq_q is None:
         heads = [t.transpose(1, 2) for t in (query, key, value)]
-        bound = _dense(heads[0], heads[1], heads[2], None, dropout_p, is_causal, True, window, alone=query.is_cpu)
+        bound = _served(dense_kernels, *heads, None, dropout_p, is_causal, True, window, alone=query.is_cpu)
         assert bound.backward is not None
         grads = bound.backward(
-            _unit(grad_out.transpose(1, 2)), None, *map(_unit, heads), None, state, _unit(out.transpose(1, 2)),
+            unit(grad_out.transpose(1, 2)), None, *map(unit, heads), None, state, unit(out.transpose(1, 2)),
             logsumexp, _scale(query, scale), is_causal, True, dropout_p, False, *window, 0.0, None, None, None, None,
             None,
         )  # fmt: skip
         grads = [grad.transpose(1, 2) for grad in grads[:3]]
     else:
         assert cum_seq_k is not None
-        bound = _packed(query, key, value, (cum_seq_q, cum_seq_k, None), max_q, max_k, dropout_p, window, None)
+        bound = _served(
+            packed_kernels, query, key, value, cum_seq_q, cum_seq_k, None, max_q, max_k, dropout_p, window, 0.0, None,
+            alone=query.is_cpu,
+        )  # fmt: skip
         assert bound.backward is not None
         grads = bound.backward(
-            _unit(grad_out), None, _unit(query), _unit(key), _unit(value), cum_seq_q, cum_seq_k, None, state, None,
-            None, _unit(out), logsumexp, _scale(query, scale), max_q, max_k, *window, 0.0, dropout_p,
+            unit(grad_out), None, unit(query), unit(key), unit(value), cum_seq_q, cum_seq_k, None, state, None,
+            None, unit(out), logsumexp, _scale(query, scale), max_q, max_k, *window, 0.0, dropout_p,
         )  # fmt: skip
     return tuple(_like(grad, side) for grad, side in zip(grads[:3], (query, key, value), strict=True))
 

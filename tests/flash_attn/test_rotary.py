@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastattn.flash_attn import apply_rotary_emb, apply_rotary_emb_kv_, apply_rotary_emb_qkv_
+from fastattn.flash_attn.rotary import RotaryEmbedding, apply_rotary
 from fastattn.testing.opcheck import available_backends
 
 BACKENDS = available_backends("cpu")
@@ -76,3 +77,41 @@ def test_refused():
         apply_rotary_emb_kv_(torch.randn(2, 7, 3, 16), cos, sin)
     with pytest.raises(RuntimeError, match="leaf"):
         apply_rotary_emb_qkv_(torch.randn(2, 7, 3, 2, 16, requires_grad=True), cos, sin)
+
+
+def test_the_inverse():
+    x, (cos, sin) = torch.randn(2, 7, 3, 16), tables()
+    there = apply_rotary(x, cos, sin, 2, interleaved=True)
+    torch.testing.assert_close(apply_rotary(there, cos, sin, 2, interleaved=True, conjugate=True), x)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_embedding(interleaved):
+    """Tables by the formula; a prompt, then what follows, is the whole."""
+    module = RotaryEmbedding(8, base=100.0, interleaved=interleaved)
+    assert not module.state_dict()
+    angles = torch.arange(9)[:, None] * 100.0 ** (-torch.arange(0, 8, 2) / 8)
+    qkv = torch.randn(2, 9, 3, 4, 16)
+    q, k, v = qkv.clone().unbind(2)
+    whole = module(qkv.clone())
+    expected = [apply_rotary_emb(t, angles.cos(), angles.sin(), interleaved) for t in (q, k)]
+    torch.testing.assert_close(whole, torch.stack((*expected, v), 2))
+    parts = [module(qkv[:, :5].clone()), module(qkv[:, 5:].clone(), seqlen_offset=5)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+    offsets = torch.tensor([5, 5], dtype=torch.int32)
+    torch.testing.assert_close(module(qkv[:, 5:].clone(), seqlen_offset=offsets, max_seqlen=9), parts[1])
+    turned_q, kv = module(q.clone(), torch.stack((k, v), 2))
+    torch.testing.assert_close(torch.cat((turned_q[:, :, None], kv), 2), whole)
+    assert module(qkv.bfloat16()).dtype == torch.bfloat16
+
+
+def test_embedding_with_scales():
+    """XPos: the product of a query and a key depends on their distance alone."""
+    module = RotaryEmbedding(16, scale_base=64.0)
+    q, k = torch.randn(1, 1, 1, 16).expand(1, 6, 1, 16), torch.randn(1, 1, 1, 16).expand(1, 6, 1, 16)
+    turned = module(torch.stack((q, k, k), 2))
+    products = torch.einsum("bihd,bjhd->ij", turned[:, :, 0], turned[:, :, 1])
+    for offset in range(-5, 6):
+        diagonal = products.diagonal(offset)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
+    assert not torch.allclose(turned[:, 0, 0].norm(), turned[:, 5, 0].norm())
