@@ -157,7 +157,7 @@ class PatchReport:
 
     def __str__(self) -> str:
         if not (self.replaced or self.left or self.already):
-            return f"nothing to patch: fastattn has no kernel for {_counted(self.others) or 'a model without modules'}"
+            return f"nothing to patch: fastattn has no kernel for {_counted(self.others)}"
         lines = [f"{len(self.replaced)} modules replaced, {len(self.left)} left, {len(self.already)} were ours already"]
         for title, entries in (("replaced", self.replaced), ("left", self.left), ("already", self.already)):
             groups: dict[tuple[str, str], list[str]] = {}

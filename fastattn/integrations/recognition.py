@@ -181,15 +181,14 @@ def _norm_form(module: nn.Module) -> Form:
     rest = [name for name in names if name != bias]
     shapes = {tuple(module._parameters[name].shape) for name in names}  # type: ignore[union-attr]
     if len(rest) > 1 or (bias and not rest) or any(len(shape) != 1 for shape in shapes):
-        raise Unrecognised(
-            f"its parameters are {', '.join(names)} of shapes {sorted(shapes)}, not one vector and a bias"
-        )
+        raise Unrecognised(f"its parameters are no vector and a bias: {', '.join(names)} of shapes {sorted(shapes)}")
     weight = rest[0] if rest else None
     width = next(iter(shapes))[0] if shapes else WIDTH
     attributes = {"normalized_shape": (width,)} if not shapes and hasattr(module, "normalized_shape") else {}
     parameters = {name: _drawn(width, seed=i) for i, name in enumerate(names)}
     # Rows that eps matters to, and rows that a mean is in.
-    x = _drawn(ROWS, width, seed=7) * torch.tensor([[1e-3], [1.0], [30.0]]) + torch.tensor([[0.0], [0.5], [0.0]])
+    x = _drawn(ROWS, width, seed=7) * torch.tensor([[1e-3], [1.0], [1e4]], device="cpu")
+    x[1] += 0.5
     result = _computed(module, parameters, x, **attributes)
     for mixin, offset, eps in _candidates(module, weight is not None, bias is not None):
         number = getattr(module, eps) if isinstance(eps, str) else eps
@@ -242,7 +241,9 @@ def _result_rule(
 def _gelu_form(module: nn.Module) -> Form:
     if _names(module):
         raise Unrecognised("it has parameters")
+    # Far out there may be limits that are not GELU's.
     x = torch.linspace(-8.0, 8.0, 257, dtype=torch.float32, device="cpu")
+    x = torch.cat((x, torch.tensor([-1e4, -100.0, -20.0, 20.0, 100.0, 1e4], device="cpu")))
     result = _computed(module, {}, x)
     for approximate in ("none", "tanh"):
         expected = F.gelu(x.double(), approximate=approximate)

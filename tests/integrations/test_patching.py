@@ -1,0 +1,683 @@
+"""patch and unpatch: what is replaced, what is left and why; a model stays the same model."""
+
+import copy
+import importlib
+import io
+import pickle
+import subprocess
+import sys
+
+import hypothesis
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+import fastattn
+from fastattn.dispatch import BackendUnsupported, reset_served, served
+from fastattn.integrations import patching
+from fastattn.nn.served import Served
+
+E, H = 16, 4
+
+
+class Block(nn.Module):
+    """One of everything."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.rms = nn.LayerNorm(E), nn.RMSNorm(E)
+        self.attention = nn.MultiheadAttention(E, H, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(E, 2 * E), nn.GELU(), nn.Linear(2 * E, E), nn.Dropout(0.0))
+        self.encoder = nn.TransformerEncoderLayer(E, H, 2 * E, 0.0, batch_first=True)
+        self.decoder = nn.TransformerDecoderLayer(E, H, 2 * E, 0.0, batch_first=True)
+        self.log_softmax, self.softmax = nn.LogSoftmax(-1), nn.Softmax(-1)
+        self.loss = nn.CrossEntropyLoss()
+        self.embedding = nn.Embedding(10, E)
+
+    def forward(self, ids):
+        x = self.norm(self.embedding(ids))
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        x = self.decoder(self.encoder(x + self.mlp(self.rms(x))), x)
+        return self.loss(self.log_softmax(x).flatten(0, 1), ids.flatten()) + self.softmax(x).square().sum()
+
+
+def block():
+    torch.manual_seed(0)
+    return Block()
+
+
+IDS = torch.arange(20).reshape(2, 10) % 10
+
+
+def classes(model):
+    return [type(module) for module in model.modules()]
+
+
+def state(model):
+    """All that a module holds: hooks and attributes included."""
+    return [(path, sorted(module.__dict__), module.training) for path, module in model.named_modules()]
+
+
+def gradients(model):
+    model.zero_grad()
+    model(IDS).backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def test_everything_is_replaced_and_computes_the_same():
+    model = block()
+    expected, wanted = model(IDS), gradients(model)
+    keys, before = list(model.state_dict()), state(model)
+    parameters = list(model.parameters())
+    report = fastattn.patch(model)
+    by = {entry.path: entry.what for entry in report.replaced}
+    assert by["norm"] == "fastattn's LayerNorm" and by["mlp.1"] == "fastattn's GELU"
+    assert by["encoder"] == "fastattn's TransformerEncoderLayer" and by["encoder.self_attn"]
+    assert {path for path in by if "." not in path} == {
+        "norm", "rms", "attention", "encoder", "decoder", "log_softmax", "softmax", "loss",
+    }  # fmt: skip
+    assert report.left == () and report.others == {"Dropout": 8, "Embedding": 1}
+    assert list(model.state_dict()) == keys and state(model) == before
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    reset_served()
+    torch.testing.assert_close(model(IDS), expected)
+    assert set(served()) == {"cpu"}
+    torch.testing.assert_close(gradients(model), wanted, rtol=1e-4, atol=1e-5)
+    assert isinstance(model.norm, nn.LayerNorm) and type(model.norm).__name__ == "LayerNorm"
+    assert repr(model.norm) == repr(nn.LayerNorm(E))
+
+
+def test_round_trip_is_bit_identical():
+    model = block()
+    before, kinds, expected, wanted = state(model), classes(model), model(IDS), gradients(model)
+    bits = {key: value.clone() for key, value in model.state_dict().items()}
+    report = fastattn.patch(model)
+    assert classes(model) != kinds
+    assert fastattn.unpatch(model) == len(report.replaced)
+    assert classes(model) == kinds and state(model) == before
+    assert all(torch.equal(value, bits[key]) for key, value in model.state_dict().items())
+    assert torch.equal(model(IDS), expected)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(model), wanted, strict=True))
+    assert fastattn.unpatch(model) == 0
+
+
+def test_patching_twice_is_harmless():
+    model = block()
+    first = fastattn.patch(model)
+    kinds = classes(model)
+    second = fastattn.patch(model)
+    assert second.replaced == () and len(second.already) == len(first.replaced) and classes(model) == kinds
+
+
+def test_the_model_itself_may_be_what_is_replaced():
+    model = nn.Linear(3, 4)
+    assert [entry.path for entry in fastattn.patch(model).replaced] == [""]
+    assert isinstance(model, Served)
+    fastattn.unpatch(model)
+    assert type(model) is nn.Linear
+
+
+def test_modules_of_ours_stay_ours():
+    model = nn.Sequential(fastattn.nn.Linear(3, 4), nn.Linear(4, 3))
+    report = fastattn.patch(model)
+    assert [entry.path for entry in report.already] == ["0"] and [entry.path for entry in report.replaced] == ["1"]
+    assert fastattn.unpatch(model) == 1
+    assert type(model[0]) is fastattn.nn.Linear
+
+
+def test_nothing_to_patch_is_said():
+    assert str(fastattn.patch(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU(), nn.ReLU()))) == (
+        "nothing to patch: fastattn has no kernel for Conv2d (1), ReLU (2)"
+    )
+
+
+def test_the_report_is_a_table():
+    lines = str(fastattn.patch(block())).splitlines()
+    assert lines[0] == "27 modules replaced, 0 left, 0 were ours already"
+    assert any("LayerNorm" in line and "fastattn's LayerNorm: norm ... decoder.norm3" in line for line in lines)
+    assert lines[-1] == "  no kernel for Dropout (8), Embedding (1)"
+
+
+def test_other_arguments_are_refused():
+    for function in (fastattn.patch, fastattn.unpatch):
+        with pytest.raises(TypeError, match=r"takes a torch\.nn\.Module, got dict"):
+            function({})
+    with pytest.raises(TypeError, match="exclude holds patterns and classes, got 3"):
+        fastattn.patch(nn.Linear(2, 2), exclude=[3])
+
+
+def test_exclude():
+    model = block()
+    report = fastattn.patch(model, exclude=["mlp.*", nn.RMSNorm])
+    assert {entry.path: entry.what for entry in report.left} == dict.fromkeys(
+        ("rms", "mlp.0", "mlp.1", "mlp.2"), "excluded"
+    )
+    assert type(model.mlp[0]) is nn.Linear and isinstance(model.encoder.linear1, Served)
+    fastattn.patch(model, strict=True, exclude=["mlp.*", nn.RMSNorm])  # what is asked for is no failure
+
+
+# ---- what is left ----
+
+
+class Doubled(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class Named(nn.Linear):
+    """Only more of what a Linear is."""
+
+    def width(self):
+        return self.out_features
+
+
+class OtherFeedForward(nn.TransformerEncoderLayer):
+    def _ff_block(self, x):
+        return x
+
+
+def replaced_forward():
+    module = nn.Linear(3, 4)
+    module.forward = lambda x: x
+    return module
+
+
+LEFT = {
+    "another forward": (lambda: Doubled(3, 4), "a subclass of Linear with a forward of its own"),
+    "another part": (
+        lambda: OtherFeedForward(8, 2),
+        "a subclass of TransformerEncoderLayer with a _ff_block of its own",
+    ),
+    "forward of the instance": (replaced_forward, "its forward has been replaced on the module itself"),
+    "lazy": (lambda: nn.LazyLinear(4), "its parameters are not there yet: call the model once before patching"),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_is_left_is_said(name):
+    make, why = LEFT[name]
+    model = nn.Sequential(make(), nn.LayerNorm(4))
+    report = fastattn.patch(model)
+    assert [(entry.path, entry.what) for entry in report.left] == [("0", why)]
+    assert why in str(report) and not isinstance(model[0], Served) and isinstance(model[1], Served)
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_strict_raises_and_changes_nothing(name):
+    make, why = LEFT[name]
+    model = nn.Sequential(nn.LayerNorm(4), make())
+    kinds = classes(model)
+    with pytest.raises(BackendUnsupported, match=why):
+        fastattn.patch(model, strict=True)
+    assert classes(model) == kinds
+
+
+def test_subclasses_that_change_nothing_are_served():
+    model = Named(3, 4)
+    fastattn.patch(model)
+    assert isinstance(model, Served) and isinstance(model, Named) and model.width() == 4
+    fastattn.unpatch(model)
+    assert type(model) is Named
+
+
+def test_lazy_modules_are_served_once_they_are_there():
+    model = nn.LazyLinear(4)
+    model(torch.randn(2, 3))
+    assert fastattn.patch(model).replaced
+
+
+def test_strict_modules_raise_in_calls_that_they_cannot_serve():
+    model = nn.LayerNorm(E)
+    fastattn.patch(model, strict=True)
+    model(torch.randn(2, E))
+    with pytest.raises(BackendUnsupported, match=r"LayerNorm: no kernel for torch\.float64"):
+        model.double()(torch.randn(2, E, dtype=torch.float64))
+    fastattn.patch(model)  # no longer strict
+    model(torch.randn(2, E, dtype=torch.float64))
+    fastattn.unpatch(model)
+    assert type(model) is nn.LayerNorm
+
+
+def test_nothing_is_left_half_patched(monkeypatch):
+    class Stubborn(nn.Linear):
+        def __setattr__(self, name, value):
+            if name == "__class__":
+                raise KeyboardInterrupt
+            super().__setattr__(name, value)
+
+    model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), Stubborn(4, 4), nn.GELU())
+    kinds = classes(model)
+    with pytest.raises(KeyboardInterrupt):
+        fastattn.patch(model)
+    assert classes(model) == kinds
+    monkeypatch.setattr(patching, "judge", lambda module: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fastattn.patch(model)
+    assert classes(model) == kinds
+
+
+# ---- it stays the same model ----
+
+
+def test_hooks_are_kept_and_called():
+    model, calls = block(), []
+    model.norm.register_forward_hook(lambda *args: calls.append("before"))
+    fastattn.patch(model)
+    model.norm.register_forward_pre_hook(lambda *args: calls.append("after"))
+    model(IDS)
+    fastattn.unpatch(model)
+    model(IDS)
+    assert calls == ["after", "before"] * 2
+
+
+def test_copies_are_patched_and_independent():
+    model = block()
+    fastattn.patch(model)
+    twin = copy.deepcopy(model)
+    assert classes(twin) == classes(model)
+    assert torch.equal(twin(IDS), model(IDS))
+    with torch.no_grad():
+        twin.norm.weight.zero_()
+    assert model.norm.weight.ne(0).any()
+    fastattn.unpatch(model)
+    assert isinstance(twin.norm, Served) and fastattn.unpatch(twin) == 27
+    assert classes(twin) == classes(block())
+
+
+@pytest.mark.parametrize("protocol", [1, 2, 5])
+def test_pickled(protocol):
+    model = block()
+    fastattn.patch(model)
+    twin = pickle.loads(pickle.dumps(model, protocol))
+    assert classes(twin) == classes(model) and torch.equal(twin(IDS), model(IDS))
+    fastattn.unpatch(twin)
+    assert classes(twin) == classes(block())
+
+
+def test_pickled_for_another_process(tmp_path):
+    model = nn.Sequential(nn.LayerNorm(E), nn.TransformerEncoderLayer(E, H, E, 0.0), nn.Linear(E, 3))
+    fastattn.patch(model)
+    torch.save({"model": model, "output": model(torch.ones(2, 2, E))}, tmp_path / "model.pt")
+    code = (
+        "import sys, torch\n"
+        "saved = torch.load(sys.argv[1], weights_only=False)\n"
+        "model = saved['model']\n"
+        "assert torch.equal(model(torch.ones(2, 2, 16)), saved['output'])\n"
+        "import fastattn\n"
+        "assert fastattn.patch(model).replaced == ()\n"
+        "assert fastattn.unpatch(model) > 5\n"
+        "assert type(model[0]) is torch.nn.LayerNorm and type(model[1].self_attn) is torch.nn.MultiheadAttention\n"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "model.pt"], check=True, timeout=120)
+
+
+def test_state_dict_goes_in_and_out():
+    model, other = block(), block()
+    fastattn.patch(model)
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    model.load_state_dict(other.state_dict())
+    torch.testing.assert_close(model(IDS), other(IDS))
+
+
+def test_optimizers_go_on():
+    model = block()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first = model(IDS)
+    fastattn.patch(model)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = model(IDS)
+        loss.backward()
+        optimizer.step()
+    assert model(IDS) < first
+
+
+def test_shared_modules_and_parameters_stay_shared():
+    norm = nn.LayerNorm(4)
+    model = nn.Sequential(norm, nn.Linear(4, 4), norm)
+    model[1].weight = nn.Parameter(torch.eye(4))
+    assert len(fastattn.patch(model).replaced) == 2 and model[0] is model[2] is norm
+
+
+def test_compiled_models_are_recompiled():
+    model = nn.Sequential(nn.LayerNorm(E), nn.GELU())
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, E)
+    expected = compiled(x)
+    fastattn.patch(model)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append({str(node.target) for node in graph.graph.nodes})
+        return graph.forward
+
+    torch.testing.assert_close(torch.compile(model, backend=backend, fullgraph=True)(x), expected)
+    assert any("fastattn.layer_norm.cpu" in name for name in graphs[0])
+    torch.testing.assert_close(compiled(x), expected)
+    fastattn.unpatch(model)
+    assert torch.equal(compiled(x), expected)
+
+
+def test_autocast():
+    model = block()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(IDS)
+        fastattn.patch(model)
+        found = model(IDS)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+
+
+def test_a_model_on_the_meta_device_is_patched_before_it_has_memory():
+    with torch.device("meta"):
+        model = Block()
+    assert len(fastattn.patch(model).replaced) == 27
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    assert model(IDS).isfinite()
+
+
+# ---- parametrizations ----
+
+
+def weight_norm_pair():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5))
+
+
+@pytest.mark.parametrize("first", ["patched", "parametrized"])
+@pytest.mark.parametrize("undone", ["parametrization", "patch"])
+def test_parametrizations(first, undone):
+    model, x = weight_norm_pair(), torch.randn(3, 4)
+    plain = model(x)
+    if first == "patched":
+        fastattn.patch(model)
+        parametrizations.weight_norm(model[0])
+    else:
+        parametrizations.weight_norm(model[0])
+        parametrized = type(model[0])
+        twin = copy.deepcopy(model)  # its class is shared
+        fastattn.patch(model)
+        assert type(twin[0]) is parametrized
+    assert isinstance(model[0], Served) and parametrize.is_parametrized(model[0])
+    torch.testing.assert_close(model(x), plain)
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+    if undone == "patch":
+        assert fastattn.unpatch(model) == 2
+        assert not isinstance(model[0], Served) and parametrize.is_parametrized(model[0])
+        assert first == "patched" or type(model[0]) is parametrized
+        torch.testing.assert_close(model(x), plain)
+        parametrize.remove_parametrizations(model[0], "weight")
+        assert type(model[0]) is nn.Linear
+    else:
+        parametrize.remove_parametrizations(model[0], "weight")
+        assert isinstance(model[0], Served) and not parametrize.is_parametrized(model[0])
+        torch.testing.assert_close(model(x), plain)
+        fastattn.unpatch(model)
+        assert type(model[0]) is nn.Linear
+
+
+# ---- any model ----
+
+LEAVES = {
+    "linear": lambda: nn.Linear(E, E), "norm": lambda: nn.LayerNorm(E), "rms": lambda: nn.RMSNorm(E),
+    "gelu": lambda: nn.GELU(), "softmax": lambda: nn.Softmax(-1), "relu": lambda: nn.ReLU(),
+    "doubled": lambda: Doubled(E, E), "named": lambda: Named(E, E), "ours": lambda: fastattn.nn.LayerNorm(E),
+    "encoder": lambda: nn.TransformerEncoderLayer(E, H, E, 0.0, batch_first=True),
+    "weight norm": lambda: parametrizations.weight_norm(nn.Linear(E, E)),
+}  # fmt: skip
+trees = strategies.recursive(
+    strategies.sampled_from(sorted(LEAVES)), lambda inner: strategies.lists(inner, min_size=1, max_size=4), max_leaves=8
+)
+
+
+def built(tree):
+    return LEAVES[tree]() if isinstance(tree, str) else nn.Sequential(*map(built, tree))
+
+
+@hypothesis.given(tree=trees, strict=strategies.booleans(), seed=strategies.integers(0, 99))
+@hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
+def test_any_tree_of_modules(tree, strict, seed):
+    torch.manual_seed(seed)
+    model, x = built(tree), torch.randn(2, 3, E)
+    kinds, held, expected = classes(model), state(model), model(x)
+    try:
+        report = fastattn.patch(model, strict=strict)
+    except BackendUnsupported:
+        assert strict and any(issubclass(kind, Doubled) for kind in kinds)
+        assert classes(model) == kinds
+        return
+    assert not (strict and report.left)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert fastattn.unpatch(model) == len(report.replaced)
+    assert classes(model) == kinds and state(model) == held and torch.equal(model(x), expected)
+
+
+# ---- other libraries' classes ----
+
+
+class LlamaRMSNorm(nn.Module):
+    """Rounds before the weight: the result is promoted."""
+
+    def __init__(self, width=E, eps=1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states):
+        dtype = hidden_states.dtype
+        hidden_states = hidden_states.float()
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        return self.weight * (hidden_states * torch.rsqrt(variance + self.variance_epsilon)).to(dtype)
+
+
+class GemmaRMSNorm(LlamaRMSNorm):
+    def forward(self, x):
+        y = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return (y * (1.0 + self.weight.float())).type_as(x)
+
+
+class T5LayerNorm(LlamaRMSNorm):
+    def forward(self, hidden_states):
+        variance = hidden_states.float().pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        if self.weight.dtype in (torch.float16, torch.bfloat16):
+            hidden_states = hidden_states.to(self.weight.dtype)
+        return self.weight * hidden_states
+
+
+class CenteredNorm(LlamaRMSNorm):
+    def forward(self, x):
+        return F.layer_norm(x.float(), x.shape[-1:], self.weight.float(), None, self.variance_epsilon).to(x.dtype)
+
+
+class BareNorm(nn.Module):
+    normalized_shape = (E,)
+
+    def forward(self, x):
+        return F.layer_norm(x.float(), self.normalized_shape, None, None, 1e-5).to(x.dtype)
+
+
+class NewGELUActivation(nn.Module):
+    def forward(self, input):
+        return 0.5 * input * (1.0 + torch.tanh((2 / torch.pi) ** 0.5 * (input + 0.044715 * input.pow(3))))
+
+
+class GELUActivation(nn.Module):
+    def forward(self, input):
+        return input * 0.5 * (1.0 + torch.erf(input / 2**0.5))
+
+
+class Conv1D(nn.Module):
+    def __init__(self, nf=24, nx=E):
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight, self.bias = nn.Parameter(torch.empty(nx, nf)), nn.Parameter(torch.zeros(nf))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x):
+        size = (*x.shape[:-1], self.nf)
+        return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(size)
+
+
+FOREIGN = {
+    LlamaRMSNorm: "RMSNorm", GemmaRMSNorm: "RMSNorm", T5LayerNorm: "RMSNorm", CenteredNorm: "LayerNorm",
+    BareNorm: "LayerNorm", NewGELUActivation: "GELU", GELUActivation: "GELU", Conv1D: "Conv1D",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FOREIGN, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32),
+                                    (torch.float32, torch.bfloat16)], ids=str)  # fmt: skip
+def test_classes_that_compute_what_ours_do(kind, dtypes):
+    """In every combination of an input's and a weight's dtype the result has the dtype that it had."""
+    torch.manual_seed(0)
+    of_input, of_weight = dtypes
+    model = kind()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    model.to(of_weight)
+    if kind is Conv1D and of_input != of_weight:
+        return  # the original refuses that
+    x = torch.randn(5, E).to(of_input).requires_grad_()
+    expected = model(x)
+    expected.sum().backward()
+    wanted, x.grad = x.grad, None
+    report = fastattn.patch(model)
+    assert [entry.what for entry in report.replaced] == [f"fastattn's {FOREIGN[kind]}"]
+    reset_served()
+    with fastattn.use_backend("cpu"):
+        found = model(x)
+    found.sum().backward()
+    assert set(served()) == {"cpu"} and found.dtype == expected.dtype
+    low = torch.bfloat16 in dtypes
+    torch.testing.assert_close(found, expected, rtol=2e-2 if low else 1e-5, atol=2e-2 if low else 1e-5)
+    torch.testing.assert_close(x.grad, wanted, rtol=5e-2 if low else 1e-4, atol=5e-2 if low else 1e-5)
+    fastattn.unpatch(model)
+    assert type(model) is kind
+
+
+def test_foreign_classes_are_pickled_by_their_own_name():
+    model = LlamaRMSNorm()
+    fastattn.patch(model)
+    function, arguments, *_ = model.__reduce_ex__(4)
+    assert function is patching._new and arguments[0] is LlamaRMSNorm
+    assert type(copy.deepcopy(model)) is type(model)
+    again = pickle.loads(pickle.dumps(arguments[1]))  # the form; the class is this test's
+    assert patching.served_class(LlamaRMSNorm, again, False) is type(model)
+
+
+def test_recognising_runs_neither_hooks_nor_random_numbers():
+    model, calls = LlamaRMSNorm(), []
+    model.register_forward_hook(lambda *args: calls.append(1))
+    weight, random = model.weight.clone(), torch.get_rng_state()
+    fastattn.patch(model)
+    assert calls == [] and torch.equal(model.weight, weight) and torch.equal(torch.get_rng_state(), random)
+
+
+class QuickGELUActivation(nn.Module):
+    def forward(self, input):
+        return input * torch.sigmoid(1.702 * input)
+
+
+class GroupedNorm(LlamaRMSNorm):
+    def forward(self, x):
+        return self.weight * F.layer_norm(x.unflatten(-1, (2, -1)), (x.shape[-1] // 2,)).flatten(-2)
+
+
+class CountingNorm(LlamaRMSNorm):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+class GatedNorm(LlamaRMSNorm):
+    def forward(self, x, gate):
+        return super().forward(x) * F.silu(gate)
+
+
+class HeadsNorm(LlamaRMSNorm):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, E))
+
+
+class BufferNorm(LlamaRMSNorm):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(E))
+
+
+NOT_OURS = {
+    QuickGELUActivation: "it computes neither of torch's GELUs",
+    GroupedNorm: "it computes neither RMSNorm nor LayerNorm over the last dimension",
+    CountingNorm: "its forward changes the module or its input",
+    GatedNorm: "its forward does not take a tensor: TypeError",
+    HeadsNorm: "its parameters are no vector and a bias: weight of shapes",
+    BufferNorm: "it has parts or buffers",
+}
+
+
+@pytest.mark.parametrize("kind", NOT_OURS, ids=lambda kind: kind.__name__)
+def test_classes_that_only_have_the_name(kind):
+    model = kind()
+    report = fastattn.patch(model)
+    assert report.replaced == () and report.left[0].what.startswith(NOT_OURS[kind])
+    assert type(model) is kind and getattr(model, "calls", 0) == 0
+    with pytest.raises(BackendUnsupported):
+        fastattn.patch(model, strict=True)
+
+
+TRANSFORMERS = {
+    "llama": ("LlamaRMSNorm", 0.0, "promoted"), "mistral": ("MistralRMSNorm", 0.0, "promoted"),
+    "mixtral": ("MixtralRMSNorm", 0.0, "promoted"), "qwen2": ("Qwen2RMSNorm", 0.0, "promoted"),
+    "qwen3": ("Qwen3RMSNorm", 0.0, "promoted"), "gemma": ("GemmaRMSNorm", 1.0, "input"),
+    "gemma2": ("Gemma2RMSNorm", 1.0, "input"), "gemma3": ("Gemma3RMSNorm", 1.0, "input"),
+    "phi3": ("Phi3RMSNorm", 0.0, "promoted"), "olmo2": ("Olmo2RMSNorm", 0.0, "input"),
+    "granite": ("GraniteRMSNorm", 0.0, "promoted"), "smollm3": ("SmolLM3RMSNorm", 0.0, "promoted"),
+    "gpt_oss": ("GptOssRMSNorm", 0.0, "input"), "t5": ("T5LayerNorm", 0.0, "weight"),
+    "cohere": ("CohereLayerNorm", 0.0, "input"), "olmo": ("OlmoLayerNorm", 0.0, "input"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_norms_of_transformers(name):
+    pytest.importorskip("transformers")
+    kind, offset, result = TRANSFORMERS[name]
+    model = getattr(importlib.import_module(f"transformers.models.{name}.modeling_{name}"), kind)(E)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(5, E)
+    expected = model(x)
+    assert fastattn.patch(model).replaced
+    assert (model.fastattn_offset, model.fastattn_result) == (offset, result)
+    torch.testing.assert_close(model(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
+
+
+def test_activations_and_conv1d_of_transformers():
+    activations = pytest.importorskip("transformers.activations")
+    from transformers.pytorch_utils import Conv1D as Theirs
+
+    fates = {}
+    for name in ("gelu", "gelu_10", "gelu_fast", "gelu_new", "gelu_python", "gelu_pytorch_tanh", "gelu_accurate",
+                 "quick_gelu", "silu", "relu"):  # fmt: skip
+        module = activations.ACT2FN[name]
+        report = fastattn.patch(module)
+        fates[name] = getattr(module, "fastattn_approximate", "left" if report.left else "no kernel")
+    assert fates == {
+        "gelu": "none", "gelu_10": "left", "gelu_fast": "tanh", "gelu_new": "tanh", "gelu_python": "none",
+        "gelu_pytorch_tanh": "tanh", "gelu_accurate": "tanh", "quick_gelu": "left", "silu": "no kernel",
+        "relu": "no kernel",
+    }  # fmt: skip
+    model = Theirs(24, E)
+    assert fastattn.patch(model).replaced and repr(model) == "Conv1D(nf=24, nx=16)"
