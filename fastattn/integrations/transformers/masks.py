@@ -8,6 +8,8 @@ our masks never leave it to module.is_causal what they mean.
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +20,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import masking_utils
 
 from fastattn.integrations.transformers.patterns import Frame, Pattern, in_rows, merged_ids, read
+
+_SDPA_MASK = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+_EAGER_MASK = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["eager"]
 
 
 class Mask:
@@ -239,6 +244,35 @@ def _traced_start(arguments: dict[str, Any]) -> tuple[int, int] | None:
     return arguments["q_length"], start
 
 
+#: Module of a config -> whether the models beside it take attention implementations.
+_takes: dict[str, bool] = {}
+
+
+@torch._dynamo.assume_constant_result
+def takes_implementations(config_module: str) -> bool:
+    """Whether the models whose config is defined in this module call the attention function that they are set to.
+
+    Models with attention of their own add the mask to the scores, whatever the implementation's name: they must get one
+    that can be added.
+    """
+    if config_module not in _takes:
+        models = sys.modules.get(config_module.replace("configuration_", "modeling_"))
+        found = {} if models is None else vars(models)
+        own = [
+            name
+            for name, value in found.items()
+            if isinstance(value, type) and "Attention" in name and value.__module__ == models.__name__
+        ]
+        _takes[config_module] = not own or "ALL_ATTENTION_FUNCTIONS" in found
+        if not _takes[config_module]:
+            warnings.warn(
+                f"fastattn: {config_module.split('.')[-2]} has attention of its own ({own[0]}) that takes no attention"
+                ' implementation; it runs as with attn_implementation="eager"',
+                stacklevel=2,
+            )
+    return _takes[config_module]
+
+
 def fastattn_mask(
     batch_size: int,
     kv_length: int,
@@ -258,19 +292,21 @@ def fastattn_mask(
 
     Returns:
         BandMask, RangeMask; None for one query that sees everything; else what sdpa gets: a bool tensor (B, 1, queries,
-        keys), or None for what module.is_causal says.
+        keys), or None for what module.is_causal says. For models with attention of their own what eager gets.
     """
     if isinstance(attention_mask, Mask):  # made before, for the whole model
         return attention_mask
 
-    def explicit() -> Any:
+    def explicit(make: Callable[..., Any] = _SDPA_MASK) -> Any:
         given = {**arguments, "device": device, "use_vmap": use_vmap, "config": config}
-        return _SDPA_MASK(
+        return make(
             batch_size=batch_size, kv_length=kv_length, kv_offset=kv_offset, mask_function=mask_function,
             attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip,
             allow_is_bidirectional_skip=allow_is_bidirectional_skip, **given,
         )  # fmt: skip
 
+    if config is not None and not takes_implementations(type(config).__module__):
+        return explicit(_EAGER_MASK)
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if traced:
         # Here a function that looks into a tensor cannot be told from one that does not, but by who is asking.
@@ -300,8 +336,6 @@ def fastattn_mask(
         return _range(mask.dense()[:, 0, 0, :], batch_size)
     return mask
 
-
-_SDPA_MASK = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
 
 #: Explicit mask -> (its version, what recognised() made of it): all layers of a model get the same tensor.
 _recognised: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
