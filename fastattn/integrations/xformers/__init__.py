@@ -1,0 +1,83 @@
+"""xformers' memory_efficient_attention and its attn_bias classes, on CPUs too; and `import xformers` without xformers:
+
+    import fastattn.integrations.xformers
+    fastattn.integrations.xformers.install()     # before diffusers, ... are imported
+    import xformers.ops                          # memory_efficient_attention, fmha, LowerTriangularMask, unbind
+
+An xformers that is installed is left alone. Other parts of it raise ImportError as if they were not there.
+"""
+
+import importlib
+from typing import Any
+
+import torch
+
+from fastattn.integrations.stand_in import StandIn, public
+from fastattn.integrations.xformers import attn_bias
+from fastattn.integrations.xformers.attention import memory_efficient_attention, memory_efficient_attention_forward
+from fastattn.integrations.xformers.attn_bias import AttentionBias, LowerTriangularMask
+
+__all__ = [
+    "AttentionBias",
+    "LowerTriangularMask",
+    "attn_bias",
+    "install",
+    "memory_efficient_attention",
+    "memory_efficient_attention_forward",
+    "uninstall",
+]
+
+#: What version checks of other libraries see: the release whose functions these are.
+VERSION = "0.0.35"
+_BIASES = tuple(
+    name
+    for name, member in vars(attn_bias).items()
+    if isinstance(member, type) and (issubclass(member, (AttentionBias, attn_bias._SeqLenInfo)))
+)
+_FUNCTIONS = {
+    "memory_efficient_attention": memory_efficient_attention,
+    "memory_efficient_attention_forward": memory_efficient_attention_forward,
+}
+
+
+def _fmha() -> dict[str, Any]:
+    biases = public(attn_bias, *(name for name in _BIASES if not name.startswith("_")))
+    return {**_FUNCTIONS, **biases, "attn_bias": importlib.import_module("xformers.ops.fmha.attn_bias")}
+
+
+def _ops() -> dict[str, Any]:
+    return {
+        **_FUNCTIONS,
+        "AttentionBias": AttentionBias,
+        "AttentionMask": AttentionBias,
+        "LowerTriangularMask": LowerTriangularMask,
+        "fmha": importlib.import_module("xformers.ops.fmha"),
+        "unbind": torch.unbind,
+    }
+
+
+_STAND_IN = StandIn(
+    "xformers",
+    "xformers",
+    VERSION,
+    {
+        "": dict,
+        "ops": _ops,
+        "ops.fmha": _fmha,
+        "ops.fmha.attn_bias": lambda: public(attn_bias, *_BIASES),
+    },
+)
+
+
+def install() -> bool:
+    """Makes `import xformers.ops` find these functions, process-wide.
+
+    True when it does from now on; False when xformers is installed, which is left alone. Calling it again is without
+    effect. Libraries ask once whether xformers is there, most when they are imported: install before.
+    """
+    return _STAND_IN.install()
+
+
+def uninstall() -> None:
+    """Takes `install` back; without effect where nothing is installed."""
+    _STAND_IN.uninstall()
