@@ -280,3 +280,13 @@ def test_the_dense_flash_operator(dropout_p):
         window_size_left=6,
     )  # fmt: skip
     assert [grad.stride() for grad in grads] == [side.stride() for side in inputs]
+
+
+def test_a_torch_without_a_registry(monkeypatch):
+    """Imports all the same, and says what is missing."""
+    for name in ("register_flash_attention_impl", "activate_flash_attention_impl", "current_flash_attention_impl"):
+        monkeypatch.delattr(torch.nn.attention, name)
+    sdpa.register()
+    assert "has no registry of flash-attention implementations" in str(sdpa.reason())
+    text = str(fastattn.explain(fastattn.attention_varlen, *packed(), BOUNDS, BOUNDS, 20, 20))
+    assert f"torch.nn.attention: {sdpa.reason()}" in text
