@@ -42,6 +42,11 @@ class Target:
     def nvidia(self) -> bool:
         return self.name.startswith("sm_")
 
+    @property
+    def interpreted(self) -> bool:
+        """Whether host code may look at values, and does, as on a CPU; a GPU is not waited for."""
+        return self.name == "interpreter"
+
 
 #: For compiling without a device, and as what an unknown member of a family is taken for.
 KNOWN = {
@@ -95,6 +100,11 @@ def _target(index: int) -> Target:
         KNOWN.get(name), "shared_memory", 65_536
     )
     return Target(name, properties.multi_processor_count, memory, warp, properties.name)
+
+
+def assertions(target: Target) -> dict[str, bool]:
+    """Launch options of a kernel that asserts on values: Triton leaves assertions away unless it is told not to."""
+    return {"debug": True} if env.debugging() and not target.interpreted else {}
 
 
 def on(tensor: torch.Tensor) -> Any:

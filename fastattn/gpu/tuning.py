@@ -84,6 +84,7 @@ def options(
     return chosen
 
 
+@functools.lru_cache(maxsize=65536)
 def row_kernel(op: str, whole: str, parts: str, target: Target, columns: int) -> tuple[str, int, Options]:
     """(kernel, rows that a program takes, options): `whole` has rows of so many columns in registers, as many at a time
     as its entry says; `parts` takes a longer one tile after tile."""
@@ -91,6 +92,11 @@ def row_kernel(op: str, whole: str, parts: str, target: Target, columns: int) ->
     if chosen["COLUMNS"] >= columns:
         return whole, chosen["ROWS"], chosen
     return parts, 1, options(op, parts, target)
+
+
+def power_of_two(n: int) -> int:
+    """The least one that is n or more: what a side of a tile can be."""
+    return 1 << max(n - 1, 0).bit_length()
 
 
 def _measured(
@@ -151,5 +157,6 @@ def watched() -> Iterator[list[LookUp]]:
 def forget() -> None:
     """Tables and measurements are read again when they are next asked for."""
     options.cache_clear()
+    row_kernel.cache_clear()
     table.cache_clear()
     measured.forget()

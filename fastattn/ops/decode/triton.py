@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastattn import env
 from fastattn.dispatch import Implementation
 from fastattn.gpu import devices, tuning
 from fastattn.gpu.deferred import Deferred
+from fastattn.gpu.tuning import power_of_two
 from fastattn.ops.decode.op import DecodeProblem
 from fastattn.ops.decode.places import places
 
@@ -76,7 +76,7 @@ def _plan(
 ) -> Plan:  # fmt: skip
     group = heads // kv_heads
     rows, pairs = queries * group, batch * kv_heads
-    shortest, parts = min(SHORTEST_STRETCH * _power_of_two(-(-rows // 16)), MOST_SLOTS // GRAIN * GRAIN), MOST_STRETCHES
+    shortest, parts = min(SHORTEST_STRETCH * power_of_two(-(-rows // 16)), MOST_SLOTS // GRAIN * GRAIN), MOST_STRETCHES
     if num_splits > 0:
         shortest, parts = GRAIN, min(num_splits, MOST_PROGRAMS - 1)
     seen = min(capacity, left + queries)
@@ -95,20 +95,15 @@ def _plan(
         "COMPARE": num_splits > 0, "SPLIT": splits > 1,
     }  # fmt: skip
     combine |= {"VALUE_DIM": value_dim, "DV": _columns(value_dim), "COMPARE": num_splits > 0}
-    if env.debugging() and target.name != "interpreter":
-        attend["debug"] = combine["debug"] = True
+    attend |= devices.assertions(target)
+    combine |= devices.assertions(target)
     partials = pairs * splits * rows * (value_dim + 1) if splits > 1 else 0
     return Plan(group, shortest, parts, splits, partials, grid, attend, combine_grid, combine)
 
 
-def _power_of_two(n: int) -> int:
-    """The least one that is n or more."""
-    return 1 << max(n - 1, 0).bit_length()
-
-
 def _columns(dim: int) -> int:
     """What a matrix product takes at least."""
-    return max(_power_of_two(dim), 16)
+    return max(power_of_two(dim), 16)
 
 
 def forward(
@@ -130,7 +125,7 @@ def forward(
     batch, queries, heads, dim = query.shape
     cache_rows, slots, kv_heads, value_dim = value_cache.shape
     target = devices.target_of(query.device)
-    if target.name == "interpreter":
+    if target.interpreted:
         places(key_cache, batch, cache_seqlens, cache_leftpad, cache_batch_idx, block_table, appended, False)
     output = query.new_empty((batch, queries, heads, value_dim))
     lse = query.new_empty((batch, heads, queries), dtype=torch.float32)
@@ -192,7 +187,7 @@ def append(
     """Writes key and value behind the ends of the sequences; on a GPU, what does not fit is left away."""
     batch, new, kv_heads, dim = key.shape
     target = devices.target_of(key.device)
-    if target.name == "interpreter":
+    if target.interpreted:
         places(key_cache, batch, cache_seqlens, cache_leftpad, cache_batch_idx, block_table, new, True)
     assert cache_seqlens is not None
     value_dim = value.shape[3]
@@ -203,16 +198,14 @@ def append(
         block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
         page, capacity, table_row = capacity, capacity * block_table.shape[1], block_table.stride(0)
     options = tuning.options("decode", "append", target, size=max(dim, value_dim))
-    if env.debugging() and target.name != "interpreter":
-        options = {**options, "debug": True}
     blocks = -(-new * kv_heads // options["ROWS"])
     with devices.on(key):
         KERNELS.append[(blocks * batch,)](
             key_cache, value_cache, key, value, cache_seqlens.contiguous(),
             None if cache_batch_idx is None else cache_batch_idx.contiguous(), block_table,
             *key_cache.stride()[:3], *value_cache.stride()[:3], *key.stride()[:3], *value.stride()[:3], table_row,
-            new, kv_heads, key_cache.shape[0], capacity, blocks, DIM=dim, VALUE_DIM=value_dim, D=_power_of_two(dim),
-            DV=_power_of_two(value_dim), PAGE=page, **options,
+            new, kv_heads, key_cache.shape[0], capacity, blocks, DIM=dim, VALUE_DIM=value_dim, D=power_of_two(dim),
+            DV=power_of_two(value_dim), PAGE=page, **options, **devices.assertions(target),
         )  # fmt: skip
 
 

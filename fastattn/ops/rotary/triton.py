@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn import env
 from fastattn.dispatch import Implementation
 from fastattn.gpu import devices, tuning
 from fastattn.gpu.deferred import Deferred
+from fastattn.gpu.tuning import power_of_two
 from fastattn.ops.rotary.op import RotaryProblem
 from fastattn.ops.rotary.positions import positions
 
@@ -28,7 +28,7 @@ def _launch(output: Tensor, x: Tensor, cos: Tensor, sin: Tensor, offsets: Tensor
             offset: int, interleaved: bool, sign: float) -> None:  # fmt: skip
     """Rotates x into output, which may be x itself."""
     target = devices.target_of(x.device)
-    if target.name == "interpreter":  # values are looked at, as on the cpu backend; a GPU is not waited for
+    if target.interpreted:  # values are looked at, as on the cpu backend; a GPU is not waited for
         positions(x, cos.shape[0], offsets, cu_seqlens, offset)
     if x.numel() == 0:
         return
@@ -46,20 +46,13 @@ def _launch(output: Tensor, x: Tensor, cos: Tensor, sin: Tensor, offsets: Tensor
     rest = 0 if output is x else dim - 2 * half
     options = tuning.options("rotary", "rotate", target, size=dim)
     blocks = -(-length * heads // options["ROWS"])
-    if env.debugging() and target.name != "interpreter":
-        options = {**options, "debug": True}
     with devices.on(x):
         KERNELS.rotate[(blocks * batch,)](
             output, x, cos, sin, offsets, cu_seqlens, *strides[:3], *to[:3],
             cos.stride(0), sin.stride(0), length, heads, half, dim, cos.shape[0], offset, sequences,
-            sequences.bit_length(), blocks, sign, HALF=_power_of_two(half), REST=_power_of_two(rest) if rest else 0,
-            INTERLEAVED=interleaved, **options,
+            sequences.bit_length(), blocks, sign, HALF=power_of_two(half), REST=power_of_two(rest) if rest else 0,
+            INTERLEAVED=interleaved, **options, **devices.assertions(target),
         )  # fmt: skip
-
-
-def _power_of_two(n: int) -> int:
-    """The least one that is n or more."""
-    return 1 << max(n - 1, 0).bit_length()
 
 
 def forward(x: Tensor, cos: Tensor, sin: Tensor, offsets: Tensor | None, cu_seqlens: Tensor | None, offset: int,
