@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 
 from fastattn.dispatch import Op, Problem, autocast_enabled, check_size
+from fastattn.losses import INTEGERS, REDUCTIONS, check_options, check_weight, grad_probabilities
 from fastattn.numerics import FLOATING, accumulation_dtype
-
-REDUCTIONS = ("none", "mean", "sum")
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -79,20 +77,6 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(input, target, weight, lse, total)
 
 
-def _grad_probabilities(
-    grad: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor, smoothing: float, reduction: int
-) -> Tensor:
-    """Gradient of class-probability targets: -(1 - smoothing) * weight * log_softmax, the same for every backend."""
-    if torch.is_grad_enabled():  # a second derivative: lse depends on the input
-        log_probabilities = torch.log_softmax(input.to(lse.dtype), -1)
-    else:
-        log_probabilities = input.to(lse.dtype) - lse[:, None]
-    if weight is not None:
-        log_probabilities = log_probabilities * weight
-    per_row = grad[:, None] if reduction == 0 else grad / (input.shape[0] if reduction == 1 else 1)
-    return (log_probabilities * per_row * (smoothing - 1.0)).to(target.dtype)
-
-
 def _backward(kernel: Any, ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     input, target, weight, lse, total = ctx.saved_tensors
     nothing = (None,) * ctx.given
@@ -104,7 +88,7 @@ def _backward(kernel: Any, ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any,
         x = input
         if features and features[1]:
             x = features[1] * (input.to(lse.dtype) / features[1]).tanh()
-        grad_target = _grad_probabilities(grad, x, target, weight, lse, smoothing, reduction)
+        grad_target = grad_probabilities(grad, x, target, weight, lse, smoothing, reduction)
     grad_input = None
     if ctx.needs_input_grad[0]:
         grad_input = kernel(grad.contiguous(), input, target, weight, lse, total, *ctx.options)
@@ -126,23 +110,6 @@ OP = Op(
     setup_context=_setup_context,
     backward=_backward,
 )
-
-
-def out_of_range(target: int, row: int, classes: int, ignore_index: int) -> str:
-    """The message for an index target that is no class; the kernels that check targets say the same."""
-    return (
-        f"cross_entropy: target {target} at row {row} is not in [0, {classes}) and is not ignore_index ({ignore_index})"
-    )
-
-
-def check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Index targets are checked where that costs no synchronisation: on CPU tensors that hold values."""
-    if target.device.type != "cpu" or target.is_floating_point() or torch._C._functorch.is_batchedtensor(target):
-        return
-    bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        raise RuntimeError(out_of_range(int(target[row]), row, classes, ignore_index))
 
 
 def _check(
@@ -174,16 +141,10 @@ def _check(
         )
     if target.device != input.device:
         raise ValueError(f"cross_entropy: target is on {target.device}, input on {input.device}")
-    if weight is not None and (tuple(weight.shape) != (classes,) or weight.dtype not in FLOATING):
-        raise ValueError(
-            f"cross_entropy: weight must be floating of shape ({classes},), got {weight.dtype} {tuple(weight.shape)}"
-        )
+    check_weight("cross_entropy", weight, classes)
     if weight is not None and weight.device != input.device:
         raise ValueError(f"cross_entropy: weight is on {weight.device}, input on {input.device}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"cross_entropy: reduction must be one of {REDUCTIONS}, got {reduction!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"cross_entropy: label_smoothing must be in [0, 1], got {label_smoothing}")
+    check_options("cross_entropy", reduction, label_smoothing)
     for what, value in (("z_loss", z_loss), ("softcap", softcap)):
         if not 0.0 <= value < math.inf:
             raise ValueError(f"cross_entropy: {what} must be a finite number of 0 or more, got {value}")

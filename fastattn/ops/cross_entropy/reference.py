@@ -6,27 +6,8 @@ import torch
 from torch import Tensor
 
 from fastattn.dispatch import Implementation
+from fastattn.losses import check_targets, coefficients
 from fastattn.numerics import accumulation_dtype
-from fastattn.ops.cross_entropy.op import check_targets
-
-
-def _coefficients(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float
-) -> tuple[Tensor, Tensor]:
-    """a (rows, C), 0 in ignored rows, and what each row adds to the divisor of the mean (rows,)."""
-    acc = accumulation_dtype(input.dtype)
-    rows, classes = input.shape
-    if target.is_floating_point():
-        a = target.to(acc) * (1.0 - smoothing) + smoothing / max(classes, 1)
-        return a if weight is None else a * weight, torch.ones(rows, dtype=acc, device=input.device)
-    kept = target != ignore_index
-    safe = target.masked_fill(~kept, 0)
-    one_hot = torch.zeros(rows, classes, dtype=acc, device=input.device).scatter(1, safe[:, None], 1.0)
-    a = one_hot * (1.0 - smoothing) + smoothing / max(classes, 1)
-    divisor = kept.to(acc)
-    if weight is not None:
-        a, divisor = a * weight, divisor * weight[safe]
-    return a * kept[:, None], divisor
 
 
 def _logits(input: Tensor, softcap: float) -> Tensor:
@@ -52,10 +33,10 @@ def forward(
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, lse, total): per row or reduced loss, log-sum-exp of each row, the divisor of the mean."""
-    check_targets(target, input.shape[1], ignore_index)
+    check_targets("cross_entropy", target, input.shape[1], ignore_index)
     x = _logits(input, softcap)
     lse = torch.logsumexp(x, dim=1) if x.shape[1] else x.new_full(x.shape[:1], -torch.inf)
-    a, divisor = _coefficients(input, target, weight, ignore_index, label_smoothing)
+    a, divisor = coefficients(target, weight, x.shape[1], x.dtype, ignore_index, label_smoothing)
     # Not lse - x: far from zero that would cancel. 0 * inf: a class that does not count adds nothing, however
     # impossible it is.
     terms = (a * -torch.log_softmax(x, dim=1)).masked_fill(a == 0.0, 0.0)
@@ -83,10 +64,10 @@ def backward(
     softcap: float = 0.0,
 ) -> Tensor:
     """(softmax(x) * sum(a) - a) * grad, grad divided by the total for the mean."""
-    a, _ = _coefficients(input, target, weight, ignore_index, label_smoothing)
+    x = _logits(input, softcap)
+    a, _ = coefficients(target, weight, x.shape[1], x.dtype, ignore_index, label_smoothing)
     per_row = grad[:, None] if reduction == 0 else (grad / total if reduction == 1 else grad)
     # Not exp(x - lse): the rounding of a large lse would be an error of the whole row.
-    x = _logits(input, softcap)
     probabilities = torch.softmax(x, dim=1)
     ignored = _ignored(target, ignore_index)[:, None]
     gradient = ((probabilities * a.sum(1, keepdim=True) - a) * per_row).masked_fill(ignored, 0.0)

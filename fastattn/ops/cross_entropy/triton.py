@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from fastattn import env
 from fastattn.dispatch import Implementation
 from fastattn.gpu import devices, tuning
 from fastattn.gpu.deferred import Deferred
 from fastattn.gpu.rows import as_rows
-from fastattn.ops.cross_entropy.op import CrossEntropyProblem, check_targets
+from fastattn.losses import check_targets
+from fastattn.ops.cross_entropy.op import CrossEntropyProblem
 
 KERNELS = Deferred("fastattn.ops.cross_entropy.triton_kernels")
-INTERPRETING = env.interpreting()
 CHUNK = 8192  # rows whose losses are summed up by one program
 
 
@@ -23,19 +20,6 @@ def supports(problem: CrossEntropyProblem) -> str | None:
     if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"has no kernel for {problem.dtype}: float32, bfloat16, float16"
     return None
-
-
-@functools.lru_cache(maxsize=4096)
-def _choice(direction: str, target: devices.Target, columns: int) -> tuple[str, int, tuning.Options]:
-    """(kernel, rows that a program takes, options): rows that do not fit into registers are taken in parts.
-
-    Triton leaves assertions away unless it is told not to.
-    """
-    debugging = {"DEBUG": True, "debug": True} if env.debugging() else {"DEBUG": False}
-    options = tuning.options("cross_entropy", f"{direction}_rows", target, dim=columns)
-    if options["COLUMNS"] >= columns:
-        return f"{direction}_rows", options["ROWS"], {**options, **debugging}
-    return f"{direction}_long", 1, {**tuning.options("cross_entropy", f"{direction}_long", target), **debugging}
 
 
 def _targets(target: Tensor) -> tuple[Tensor, int, bool]:
@@ -56,26 +40,26 @@ def forward(
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = input.shape
-    if INTERPRETING:  # on a GPU kernels stay within memory, and say so under FASTATTN_DEBUG
-        check_targets(target, columns, ignore_index)
     device = input.device
+    on = devices.target_of(device)
+    if on.interpreted:  # on a GPU kernels stay within memory, and say so under FASTATTN_DEBUG
+        check_targets("cross_entropy", target, columns, ignore_index)
     losses = torch.empty(rows, dtype=torch.float32, device=device)
     lse, total = torch.empty_like(losses), torch.empty((), dtype=torch.float32, device=device)
     loss = losses if reduction == 0 else torch.empty_like(total)
     goal, goal_stride, probabilities = _targets(target)
-    on = devices.target_of(device)
     with devices.on(input):
         if columns == 0:
             lse.fill_(-torch.inf)
             losses.fill_(torch.inf if z_loss else 0.0)
         elif rows > 0:
             read, stride = as_rows(input)
-            kernel, together, options = _choice("forward", on, columns)
+            kernel, together, options = tuning.row_kernel("cross_entropy", "forward_rows", "forward_long", on, columns)
             getattr(KERNELS, kernel)[(-(-rows // together),)](
                 losses, lse, read, goal, weight, stride, goal_stride, rows, columns, ignore_index,
                 label_smoothing, z_loss, softcap,
                 PROBABILITIES=probabilities, SMOOTH=label_smoothing > 0.0, CAPPED=softcap > 0.0,
-                **options,
+                **options, **devices.assertions(on),
             )  # fmt: skip
         _reduce(
             None if reduction == 0 else loss, total, losses, None if probabilities else goal, weight, columns,
@@ -126,8 +110,9 @@ def backward(
     softcap: float = 0.0,
 ) -> Tensor:
     rows, columns = input.shape
-    if INTERPRETING:
-        check_targets(target, columns, ignore_index)
+    on = devices.target_of(input.device)
+    if on.interpreted:
+        check_targets("cross_entropy", target, columns, ignore_index)
     grad_input = torch.empty_like(input, memory_format=torch.contiguous_format)
     if grad_input.numel() == 0:
         return grad_input
@@ -135,13 +120,13 @@ def backward(
     smooth = label_smoothing > 0.0
     weight_sum = weight.sum() if weight is not None and smooth and not probabilities else None
     read, stride = as_rows(input)
-    kernel, together, options = _choice("backward", devices.target_of(input.device), columns)
+    kernel, together, options = tuning.row_kernel("cross_entropy", "backward_rows", "backward_long", on, columns)
     with devices.on(input):
         getattr(KERNELS, kernel)[(-(-rows // together),)](
             grad_input, grad, read, goal, weight, weight_sum, lse, total, stride, goal_stride, rows, columns,
             ignore_index, label_smoothing, z_loss, softcap,
             REDUCTION=reduction, PROBABILITIES=probabilities, SMOOTH=smooth, CAPPED=softcap > 0.0,
-            **options,
+            **options, **devices.assertions(on),
         )  # fmt: skip
     return grad_input
 

@@ -5,8 +5,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastattn.gpu.functions import LOWEST, add_exponentials, combine_exponentials, exp, fast_exp, tanh
-from fastattn.gpu.losses import add_even_terms, add_terms, class_targets, coefficients, sum_of_terms
+from fastattn.gpu.functions import (
+    add_exponentials,
+    combine_exponentials,
+    exponentials,
+    fast_exp,
+    fill,
+    last_tile,
+    no_exponentials,
+    row_tile,
+    tanh,
+)
+from fastattn.gpu.losses import (
+    add_terms,
+    class_targets,
+    coefficients,
+    highest_of_rows,
+    judged,
+    no_terms,
+    own_coefficient,
+    probability,
+    sum_of_terms,
+    targets,
+    term,
+    whole_coefficients,
+)
 
 #: What is no reason for another compilation: nothing is loaded faster for knowing it.
 SIZES = ["rows", "ignore_index"]
@@ -30,12 +53,27 @@ def _slope(x, softcap):
     return 4.0 * e / ((1.0 + e) * (1.0 + e))
 
 
+@triton.jit
+def _logits(raw, softcap, inside, CAPPED: tl.constexpr, PRECISE: tl.constexpr):
+    """What was loaded, capped. inside: the cap leaves -inf elsewhere; None where that makes no difference."""
+    x = raw.to(tl.float32)
+    if CAPPED:
+        x = _capped(x, softcap, PRECISE)
+        if inside is not None:
+            x = tl.where(inside, x, float("-inf"))
+    return x
+
+
+@triton.jit
+def _z_loss(z_loss, lse):
+    return tl.where(z_loss == 0.0, 0.0, z_loss * lse * lse)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def forward_rows(
     loss_ptr, lse_ptr, input_ptr, target_ptr, weight_ptr, input_stride, target_stride, rows, columns, ignore_index,
     smoothing, z_loss, softcap,
-    PROBABILITIES: tl.constexpr, SMOOTH: tl.constexpr, CAPPED: tl.constexpr, DEBUG: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PROBABILITIES: tl.constexpr, SMOOTH: tl.constexpr, CAPPED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A program for ROWS whole rows."""
     PRECISE: tl.constexpr = input_ptr.dtype.element_ty == tl.float32
@@ -43,33 +81,26 @@ def forward_rows(
     column = tl.arange(0, COLUMNS)[None, :]
     there = row < rows
     inside = there[:, None] & (column < columns)
-    x = tl.load(input_ptr + row[:, None] * input_stride + column, mask=inside, other=float("-inf")).to(tl.float32)
-    if CAPPED:
-        x = tl.where(inside, _capped(x, softcap, PRECISE), float("-inf"))
-    top = tl.max(x, 1)
-    top = tl.where(top == float("-inf"), LOWEST, top)
-    total = tl.sum(fast_exp(x - top[:, None]), 1)
-    log_total = tl.log(total)
+    raw = tl.load(input_ptr + row[:, None] * input_stride + column, mask=inside, other=float("-inf"))
+    x = _logits(raw, softcap, inside, CAPPED, PRECISE)
+    top = highest_of_rows(x)
+    log_total = tl.log(tl.sum(fast_exp(x - top[:, None]), 1))
     lse = top + log_total
     share, spread = 1.0 - smoothing, smoothing / columns
-    loss = tl.zeros((ROWS,), tl.float32)
+    loss = tl.zeros_like(lse)
     if PROBABILITIES or SMOOTH:
         a = coefficients(
             target_ptr + row[:, None] * target_stride, weight_ptr, column, inside, share, spread, PROBABILITIES
         )
-        loss += tl.sum(tl.where(a == 0.0, 0.0, a * (log_total[:, None] - (x - top[:, None]))), 1)
+        loss += tl.sum(term(a, log_total[:, None], x - top[:, None]), 1)
     if not PROBABILITIES:
-        target, counts, valid = class_targets(target_ptr, row, there, columns, ignore_index, DEBUG)
-        own = tl.load(input_ptr + row * input_stride + target, mask=there, other=0.0).to(tl.float32)
-        if CAPPED:
-            own = _capped(own, softcap, PRECISE)
-        a = share
-        if weight_ptr is not None:
-            a *= tl.load(weight_ptr + target, mask=there, other=0.0)
-        loss += tl.where(a == 0.0, 0.0, a * (log_total - (own - top)))
-    loss += tl.where(z_loss == 0.0, 0.0, z_loss * lse * lse)
+        target, counts, valid = class_targets(target_ptr, row, there, columns, ignore_index)
+        raw = tl.load(input_ptr + row * input_stride + target, mask=there, other=0.0)
+        x_of_target = _logits(raw, softcap, there, CAPPED, PRECISE)
+        loss += term(own_coefficient(weight_ptr, target, there, share), log_total, x_of_target - top)
+    loss += _z_loss(z_loss, lse)
     if not PROBABILITIES:
-        loss = tl.where(counts, tl.where(valid, loss, float("nan")), 0.0)
+        loss = judged(loss, counts, valid)
     tl.store(loss_ptr + row, loss, mask=there)
     tl.store(lse_ptr + row, lse, mask=there)
 
@@ -78,54 +109,38 @@ def forward_rows(
 def forward_long(
     loss_ptr, lse_ptr, input_ptr, target_ptr, weight_ptr, input_stride, target_stride, rows, columns, ignore_index,
     smoothing, z_loss, softcap,
-    PROBABILITIES: tl.constexpr, SMOOTH: tl.constexpr, CAPPED: tl.constexpr, DEBUG: tl.constexpr,
-    PARTS: tl.constexpr, LANES: tl.constexpr,
+    PROBABILITIES: tl.constexpr, SMOOTH: tl.constexpr, CAPPED: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """A program for a row: every lane keeps its own maximum, and sums relative to it."""
     PRECISE: tl.constexpr = input_ptr.dtype.element_ty == tl.float32
-    SOFT: tl.constexpr = PROBABILITIES or SMOOTH
     row = tl.program_id(0).to(tl.int64)
     input_ptr += row * input_stride
     share, spread = 1.0 - smoothing, smoothing / columns
+    target, own, counts, valid = targets(
+        target_ptr, weight_ptr, row, row < rows, columns, ignore_index, share, PROBABILITIES
+    )
     if not PROBABILITIES:
-        target, counts, valid = class_targets(target_ptr, row, row < rows, columns, ignore_index, DEBUG)
-        own = tl.load(input_ptr + target).to(tl.float32)
-        if CAPPED:
-            own = _capped(own, softcap, PRECISE)
-    place = tl.arange(0, PARTS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    top = tl.full((LANES,), LOWEST, tl.float32)
-    total = tl.zeros((LANES,), tl.float32)
-    weights = tl.zeros((LANES,), tl.float32)  # sums of a_c
-    weighted = tl.zeros((LANES,), tl.float32)  # sums of a_c (x_c - top)
+        x_of_target = _logits(tl.load(input_ptr + target), softcap, None, CAPPED, PRECISE)
+    place = row_tile(PARTS, LANES)
+    top, total, weights, weighted = no_terms(LANES)
     for start in range(0, columns, PARTS * LANES):
         column = start + place
         inside = column < columns
-        x = tl.load(input_ptr + column, mask=inside, other=float("-inf"), eviction_policy="evict_first")
-        x = x.to(tl.float32)
-        if CAPPED:
-            x = tl.where(inside, _capped(x, softcap, PRECISE), float("-inf"))
-        if SOFT and (PROBABILITIES or weight_ptr is not None):
-            a = coefficients(target_ptr + row * target_stride, weight_ptr, column, inside, share, spread, PROBABILITIES)
-            top, total, weights, weighted = add_terms(top, total, weights, weighted, x, a)
-        elif SOFT:
-            top, total, weights, weighted = add_even_terms(top, total, weights, weighted, x, inside, spread)
-        else:
-            top, total = add_exponentials(top, total, x)
+        raw = tl.load(input_ptr + column, mask=inside, other=float("-inf"), eviction_policy="evict_first")
+        x = _logits(raw, softcap, inside, CAPPED, PRECISE)
+        top, total, weights, weighted = add_terms(
+            top, total, weights, weighted, x, target_ptr + row * target_stride, weight_ptr, column, inside, share,
+            spread, PROBABILITIES, SMOOTH,
+        )  # fmt: skip
     highest, whole = combine_exponentials(top, total)
     log_total = tl.log(whole)
     lse = highest + log_total
     loss = 0.0
-    if SOFT:
+    if PROBABILITIES or SMOOTH:
         loss += sum_of_terms(top, weights, weighted, highest, log_total)
     if not PROBABILITIES:
-        a = share
-        if weight_ptr is not None:
-            a *= tl.load(weight_ptr + target)
-        loss += tl.where(a == 0.0, 0.0, a * (log_total - (own - highest)))
-    loss += tl.where(z_loss == 0.0, 0.0, z_loss * lse * lse)
-    if not PROBABILITIES:
-        loss = tl.where(counts, tl.where(valid, loss, float("nan")), 0.0)
-    tl.store(loss_ptr + row, loss)
+        loss += term(own, log_total, x_of_target - highest)
+    tl.store(loss_ptr + row, judged(loss + _z_loss(z_loss, lse), counts, valid))
     tl.store(lse_ptr + row, lse)
 
 
@@ -151,7 +166,7 @@ def reduce(
         if shares_ptr is not None:
             share = tl.load(shares_ptr + row, mask=there, other=0.0)
         elif target_ptr is not None:
-            target, counts, _valid = class_targets(target_ptr, row, there, columns, ignore_index, False)
+            target, counts, _valid = class_targets(target_ptr, row, there, columns, ignore_index)
             share = tl.where(there & counts, 1.0, 0.0)
             if weight_ptr is not None:
                 share *= tl.load(weight_ptr + target, mask=there & counts, other=0.0)
@@ -166,9 +181,28 @@ def reduce(
 
 
 @triton.jit
+def _flowing(grad_ptr, total_ptr, row, there, REDUCTION: tl.constexpr):
+    """The gradient of a row's loss."""
+    if REDUCTION == 0:
+        return tl.load(grad_ptr + row, mask=there, other=0.0)
+    elif REDUCTION == 1:
+        return tl.load(grad_ptr) / tl.load(total_ptr)
+    else:
+        return tl.load(grad_ptr)
+
+
+@triton.jit
+def _sum_of_coefficients(own, weight_ptr, weight_sum_ptr, columns, spread, SMOOTH: tl.constexpr):
+    """Of class numbers."""
+    if SMOOTH:
+        own += spread * (tl.load(weight_sum_ptr) if weight_ptr is not None else columns)
+    return own
+
+
+@triton.jit
 def _gradient(x, raw, shift, inverse, a, whole, grad, extra, softcap, PRECISE: tl.constexpr, CAPPED: tl.constexpr):
     """(softmax * sum(a) - a) * grad + softmax * extra, through the cap. whole: the sum of a."""
-    p = (exp(x - shift) if PRECISE else fast_exp(x - shift)) * inverse
+    p = probability(x, shift, inverse, PRECISE)
     found = (p * whole - a) * grad + p * extra
     if CAPPED:
         found *= _slope(raw, softcap)
@@ -180,7 +214,7 @@ def backward_rows(
     grad_input_ptr, grad_ptr, input_ptr, target_ptr, weight_ptr, weight_sum_ptr, lse_ptr, total_ptr,
     input_stride, target_stride, rows, columns, ignore_index, smoothing, z_loss, softcap,
     REDUCTION: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTH: tl.constexpr, CAPPED: tl.constexpr,
-    DEBUG: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A program for ROWS whole rows; their exponentials are summed up once more, for lse is rounded."""
     PRECISE: tl.constexpr = input_ptr.dtype.element_ty == tl.float32
@@ -188,39 +222,25 @@ def backward_rows(
     column = tl.arange(0, COLUMNS)[None, :]
     there = row < rows
     inside = there & (column < columns)
-    counts = there
     share, spread = 1.0 - smoothing, smoothing / columns
-    if not PROBABILITIES:
-        target, counts, valid = class_targets(target_ptr, row, there, columns, ignore_index, DEBUG)
+    target, own, counts, valid = targets(
+        target_ptr, weight_ptr, row, there, columns, ignore_index, share, PROBABILITIES
+    )
     raw = tl.load(input_ptr + row * input_stride + column, mask=inside & counts, other=float("-inf")).to(tl.float32)
-    x = raw
-    if CAPPED:
-        x = tl.where(inside, _capped(raw, softcap, PRECISE), float("-inf"))
+    x = _logits(raw, softcap, inside, CAPPED, PRECISE)
     top = tl.max(x, 1)[:, None]
-    e = exp(x - top) if PRECISE else fast_exp(x - top)
-    inverse = tl.div_rn(1.0, tl.sum(e, 1)[:, None])
-    if REDUCTION == 0:
-        grad = tl.load(grad_ptr + row, mask=there, other=0.0)
-    else:
-        grad = tl.load(grad_ptr)
-        if REDUCTION == 1:
-            grad /= tl.load(total_ptr)
-        grad += tl.zeros_like(top)
+    inverse = tl.div_rn(1.0, tl.sum(exponentials(x - top, PRECISE), 1)[:, None])
+    grad = _flowing(grad_ptr, total_ptr, row, there, REDUCTION) + tl.zeros_like(top)
     extra = tl.zeros_like(grad)
     if z_loss != 0.0:
         extra = grad * 2.0 * z_loss * tl.load(lse_ptr + row, mask=there, other=0.0)
+    a = whole_coefficients(
+        target_ptr + row * target_stride, weight_ptr, column, inside, target, own, share, spread, PROBABILITIES, SMOOTH
+    )
     if PROBABILITIES:
-        a = coefficients(target_ptr + row * target_stride, weight_ptr, column, inside, share, spread, True)
         whole = tl.sum(a, 1)[:, None]
     else:
-        own = tl.zeros_like(grad) + share
-        if weight_ptr is not None:
-            own *= tl.load(weight_ptr + target, mask=there, other=0.0)
-        whole = own
-        a = tl.where(column == target, own, 0.0)
-        if SMOOTH:
-            whole += spread * (tl.load(weight_sum_ptr) if weight_ptr is not None else columns)
-            a += coefficients(target_ptr, weight_ptr, column, inside, share, spread, False)
+        whole = _sum_of_coefficients(own, weight_ptr, weight_sum_ptr, columns, spread, SMOOTH)
         grad = tl.where(valid, grad, float("nan"))
     found = _gradient(x, raw, top, inverse, a, whole, grad, extra, softcap, PRECISE, CAPPED)
     tl.store(grad_input_ptr + row * columns + column, tl.where(counts, found, 0.0), mask=inside)
@@ -231,73 +251,55 @@ def backward_long(
     grad_input_ptr, grad_ptr, input_ptr, target_ptr, weight_ptr, weight_sum_ptr, lse_ptr, total_ptr,
     input_stride, target_stride, rows, columns, ignore_index, smoothing, z_loss, softcap,
     REDUCTION: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTH: tl.constexpr, CAPPED: tl.constexpr,
-    DEBUG: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr,
+    PARTS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """A program for a row. Its exponentials are summed up once more where the rounding of lse would show: always in
     float32, and where lse is huge; then the row is read a second time, from its end, which is still in the caches."""
     PRECISE: tl.constexpr = input_ptr.dtype.element_ty == tl.float32
+    TILE: tl.constexpr = PARTS * LANES
     row = tl.program_id(0).to(tl.int64)
     grad_input_ptr += row * columns
     input_ptr += row * input_stride
-    place = tl.arange(0, PARTS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    place = row_tile(PARTS, LANES)
     share, spread = 1.0 - smoothing, smoothing / columns
-    counts = row < rows
-    if not PROBABILITIES:
-        target, counts, valid = class_targets(target_ptr, row, row < rows, columns, ignore_index, DEBUG)
+    target, own, counts, valid = targets(
+        target_ptr, weight_ptr, row, row < rows, columns, ignore_index, share, PROBABILITIES
+    )
+    target_ptr += row * target_stride
     if not counts:
-        for start in range(0, columns, PARTS * LANES):
-            column = start + place
-            tl.store(grad_input_ptr + column, tl.zeros((PARTS, LANES), tl.float32), mask=column < columns)
+        fill(grad_input_ptr, 0.0, 0, columns, PARTS, LANES)
         return
     lse = tl.load(lse_ptr + row)
-    grad = tl.load(grad_ptr + row) if REDUCTION == 0 else tl.load(grad_ptr)
-    if REDUCTION == 1:
-        grad /= tl.load(total_ptr)
+    grad = _flowing(grad_ptr, total_ptr, row, row < rows, REDUCTION)
     extra = tl.where(z_loss == 0.0, 0.0, grad * 2.0 * z_loss * lse)
     if PROBABILITIES:
         sums = tl.zeros((LANES,), tl.float32)
-        for start in range(0, columns, PARTS * LANES):
+        for start in range(0, columns, TILE):
             column = start + place
-            inside = column < columns
-            a = coefficients(target_ptr + row * target_stride, weight_ptr, column, inside, share, spread, True)
-            sums += tl.sum(a, 0)
+            sums += tl.sum(coefficients(target_ptr, weight_ptr, column, column < columns, share, spread, True), 0)
         whole = tl.sum(sums, 0)
-        own = 0.0
-        target = -1
     else:
-        own = share
-        if weight_ptr is not None:
-            own *= tl.load(weight_ptr + target)
-        whole = own
-        if SMOOTH:
-            whole += spread * (tl.load(weight_sum_ptr) if weight_ptr is not None else columns)
+        whole = _sum_of_coefficients(own, weight_ptr, weight_sum_ptr, columns, spread, SMOOTH)
         grad = tl.where(valid, grad, float("nan"))
     shift = lse
     inverse = 1.0
     if PRECISE or tl.abs(lse) > 1024.0:
-        top = tl.full((LANES,), LOWEST, tl.float32)
-        total = tl.zeros((LANES,), tl.float32)
-        for start in range(0, columns, PARTS * LANES):
+        top, total = no_exponentials(LANES)
+        for start in range(0, columns, TILE):
             column = start + place
-            x = tl.load(input_ptr + column, mask=column < columns, other=float("-inf"), eviction_policy="evict_last")
-            x = x.to(tl.float32)
-            if CAPPED:
-                x = tl.where(column < columns, _capped(x, softcap, PRECISE), float("-inf"))
-            top, total = add_exponentials(top, total, x)
+            inside = column < columns
+            raw = tl.load(input_ptr + column, mask=inside, other=float("-inf"), eviction_policy="evict_last")
+            top, total = add_exponentials(top, total, _logits(raw, softcap, inside, CAPPED, PRECISE))
         shift, sum_again = combine_exponentials(top, total)
         inverse = tl.div_rn(1.0, sum_again)
-    last = (columns + PARTS * LANES - 1) // (PARTS * LANES) * (PARTS * LANES) - PARTS * LANES
-    for back in range(0, columns, PARTS * LANES):
+    last = last_tile(columns, TILE)
+    for back in range(0, columns, TILE):
         column = last - back + place
         inside = column < columns
         raw = tl.load(input_ptr + column, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        x = raw
-        if CAPPED:
-            x = _capped(raw, softcap, PRECISE)
-        if PROBABILITIES or SMOOTH:
-            a = coefficients(target_ptr + row * target_stride, weight_ptr, column, inside, share, spread, PROBABILITIES)
-            a += tl.where(column == target, own, 0.0)
-        else:
-            a = tl.where(column == target, own, 0.0)
+        x = _logits(raw, softcap, None, CAPPED, PRECISE)
+        a = whole_coefficients(
+            target_ptr, weight_ptr, column, inside, target, own, share, spread, PROBABILITIES, SMOOTH
+        )
         found = _gradient(x, raw, shift, inverse, a, whole, grad, extra, softcap, PRECISE, CAPPED)
         tl.store(grad_input_ptr + column, found, mask=inside)

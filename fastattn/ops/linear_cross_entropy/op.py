@@ -19,10 +19,8 @@ from torch import Tensor
 from torch.nn.functional import linear as torchs_linear
 
 from fastattn.dispatch import Op, Problem, autocast_enabled, check_size
+from fastattn.losses import INTEGERS, REDUCTIONS, check_options, check_weight, grad_probabilities
 from fastattn.numerics import FLOATING, accumulation_dtype
-
-REDUCTIONS = ("none", "mean", "sum")
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -105,12 +103,7 @@ def _grad_probabilities(
     input, weight, bias, target, class_weight = tensors
     acc = lse.dtype
     logits = torchs_linear(input.to(acc), weight.to(acc), None if bias is None else bias.to(acc))
-    # For a second derivative lse is no constant.
-    log_probabilities = torch.log_softmax(logits, -1) if torch.is_grad_enabled() else logits - lse[:, None]
-    if class_weight is not None:
-        log_probabilities = log_probabilities * class_weight
-    per_row = grad[:, None] if reduction == 0 else grad / (input.shape[0] if reduction == 1 else 1)
-    return (log_probabilities * per_row * (smoothing - 1.0)).to(target.dtype)
+    return grad_probabilities(grad, logits, target, class_weight, lse, smoothing, reduction)
 
 
 # Whether the graph that is being walked will be walked again (torch's own compiled functions ask the same).
@@ -186,24 +179,6 @@ OP = Op(
 )
 
 
-def out_of_range(target: int, row: int, classes: int, ignore_index: int) -> str:
-    """The message for an index target that is no class; the kernels that check targets say the same."""
-    return (
-        f"linear_cross_entropy: target {target} at row {row} is not in [0, {classes}) and is not ignore_index"
-        f" ({ignore_index})"
-    )
-
-
-def check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Index targets are checked where that costs no synchronisation: on CPU tensors that hold values."""
-    if target.device.type != "cpu" or target.is_floating_point() or torch._C._functorch.is_batchedtensor(target):
-        return
-    bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        raise RuntimeError(out_of_range(int(target[row]), row, classes, ignore_index))
-
-
 def _check(
     input: Tensor,
     linear_weight: Tensor,
@@ -247,19 +222,12 @@ def _check(
         raise ValueError(f"{name}: target must hold integers or class probabilities, got {target.dtype}")
     if tuple(target.shape) != tuple(wanted):
         raise ValueError(f"{name}: a target of {kind} must have shape {tuple(wanted)}, got {tuple(target.shape)}")
-    classes = linear_weight.shape[0]
-    if weight is not None and (tuple(weight.shape) != (classes,) or weight.dtype not in FLOATING):
-        raise ValueError(
-            f"{name}: weight must be floating of shape ({classes},), got {weight.dtype} {tuple(weight.shape)}"
-        )
+    check_weight(name, weight, linear_weight.shape[0])
     for what, tensor in (("linear_weight", linear_weight), ("target", target), ("linear_bias", linear_bias),
                          ("weight", weight)):  # fmt: skip
         if tensor is not None and tensor.device != input.device:
             raise ValueError(f"{name}: {what} is on {tensor.device}, input on {input.device}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{name}: reduction must be one of {REDUCTIONS}, got {reduction!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"{name}: label_smoothing must be in [0, 1], got {label_smoothing}")
+    check_options(name, reduction, label_smoothing)
 
 
 def _canonical(

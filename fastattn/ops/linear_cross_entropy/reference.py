@@ -7,30 +7,13 @@ from torch import Tensor
 from torch.nn.functional import linear as torchs_linear
 
 from fastattn.dispatch import Implementation
+from fastattn.losses import check_targets, coefficients
 from fastattn.numerics import accumulation_dtype
-from fastattn.ops.linear_cross_entropy.op import check_targets
 
 
 def _logits(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     acc = accumulation_dtype(input.dtype)
     return torchs_linear(input.to(acc), weight.to(acc), None if bias is None else bias.to(acc))
-
-
-def _coefficients(
-    classes: int, acc: torch.dtype, target: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float
-) -> tuple[Tensor, Tensor]:
-    """a (rows, C), 0 in ignored rows: a row's loss is sum(a * -log_softmax); and the divisor of the mean."""
-    if target.is_floating_point():
-        a = target.to(acc) * (1.0 - smoothing) + smoothing / max(classes, 1)
-        return a if weight is None else a * weight, a.new_tensor(float(target.shape[0]))
-    kept = target != ignore_index
-    safe = target.masked_fill(~kept, 0)
-    zeros = torch.zeros(target.shape[0], classes, dtype=acc, device=target.device)
-    a = zeros.scatter(1, safe[:, None], 1.0) * (1.0 - smoothing) + smoothing / max(classes, 1)
-    divisor = kept.to(acc)
-    if weight is not None:
-        a, divisor = a * weight, divisor * weight[safe]
-    return a * kept[:, None], divisor.sum()
 
 
 def _gradients(
@@ -46,8 +29,8 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of input, weight and bias, in the accumulation dtype."""
     logits = _logits(input, weight, bias)
-    a, total = _coefficients(weight.shape[0], logits.dtype, target, class_weight, ignore_index, smoothing)
-    per_row = grad[:, None] if reduction == 0 else (grad / total if reduction == 1 else grad)
+    a, divisor = coefficients(target, class_weight, logits.shape[1], logits.dtype, ignore_index, smoothing)
+    per_row = grad[:, None] if reduction == 0 else (grad / divisor.sum() if reduction == 1 else grad)
     of_logits = (torch.softmax(logits, 1) * a.sum(1, keepdim=True) - a) * per_row
     if not target.is_floating_point():
         of_logits = of_logits.masked_fill((target == ignore_index)[:, None], 0.0)
@@ -68,13 +51,13 @@ def forward(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, lse, gradients of a reduced loss that were asked for)."""
-    check_targets(target, weight.shape[0], ignore_index)
+    check_targets("linear_cross_entropy", target, weight.shape[0], ignore_index)
     logits = _logits(input, weight, bias)
     lse = torch.logsumexp(logits, 1) if logits.shape[1] else logits.new_full(logits.shape[:1], -torch.inf)
-    a, total = _coefficients(weight.shape[0], logits.dtype, target, class_weight, ignore_index, label_smoothing)
+    a, divisor = coefficients(target, class_weight, logits.shape[1], logits.dtype, ignore_index, label_smoothing)
     loss = (a * -torch.log_softmax(logits, 1)).masked_fill(a == 0.0, 0.0).sum(1)
     if reduction == 1:
-        loss = loss.sum() / total
+        loss = loss.sum() / divisor.sum()
     elif reduction == 2:
         loss = loss.sum()
     wanted = (input_grad, weight_grad, bias_grad)

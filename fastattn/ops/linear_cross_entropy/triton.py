@@ -12,15 +12,14 @@ import functools
 import torch
 from torch import Tensor
 
-from fastattn import env
 from fastattn.dispatch import Implementation
 from fastattn.gpu import devices, tuning
 from fastattn.gpu.deferred import Deferred
 from fastattn.gpu.rows import as_rows
-from fastattn.ops.linear_cross_entropy.op import LinearCrossEntropyProblem, check_targets
+from fastattn.losses import check_targets
+from fastattn.ops.linear_cross_entropy.op import LinearCrossEntropyProblem
 
 KERNELS = Deferred("fastattn.ops.linear_cross_entropy.triton_kernels")
-INTERPRETING = env.interpreting()
 ROWS_AT_LEAST = 128  # of a chunk: fewer are not worth reading the weight for
 
 
@@ -64,25 +63,22 @@ class _Chunks:
     ) -> None:
         self.rows, self.inner = input.shape
         self.classes = weight.shape[0]
-        if INTERPRETING:  # on a GPU kernels stay within memory, and say so under FASTATTN_DEBUG
-            check_targets(target, self.classes, ignore_index)
+        self.device = input.device
+        on = devices.target_of(self.device)
+        if on.interpreted:  # on a GPU kernels stay within memory, and say so under FASTATTN_DEBUG
+            check_targets("linear_cross_entropy", target, self.classes, ignore_index)
         self.input, self.weight, self.bias = input, weight.to(input.dtype), bias
         self.probabilities = target.is_floating_point()
         self.target, self.target_stride = as_rows(target) if self.probabilities else (target.contiguous(), 1)
         self.class_weight, self.ignore_index, self.label_smoothing = class_weight, ignore_index, label_smoothing
-        self.device = input.device
-        on = devices.target_of(self.device)
         limit = tuning.options("linear_cross_entropy", "chunk", on)["ELEMENTS"]
         most = max(limit // max(self.classes, 1), ROWS_AT_LEAST)
         equal = -(-self.rows // max(-(-self.rows // most), 1))
         self.size = min(-(-equal // ROWS_AT_LEAST) * ROWS_AT_LEAST, self.rows)  # whole tiles of the products
-        options = tuning.options("linear_cross_entropy", "rows", on, dim=self.classes)
-        self.kernel, self.together = "rows", options.get("ROWS", 1)
-        if options["COLUMNS"] < self.classes:
-            self.kernel, self.together = "long", 1
-            options = tuning.options("linear_cross_entropy", "long", on)
-        debugging = {"DEBUG": True, "debug": True} if env.debugging() else {"DEBUG": False}
-        self.options = {**options, **debugging}
+        self.kernel, self.together, options = tuning.row_kernel(
+            "linear_cross_entropy", "rows", "long", on, self.classes
+        )
+        self.options = {**options, **devices.assertions(on)}
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
