@@ -13,17 +13,13 @@ and otherwise a warning, once; TABLE is used then.
 from __future__ import annotations
 
 import functools
-import json
-import os
-import tempfile
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastattn import backends, env, machine
+from fastattn import backends, documents, env, machine
 
 SCHEMA = "fastattn-tune-1"
 
@@ -110,16 +106,8 @@ def _times(entry: dict[str, Any]) -> str:
 @functools.cache
 def _tuned() -> dict[str, Any]:
     """op -> class -> entry, of this machine, from the file."""
-    path = env.tune_file()
-    try:
-        document = read(path)
-    except (OSError, ValueError) as error:
-        if env.tune_file_is_set():
-            raise ValueError(f"FASTATTN_TUNE_FILE={path} cannot be used: {error}") from error
-        if not isinstance(error, FileNotFoundError):
-            warnings.warn(f"{path} is ignored: {error}; `fastattn tune` writes a new one", RuntimeWarning, stacklevel=2)
-        return {}
-    ours: dict[str, Any] = document["machines"].get(machine_key(), {})
+    document = documents.tuned(env.tune_file(), read, named=True)
+    ours: dict[str, Any] = {} if document is None else document["machines"].get(machine_key(), {})
     return ours
 
 
@@ -128,15 +116,10 @@ def forget() -> None:
     _tuned.cache_clear()
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> documents.Document:
     """The document in the file; ValueError when it is not one that `write` made."""
-    try:
-        document = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"not JSON: {error}") from error
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        raise ValueError(f"not a document of schema {SCHEMA}")
-    for entry in _entries(document):
+    document = documents.read(path, SCHEMA)
+    for entry in documents.third_layer(document, "machines", "machines, ops and classes"):
         seconds = entry.get("seconds") if isinstance(entry, dict) else None
         numbers = isinstance(seconds, dict) and all(isinstance(s, int | float) for s in seconds.values())
         if not numbers or entry.get("backend") not in backends.BACKENDS:
@@ -144,32 +127,11 @@ def read(path: Path) -> dict[str, Any]:
     return document
 
 
-def _entries(document: dict[str, Any]) -> list[Any]:
-    """Every entry of every machine and op; ValueError when the nesting is another one."""
-    layer = [document.get("machines")]
-    for _ in range(3):
-        if not all(isinstance(part, dict) for part in layer):
-            raise ValueError("machines, ops and classes must be objects")
-        layer = [value for part in layer for value in part.values()]  # type: ignore[union-attr]
-    return layer
-
-
 def write(path: Path, measured: dict[str, dict[str, dict[str, Any]]]) -> None:
     """Puts this machine's entries (op -> class -> {"backend", "seconds"}) into the file, whole or not at all.
 
     Other machines' entries stay; a file that is something else is an error (ValueError) and is not touched.
     """
-    document: dict[str, Any] = {"schema": SCHEMA, "machines": {}}
-    if path.exists():
-        document = read(path)
+    document: documents.Document = read(path) if path.exists() else {"schema": SCHEMA, "machines": {}}
     document["machines"].setdefault(machine_key(), {}).update(measured)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(document, file, indent=1)
-            file.write("\n")
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    documents.write(path, document)

@@ -13,15 +13,11 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import json
-import os
-import tempfile
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastattn import env
+from fastattn import documents, env
 
 SCHEMA = "fastattn-gpu-tune-1"
 
@@ -48,17 +44,8 @@ def entries(device: str, op: str, kernel: str) -> list[Entry]:
 
 @functools.cache
 def _all() -> dict[str, Any]:
-    try:
-        document = read(path())
-    except (OSError, ValueError) as error:
-        if env.tune_file_is_set() and not isinstance(error, FileNotFoundError):
-            raise ValueError(f"FASTATTN_TUNE_FILE: {path()} cannot be used: {error}") from error
-        if not isinstance(error, FileNotFoundError):
-            warnings.warn(
-                f"{path()} is ignored: {error}; `fastattn tune` writes a new one", RuntimeWarning, stacklevel=2
-            )
-        return {}
-    devices: dict[str, Any] = document["devices"]
+    document = documents.tuned(path(), read, named=False)
+    devices: dict[str, Any] = {} if document is None else document["devices"]
     return devices
 
 
@@ -67,20 +54,10 @@ def forget() -> None:
     _all.cache_clear()
 
 
-def read(file: Path) -> dict[str, Any]:
+def read(file: Path) -> documents.Document:
     """The document in a file; ValueError when it is not one that `write` made."""
-    try:
-        document = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"not JSON: {error}") from error
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        raise ValueError(f"not a document of schema {SCHEMA}")
-    layer = [document.get("devices")]
-    for _ in range(3):
-        if not all(isinstance(part, dict) for part in layer):
-            raise ValueError("devices, ops and kernels must be objects")
-        layer = [value for part in layer for value in part.values()]  # type: ignore[union-attr]
-    for found in layer:
+    document = documents.read(file, SCHEMA)
+    for found in documents.third_layer(document, "devices", "devices, ops and kernels"):
         if not isinstance(found, list):
             raise ValueError(f"not a list of entries: {found!r:.80}")
         for entry in found:
@@ -105,22 +82,13 @@ def _is_entry(entry: Any) -> bool:
 def write(file: Path, device: str, measured: Tables) -> None:
     """Puts a device's entries into the file, in place of those for the same problems. What is there of others stays; a
     file that is something else is an error (ValueError) and is not touched."""
-    document: dict[str, Any] = read(file) if file.exists() else {"schema": SCHEMA, "devices": {}}
+    document: documents.Document = read(file) if file.exists() else {"schema": SCHEMA, "devices": {}}
     ours = document["devices"].setdefault(device_key(device), {})
     for op, kernels in measured.items():
         for kernel, found in kernels.items():
             kept = ours.setdefault(op, {}).setdefault(kernel, [])
             ours[op][kernel] = [old for old in kept if all(_problem(old) != _problem(new) for new in found)] + found
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name)
-    try:
-        with os.fdopen(handle, "w") as stream:
-            json.dump(document, stream, indent=1)
-            stream.write("\n")
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    documents.write(file, document)
 
 
 def _problem(entry: Entry) -> tuple[Any, ...]:

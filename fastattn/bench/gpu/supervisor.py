@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from fastattn import machine, numerics
+from fastattn import documents, machine, numerics
 from fastattn.bench.gpu.worker import DEVICE_LOST
 from fastattn.bench.report import write_atomically
 
@@ -88,12 +88,9 @@ class Document:
 def read(path: Path) -> dict[str, Any]:
     """A document that an earlier run wrote; ValueError for anything else."""
     try:
-        document: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        return documents.read(path, SCHEMA)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be continued: {error}") from error
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        raise ValueError(f"{path} cannot be continued: not a document of schema {SCHEMA}")
-    return document
 
 
 class _Worker:
