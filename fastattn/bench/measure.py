@@ -26,21 +26,41 @@ HOPELESS, HOPELESS_SAMPLES = 2.0, 2
 
 
 @dataclass
-class Times:
-    """Seconds of every call of one contender, on the clock that `interleave` was given.
+class Samples:
+    """Seconds of every call of one contender."""
+
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds)
+
+    @property
+    def median(self) -> float:
+        return quantile(self.seconds, 0.5)
+
+    def summary(self) -> dict[str, float | int]:
+        """For reports: median, 20th and 80th percentile, least (seconds), samples."""
+        return {
+            "median_s": self.median,
+            "p20_s": quantile(self.seconds, 0.2),
+            "p80_s": quantile(self.seconds, 0.8),
+            "min_s": min(self.seconds),
+            "n": len(self.seconds),
+        }
+
+
+@dataclass
+class Times(Samples):
+    """On the clock that `interleave` was given.
 
     wall, cpu: of all its calls together, on the wall and over all threads of the process. faults: pages that the
     system had to map for them.
     """
 
-    seconds: list[float] = field(default_factory=list)
     wall: float = 0.0
     cpu: float = 0.0
     faults: int = 0
-
-    @property
-    def total(self) -> float:
-        return sum(self.seconds)
 
     def add(self, other: Times) -> None:
         self.seconds += other.seconds
@@ -49,22 +69,14 @@ class Times:
         self.faults += other.faults
 
     @property
-    def median(self) -> float:
-        return quantile(self.seconds, 0.5)
-
-    @property
     def cores_busy(self) -> float:
         """CPU time of all threads over wall time: below the number of threads when others wanted the cores."""
         return self.cpu / self.wall
 
     def summary(self) -> dict[str, float | int]:
-        """For reports: median, 20th and 80th percentile, least (seconds), samples, mean cores busy, faults per call."""
+        """Of `Samples`, and mean cores busy, faults per call."""
         return {
-            "median_s": self.median,
-            "p20_s": quantile(self.seconds, 0.2),
-            "p80_s": quantile(self.seconds, 0.8),
-            "min_s": min(self.seconds),
-            "n": len(self.seconds),
+            **super().summary(),
             "cores_busy": self.cores_busy,
             "page_faults": self.faults / len(self.seconds),
         }

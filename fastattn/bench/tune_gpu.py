@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from fastattn import env
-from fastattn.bench.gpu.timing import Call, DeviceClock, WallClock, interleave
+from fastattn.bench.gpu.timing import DeviceClock, WallClock, interleave
+from fastattn.bench.measure import Call
 from fastattn.cases import Suite, Workload
 from fastattn.dispatch import explain
 from fastattn.gpu import devices, measured, tuning

@@ -20,7 +20,8 @@ from fastattn import backends, env, numerics, testing
 from fastattn.bench import train_step, tune_gpu
 from fastattn.bench.contenders import COMPILE, OURS, TORCH, Contender
 from fastattn.bench.gate import verdict
-from fastattn.bench.gpu.timing import Call, DeviceClock, Times, WallClock, interleave
+from fastattn.bench.gpu.timing import DeviceClock, WallClock, interleave
+from fastattn.bench.measure import Call, Samples
 from fastattn.bench.trial import BOTH, FORWARD, Results, Trial
 from fastattn.cases import Case, Suite, Workload
 from fastattn.dispatch import explain
@@ -193,7 +194,7 @@ def _backward(trial: Trial, contender: Contender) -> Call:
     return lambda: torch.autograd.grad(outputs, list(leaves.values()), gradients, retain_graph=True)
 
 
-def _take(row: Row, direction: str, times: dict[str, Times]) -> None:
+def _take(row: Row, direction: str, times: dict[str, Samples]) -> None:
     for name, taken in times.items():
         row["contenders"][name][direction] = taken.summary()
 

@@ -4,39 +4,16 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 
-from fastattn.bench.measure import quantile
+from fastattn.bench.measure import Call, Samples
 
-Call = Callable[[], Any]
 #: Written between calls: more than the last cache of any GPU, and long enough to launch the next call behind.
 FLUSH_BYTES = 256 * 2**20
 #: A long call needs few samples, a short one is not measured thousands of times.
 FEWEST, MOST = 5, 200
-
-
-@dataclass(frozen=True)
-class Times:
-    """Seconds of a contender's calls."""
-
-    seconds: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        return quantile(self.seconds, 0.5)
-
-    def summary(self) -> dict[str, float | int]:
-        return {
-            "median_s": self.median,
-            "p20_s": quantile(self.seconds, 0.2),
-            "p80_s": quantile(self.seconds, 0.8),
-            "min_s": min(self.seconds),
-            "n": len(self.seconds),
-        }
 
 
 class DeviceClock:
@@ -65,23 +42,23 @@ class WallClock:
         return time.perf_counter() - began
 
 
-def interleave(calls: Mapping[str, Call], clock: DeviceClock | WallClock, seconds: float) -> dict[str, Times]:
+def interleave(calls: Mapping[str, Call], clock: DeviceClock | WallClock, seconds: float) -> dict[str, Samples]:
     """Every contender in turn, until each has FEWEST samples and `seconds` of them; who begins changes every round.
 
     Calls must have run before: compiled, warm.
     """
-    taken: dict[str, list[float]] = {name: [] for name in calls}
+    taken = {name: Samples() for name in calls}
     names = list(calls)
     gc.collect()
     gc.disable()
     try:
         for turn in range(MOST):
-            active = [n for n in names if len(taken[n]) < FEWEST or sum(taken[n]) < seconds]
+            active = [n for n in names if len(taken[n].seconds) < FEWEST or taken[n].total < seconds]
             if not active:
                 break
             first = turn % len(active)
             for name in active[first:] + active[:first]:
-                taken[name].append(clock.seconds(calls[name]))
+                taken[name].seconds.append(clock.seconds(calls[name]))
     finally:
         gc.enable()
-    return {name: Times(tuple(values)) for name, values in taken.items()}
+    return taken
