@@ -20,7 +20,7 @@ endif
 NATIVE := build/native
 # Interpreted kernels keep one core busy: a process for each of two cores.
 SPREAD := -n 2 --dist loadgroup
-INTERPRETED := tests/ops/test_conformance.py tests/ops/test_decode.py tests/ops/test_rotary.py tests/flash_attn tests/ops/test_bad_inference.py tests/gpu tests/bench/gpu
+INTERPRETED := tests/ops/test_conformance.py tests/ops/test_decode.py tests/ops/test_rotary.py tests/flash_attn/test_kvcache.py tests/flash_attn/test_dense.py tests/flash_attn/test_varlen.py tests/flash_attn/test_rotary.py tests/ops/test_bad_inference.py tests/gpu tests/bench/gpu
 
 .PHONY: setup demo test test-all gate test-torch-oldest test-triton-oldest test-transformers-oldest neon lint format bench clean
 setup: $(READY) $(NATIVE)
