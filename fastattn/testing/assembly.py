@@ -11,6 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,44 +73,42 @@ def facts(kernel: Any) -> Facts:
     return _nvidia(kernel) if "cubin" in kernel.asm else _amd(kernel)
 
 
+def _counts(text: str, kind_of: Callable[[str], tuple[str, str] | None], *kinds: str) -> dict[str, Any]:
+    """How many instructions there are in all, and by name those of some kinds. kind_of: (kind, name) of a line's
+    instruction, None where it has none."""
+    found = [instruction for line in text.splitlines() if (instruction := kind_of(line)) is not None]
+    named = {kind: Counter(name for one, name in found if one == kind) for kind in kinds}
+    return {"instructions": len(found), **{kind: dict(sorted(names.items())) for kind, names in named.items()}}
+
+
 def sass_counts(sass: str) -> dict[str, Any]:
     """instructions, spills, matrix, loads, stores: of nvdisasm's output."""
-    total = spills = 0
-    matrix: Counter[str] = Counter()
-    loads: Counter[str] = Counter()
-    stores: Counter[str] = Counter()
-    for line in sass.splitlines():
-        found = re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)", line)
-        if found is None:
-            continue
-        name, *suffixes = found.group(1).split(".")
-        if name == "NOP":
-            continue
-        total += 1
-        if name in ("LDL", "STL"):
-            spills += 1
-        elif _MATRIX.match(name):
-            matrix[name + (".TF32" if "TF32" in suffixes else "")] += 1
-        elif name in ("LDG", "LDGSTS"):
-            loads[str(_width(suffixes))] += 1
-        elif name == "STG":
-            stores[str(_width(suffixes))] += 1
-        elif name in ("UTMALDG", "UBLKCP"):
-            loads["16"] += 1
-        elif name == "UTMASTG":
-            stores["16"] += 1
-    return {
-        "instructions": total, "spills": spills,
-        "matrix": _sorted(matrix), "loads": _sorted(loads), "stores": _sorted(stores),
-    }  # fmt: skip
+    counts = _counts(sass, _sass_instruction, "matrix", "loads", "stores", "spills")
+    return {**counts, "spills": sum(counts["spills"].values())}
 
 
-def _width(suffixes: list[str]) -> int:
-    return next((_WIDTHS[suffix] for suffix in suffixes if suffix in _WIDTHS), 4)
+def _sass_instruction(line: str) -> tuple[str, str] | None:
+    found = re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)", line)
+    name, *suffixes = found.group(1).split(".") if found else ["NOP"]
+    if name == "NOP":
+        return None
+    if name in ("LDL", "STL"):
+        return "spills", name
+    if _MATRIX.match(name):
+        return "matrix", name + (".TF32" if "TF32" in suffixes else "")
+    if name in ("LDG", "LDGSTS"):
+        return "loads", _width(suffixes)
+    if name == "STG":
+        return "stores", _width(suffixes)
+    if name in ("UTMALDG", "UBLKCP"):
+        return "loads", "16"
+    if name == "UTMASTG":
+        return "stores", "16"
+    return "others", name
 
 
-def _sorted(counts: Counter[str]) -> dict[str, int]:
-    return dict(sorted(counts.items()))
+def _width(suffixes: list[str]) -> str:
+    return str(next((_WIDTHS[suffix] for suffix in suffixes if suffix in _WIDTHS), 4))
 
 
 def _nvidia(kernel: Any) -> Facts:
@@ -130,25 +129,21 @@ def _nvidia(kernel: Any) -> Facts:
 
 def amdgcn_counts(assembly: str) -> dict[str, Any]:
     """As `sass_counts`, without spills, of AMD's assembly."""
-    total = 0
-    matrix: Counter[str] = Counter()
-    loads: Counter[str] = Counter()
-    stores: Counter[str] = Counter()
-    for line in assembly.splitlines():
-        found = re.match(r"\s+([a-z]+_[a-z0-9_]+)\b", line)
-        if found is None:
-            continue
-        name = found.group(1)
-        total += 1
-        access = re.match(r"(?:global|buffer|flat)_(load|store)_(?:(dword(?:x\d)?)|([us]?byte|[us]?short)\w*)", name)
-        if access is not None:
-            width = _AMD_WIDTHS[access[2]] if access[2] else 1 if "byte" in access[3] else 2
-            (loads if access[1] == "load" else stores)[str(width)] += 1
-        elif name.startswith(("v_mfma", "v_smfma", "v_wmma")):
-            matrix["MFMA" + (".TF32" if "xf32" in name else "")] += 1
-    return {
-        "instructions": total, "matrix": _sorted(matrix), "loads": _sorted(loads), "stores": _sorted(stores)
-    }  # fmt: skip
+    return _counts(assembly, _amdgcn_instruction, "matrix", "loads", "stores")
+
+
+def _amdgcn_instruction(line: str) -> tuple[str, str] | None:
+    found = re.match(r"\s+([a-z]+_[a-z0-9_]+)\b", line)
+    if found is None:
+        return None
+    name = found.group(1)
+    access = re.match(r"(?:global|buffer|flat)_(load|store)_(?:(dword(?:x\d)?)|([us]?byte|[us]?short)\w*)", name)
+    if access is not None:
+        width = _AMD_WIDTHS[access[2]] if access[2] else 1 if "byte" in access[3] else 2
+        return f"{access[1]}s", str(width)
+    if name.startswith(("v_mfma", "v_smfma", "v_wmma")):
+        return "matrix", "MFMA" + (".TF32" if "xf32" in name else "")
+    return "others", name
 
 
 def _amd(kernel: Any) -> Facts:
