@@ -81,9 +81,37 @@ def _backward(
     gradients: list[Tensor | None] = [None] * 3
     for grad, before, activation in ((grad_output, saved, ctx.activation), (grad_preactivation, None, 0)):
         if grad is not None:
-            found = kernel(grad, input, weight, bias, before, activation, *wanted)
+            if activation == 0 and wanted[1] and weight.stride(0) == 1 and weight.stride(1) > 1:
+                found = _transposed_backward(kernel, grad, input, weight, bias, *wanted)
+            else:
+                found = kernel(grad, input, weight, bias, before, activation, *wanted)
             gradients = [g if total is None else total + g for total, g in zip(gradients, found, strict=True)]
     return (*(g if w else None for g, w in zip(gradients, wanted, strict=True)), None, None)
+
+
+def _transposed_backward(
+    kernel: Any,
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    input_grad: bool,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a weight that is the transpose of what lies in memory: its gradient lies there like it.
+
+    Autograd would copy it, and a transposing copy takes as long as a tenth of the product.
+    """
+    count = input.shape[:-1].numel()
+    rows, outer = input.reshape(count, weight.shape[1]), grad_output.reshape(count, weight.shape[0])
+    # x^T g, (in, out), is the weight gradient of a layer whose input is g and whose output's gradient is x.
+    grad_weight = kernel(rows, outer, weight.t(), None, None, 0, False, True, False)[1].t()
+    if not (input_grad or bias_grad):
+        nothing = input.new_empty((0,))
+        return nothing, grad_weight, nothing
+    grad_input, _, grad_bias = kernel(grad_output, input, weight, bias, None, 0, input_grad, False, bias_grad)
+    return grad_input, grad_weight, grad_bias
 
 
 def _forward_flops(input: tuple[int, ...], weight: tuple[int, ...], *_: Any) -> int:
