@@ -34,6 +34,7 @@ from fastattn.ops.attention.triton_scores import (
     packed_tile,
     placed,
     prefix_of,
+    product,
     put_tile,
     query_blocks,
     query_program,
@@ -68,12 +69,15 @@ def delta(
     first_row = block * ROWS
     local = tl.arange(0, ROWS)
     row = first_row + local
-    grad = tile_at(grad_ptr + batch * grad_batch + head * grad_head, grad_row, row, rows, VALUE_DIM, BLOCK_VALUE)
+    grad_ptr += batch * grad_batch + head * grad_head
+    grad = tile_at(grad_ptr, grad_row, row, rows, VALUE_DIM, BLOCK_VALUE)
     output_ptr += batch * output_batch + head * output_head
     output = tile_at(output_ptr, output_row, row, rows, VALUE_DIM, BLOCK_VALUE)
     if grad.dtype == tl.float32:
         # The diagonal of a product is summed as dP is: where they cancel, as in a row of one key, they do so wholly.
-        products = tl.dot(grad, tl.trans(output), input_precision="ieee")
+        products = product(
+            grad, grad_ptr, grad_row, row, rows, output, output_ptr, output_row, row, rows, VALUE_DIM, BLOCK_VALUE
+        )
         found = tl.sum(tl.where(local[:, None] == local[None, :], products, 0.0), 1)
     else:
         found = tl.sum(grad.to(tl.float32) * output.to(tl.float32), 1)
@@ -139,7 +143,8 @@ def _statistics(lse_ptr, delta_ptr, rest_ptr, place, rows, queries, FEATURES: tl
 
 @triton.jit
 def _query_step(
-    grad_query, total, query, grad, lse, delta_of_rows, key_ptr, key_row, value_ptr, value_row, block, edge, row,
+    grad_query, total, query, query_ptr, query_row, rows, grad, grad_ptr, grad_row, lse, delta_of_rows,
+    key_ptr, key_row, value_ptr, value_row, block, edge, row,
     first_row, queries, keys, shift, left, right, prefix, query_id, key_ids_ptr, mask, slope, philox_ptr, lane, scale,
     softcap, kept_scale, threshold,
     FEATURES: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
@@ -154,12 +159,14 @@ def _query_step(
     key_id = 0
     if DOCUMENTS & FEATURES:
         key_id = tl.load(key_ids_ptr + columns, mask=columns < keys, other=0)[None, :]
-    products = tl.dot(query, tl.trans(key), input_precision="ieee")
+    products = product(query, query_ptr, query_row, rows, queries, key, key_ptr, key_row, columns, keys, DIM, BLOCK_DIM)
     weights = _weights(
         products, lse[:, None], 1.0, row, column, queries, keys, shift, left, right, prefix, query_id, key_id, mask,
         slope, scale, softcap, edge, FEATURES,
     )  # fmt: skip
-    grad_weights = tl.dot(grad, tl.trans(value), input_precision="ieee")
+    grad_weights = product(
+        grad, grad_ptr, grad_row, rows, queries, value, value_ptr, value_row, columns, keys, VALUE_DIM, BLOCK_VALUE
+    )
     if DROPOUT & FEATURES:
         keep = kept(philox_ptr, lane, first_row, start, threshold, ROWS, COLUMNS)
         grad_weights = tl.where(keep, grad_weights * kept_scale, 0.0)
@@ -239,9 +246,10 @@ def backward_query(
             edge = (this < whole) | (this >= whole_end)
         if live:
             grad_query, total = _query_step(
-                grad_query, total, query, grad, lse, delta_of_rows, key_ptr, key_row, value_ptr, value_row, this, edge,
-                row, first_row, queries, keys, shift, left, right, prefix, query_ids[:, None], key_ids_ptr, mask, slope,
-                philox_ptr, lane, scale, softcap, kept_scale, threshold,
+                grad_query, total, query, query_ptr, query_row, rows, grad, grad_ptr, grad_row, lse, delta_of_rows,
+                key_ptr, key_row, value_ptr, value_row, this, edge, row, first_row, queries, keys, shift, left, right,
+                prefix, query_ids[:, None], key_ids_ptr, mask, slope, philox_ptr, lane, scale, softcap, kept_scale,
+                threshold,
                 FEATURES, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, ROWS, COLUMNS,
             )  # fmt: skip
 
@@ -257,8 +265,9 @@ def backward_query(
 
 @triton.jit
 def _key_step(
-    grad_key, grad_value, key, value, query_ptr, query_row, grad_ptr, grad_row, lse_ptr, delta_ptr, rest_ptr,
-    statistics, block, edge, column, first_key, queries, keys, shift, left, right, prefix, key_id, query_ids_ptr, mask,
+    grad_key, grad_value, key, key_ptr, key_row, value, value_ptr, value_row, columns, query_ptr, query_row,
+    grad_ptr, grad_row, lse_ptr, delta_ptr, rest_ptr, statistics, block, edge, column, first_key, queries, keys,
+    shift, left, right, prefix, key_id, query_ids_ptr, mask,
     slope, philox_ptr, lane, scale, softcap, kept_scale, threshold,
     FEATURES: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK_VALUE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -272,13 +281,15 @@ def _key_step(
     query_id = 0
     if DOCUMENTS & FEATURES:
         query_id = tl.load(query_ids_ptr + rows, mask=rows < queries, other=0)[None, :]
-    products = tl.dot(key, tl.trans(query), input_precision="ieee")
+    products = product(key, key_ptr, key_row, columns, keys, query, query_ptr, query_row, rows, queries, DIM, BLOCK_DIM)
     weights = _weights(
         products, lse[None, :], rest[None, :], row, column, queries, keys, shift, left, right, prefix, query_id,
         key_id, mask, slope, scale, softcap, edge, FEATURES,
     )  # fmt: skip
     grad = tile_at(grad_ptr, grad_row, rows, queries, VALUE_DIM, BLOCK_VALUE)
-    grad_weights = tl.dot(value, tl.trans(grad), input_precision="ieee")
+    grad_weights = product(
+        value, value_ptr, value_row, columns, keys, grad, grad_ptr, grad_row, rows, queries, VALUE_DIM, BLOCK_VALUE
+    )
     dropped = weights
     if DROPOUT & FEATURES:
         keep = tl.trans(kept(philox_ptr, lane, start, first_key, threshold, ROWS, COLUMNS))
@@ -365,11 +376,13 @@ def backward_mask(
         if tl.max(seen.to(tl.int32)) > 0:
             kv_head = wide(head // grouped)
             wide_head = wide(head)
-            query = tile_at(
-                query_ptr + base * query_batch + wide_head * query_head, query_row, rows, queries, DIM, BLOCK_DIM
+            query_at = query_ptr + base * query_batch + wide_head * query_head
+            key_at = key_ptr + base * key_batch + kv_head * key_head
+            query = tile_at(query_at, query_row, rows, queries, DIM, BLOCK_DIM)
+            key = tile_at(key_at, key_row, columns, keys, DIM, BLOCK_DIM)
+            products = product(
+                query, query_at, query_row, rows, queries, key, key_at, key_row, columns, keys, DIM, BLOCK_DIM
             )
-            key = tile_at(key_ptr + base * key_batch + kv_head * key_head, key_row, columns, keys, DIM, BLOCK_DIM)
-            products = tl.dot(query, tl.trans(key), input_precision="ieee")
             slope = slope_of(slopes_ptr, slopes_batch, batch, head, FEATURES)
             statistics = base * lse_batch + wide_head * lse_head
             lse, rest, delta_of_rows = _statistics(
@@ -379,13 +392,14 @@ def backward_mask(
                 products, lse[:, None], rest[:, None], row, column, queries, keys, shift, left, right, prefix, query_id,
                 key_id, mask, slope, scale, softcap, True, FEATURES,
             )  # fmt: skip
-            value = tile_at(
-                value_ptr + base * value_batch + kv_head * value_head, value_row, columns, keys, VALUE_DIM, BLOCK_VALUE
-            )
-            grad = tile_at(
-                grad_ptr + base * grad_batch + wide_head * grad_head, grad_row, rows, queries, VALUE_DIM, BLOCK_VALUE
-            )
-            grad_weights = tl.dot(grad, tl.trans(value), input_precision="ieee")
+            value_at = value_ptr + base * value_batch + kv_head * value_head
+            grad_at = grad_ptr + base * grad_batch + wide_head * grad_head
+            value = tile_at(value_at, value_row, columns, keys, VALUE_DIM, BLOCK_VALUE)
+            grad = tile_at(grad_at, grad_row, rows, queries, VALUE_DIM, BLOCK_VALUE)
+            grad_weights = product(
+                grad, grad_at, grad_row, rows, queries, value, value_at, value_row, columns, keys, VALUE_DIM,
+                BLOCK_VALUE,
+            )  # fmt: skip
             if DROPOUT & FEATURES:
                 lane = batch * heads + head
                 keep = kept(philox_ptr, lane, first_row, first_key, threshold, ROWS, COLUMNS)
@@ -502,8 +516,9 @@ def backward_key(
             edge = (this < whole) | (this >= whole_end)
         if live:
             grad_key, grad_value = _key_step(
-                grad_key, grad_value, key, value, head_query_ptr, query_row, head_grad_ptr, grad_row, lse_ptr,
-                delta_ptr, rest_ptr, statistics, this, edge, column, first_key, queries, keys, shift, left, right,
+                grad_key, grad_value, key, key_ptr, key_row, value, value_ptr, value_row, columns, head_query_ptr,
+                query_row, head_grad_ptr, grad_row, lse_ptr, delta_ptr, rest_ptr, statistics, this, edge, column,
+                first_key, queries, keys, shift, left, right,
                 prefix, key_ids[:, None], query_ids_ptr, mask, slope, philox_ptr, lane, scale, softcap, kept_scale,
                 threshold, FEATURES, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, ROWS, COLUMNS,
             )  # fmt: skip

@@ -33,6 +33,9 @@ DEBUG = tl.constexpr(features.DEBUG)
 MASKS = tl.constexpr(features.BOOL_MASK | features.ADDITIVE_MASK)
 TESTED = tl.constexpr(features.BOOL_MASK | features.ADDITIVE_MASK | features.DOCUMENTS)
 
+#: Columns of a product's parts.
+PART = tl.constexpr(32)
+
 LEAST = tl.constexpr(-(2**63))
 MOST = tl.constexpr(2**63 - 1)
 
@@ -55,6 +58,36 @@ def tile_at(pointer, stride, rows, count, DIM: tl.constexpr, BLOCK: tl.constexpr
         return tl.load(address, mask=(rows < count)[:, None], other=0.0)
     else:
         return tl.load(address, mask=(rows < count)[:, None] & (column < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def _part_at(pointer, stride, rows, count, first, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """(len(rows), PART) of such a tile, from column `first` on."""
+    column = first + tl.arange(0, PART)
+    address = pointer + (rows.to(tl.int64) * stride)[:, None] + column[None, :]
+    if BLOCK == DIM:
+        return tl.load(address, mask=(rows < count)[:, None], other=0.0)
+    else:
+        return tl.load(address, mask=(rows < count)[:, None] & (column < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def product(
+    a, a_ptr, a_stride, a_rows, a_count, b, b_ptr, b_stride, b_rows, b_count, DIM: tl.constexpr, BLOCK: tl.constexpr
+):
+    """a b^T of two tiles (tile_at of what follows each).
+
+    Without tensor cores a thread has whole rows of both in registers: wide ones of float32 are read again, in parts.
+    """
+    if a.dtype == tl.float32 and BLOCK > PART:
+        total = tl.zeros((a.shape[0], b.shape[0]), tl.float32)
+        for first in range(0, BLOCK, PART):
+            a_part = _part_at(a_ptr, a_stride, a_rows, a_count, first, DIM, BLOCK)
+            b_part = _part_at(b_ptr, b_stride, b_rows, b_count, first, DIM, BLOCK)
+            total = tl.dot(a_part, tl.trans(b_part), total, input_precision="ieee")
+        return total
+    else:
+        return tl.dot(a, tl.trans(b), input_precision="ieee")
 
 
 @triton.jit
