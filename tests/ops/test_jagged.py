@@ -115,3 +115,21 @@ def test_explained_and_refused():
     strided = torch.nested.nested_tensor([torch.randn(2, n, 8) for n in LENGTHS])
     with pytest.raises(ValueError, match="a nested tensor of another layout"):
         scaled_dot_product_attention(strided, strided, strided)
+
+
+def test_compiled_for_any_lengths():
+    """One graph for all; what the longest sequence is does not become part of it."""
+    torch._dynamo.reset()
+
+    def call(nested):
+        side = headed(nested)
+        return headed(scaled_dot_product_attention(side, side, side, is_causal=True)).values()
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
+    for lengths in ((3, 7), (5, 2, 9), (4, 4, 4, 11)):
+        rows = torch.randn(sum(lengths), 2, 8, requires_grad=True)
+        offsets = torch.tensor([0, *lengths]).cumsum(0)
+        nested = torch.nested.nested_tensor_from_jagged(rows, offsets, min_seqlen=min(lengths), max_seqlen=max(lengths))
+        output, expected = compiled(nested), call(nested)
+        assert torch.equal(output, expected)
+        assert torch.equal(*(torch.autograd.grad(t.sum(), rows)[0] for t in (output, expected)))
