@@ -352,8 +352,8 @@ def install() -> bool:
     """Makes `import apex.normalization` find these modules, process-wide.
 
     True when it does from now on; False when apex is installed, which is left alone. Calling it again is without
-    effect. Libraries ask once whether apex is there, most when they are imported (Transformers' T5 takes its norm from
-    it): install before. Other parts of Apex raise ImportError as if they were not there.
+    effect. Libraries ask once whether apex is there, most when they are imported (Transformers 4's T5 takes its norm
+    from it): install before. Other parts of Apex raise ImportError as if they were not there.
     """
     return _STAND_IN.install()
 
