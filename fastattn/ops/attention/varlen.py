@@ -88,8 +88,8 @@ def _backward(kernel: Any, ctx: Any, grad_output: Tensor | None, grad_lse: Tenso
 TENSORS, SINKS = 9, 7
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor cu_seq_q, Tensor cu_seq_k, Tensor? seqused_k, Tensor? philox,"
-    " Tensor? sinks, Tensor? alibi_slopes, {}float scale, SymInt max_q, SymInt max_k, int window_left, int window_right,"
-    " float softcap, float dropout_p"
+    " Tensor? sinks, Tensor? alibi_slopes, {}float scale, SymInt max_q, SymInt max_k, int window_left,"
+    " int window_right, float softcap, float dropout_p"
 )
 
 
