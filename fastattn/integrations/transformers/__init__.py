@@ -29,9 +29,21 @@ from transformers.masking_utils import AttentionMaskInterface  # noqa: E402
 from transformers.modeling_utils import AttentionInterface  # noqa: E402
 
 from fastattn.integrations.transformers.attention import fastattn_attention  # noqa: E402
-from fastattn.integrations.transformers.masks import BandMask, Mask, RangeMask, fastattn_mask  # noqa: E402
+from fastattn.integrations.transformers.masks import BandMask, Mask, PackedMask, RangeMask, fastattn_mask  # noqa: E402
+from fastattn.integrations.transformers.packing import keep_padding, skip_padding  # noqa: E402
 
-__all__ = ["BandMask", "Mask", "RangeMask", "fastattn_attention", "fastattn_mask", "register", "unregister"]
+__all__ = [
+    "BandMask",
+    "Mask",
+    "PackedMask",
+    "RangeMask",
+    "fastattn_attention",
+    "fastattn_mask",
+    "keep_padding",
+    "register",
+    "skip_padding",
+    "unregister",
+]
 
 NAME = "fastattn"
 

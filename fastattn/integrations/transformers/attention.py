@@ -8,18 +8,13 @@ import torch
 from torch import Tensor
 
 from fastattn.dispatch import autocast_enabled
-from fastattn.integrations.transformers.masks import BandMask, Mask, RangeMask, recognised
+from fastattn.integrations.transformers.masks import BandMask, Mask, PackedMask, RangeMask, recognised
 from fastattn.numerics import accumulation_dtype
-from fastattn.ops.attention import scaled_dot_product_attention
+from fastattn.ops.attention import attention_varlen, scaled_dot_product_attention
 from fastattn.ops.decode import decode_attention
 
 #: Arguments that choose among keys in a way that is neither a mask nor a list of keys.
 REFUSED = ("block_indices",)
-
-
-def _documents(starts: Tensor, rows: int) -> Tensor:
-    """(rows,) the number of the packed sequence that each row belongs to; starts: cu_seq_lens, (N + 1)."""
-    return torch.searchsorted(starts[1:].contiguous(), torch.arange(rows, device=starts.device), right=True)
 
 
 def _chosen(indices: Tensor, queries: int, keys: int) -> Tensor:
@@ -86,6 +81,25 @@ def _decoded(
     return output if sinks is None else _with_sinks(output, lse, sinks[:, None])
 
 
+def _packed(
+    mask: Tensor | Mask | None,
+    is_causal: bool,
+    bounds: Tensor,
+    key_bounds: Tensor | None,
+    longest: int | None,
+    query: Tensor,
+    keys: int,
+) -> tuple[Tensor | Mask | None, bool]:
+    """(mask, is_causal) with the bounds of sequences that are packed in one row, of queries as of keys."""
+    whole = mask is None or (isinstance(mask, BandMask) and mask.ids is None and mask.offset == 0)
+    if not whole or query.shape[0] != 1 or query.shape[2] != keys:
+        return mask, is_causal
+    if key_bounds is not None and key_bounds is not bounds and not torch.equal(key_bounds, bounds):
+        return mask, is_causal
+    left, right = (mask.left, mask.right) if isinstance(mask, BandMask) else (-1, 0 if is_causal else -1)
+    return PackedMask(bounds, keys if longest is None else int(longest), keys, left, right), False
+
+
 def _attended(
     query: Tensor,
     key: Tensor,
@@ -98,6 +112,12 @@ def _attended(
 ) -> Tensor:
     """(B, Sq, H, Dv), with what kind of mask it is said in the op's own words. sinks: those of each query."""
     queries, keys = query.shape[2], key.shape[2]
+    if isinstance(mask, PackedMask) and bias is None and sinks is None and mask.shape[2:] == (queries, keys):
+        return attention_varlen(
+            query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), mask.bounds, mask.bounds,
+            mask.longest, mask.longest, window_size=(mask.left, mask.right), enable_gqa=query.shape[1] != key.shape[1],
+            **options,
+        )[None]  # fmt: skip
     if isinstance(mask, BandMask) and keys <= mask.shape[3]:
         offset, left, right, ids = mask.offset, mask.left, mask.right, mask.ids
         end = offset + queries + right
@@ -173,6 +193,7 @@ def fastattn_attention(
     indices: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int | None = None,
     output_attentions: bool = False,
     **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -188,7 +209,8 @@ def fastattn_attention(
         position_bias: broadcasts to (B, H, Sq, Sk), added to the scores, differentiable.
         head_mask: (H,) or (1, H, 1, 1), factors of the heads' outputs.
         indices: (B, Sq, n), the only keys that each query sees; -1 is none.
-        cu_seq_lens_q, cu_seq_lens_k: where packed sequences begin and end; they count where there is no mask.
+        cu_seq_lens_q, cu_seq_lens_k, max_length_q: where packed sequences begin and end, and the longest's length, as
+            DataCollatorWithFlattening makes them; they count where the mask does not tell sequences apart.
         output_attentions: also return the weights, computed by their definition, before dropout.
 
     Returns:
@@ -225,9 +247,8 @@ def fastattn_attention(
         output = _decoded(query, key, value, mask, scaling, cap, s_aux)
     else:
         options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "softcap": cap, "sinks": s_aux}
-        if mask is None and cu_seq_lens_q is not None and query.shape[0] == 1:
-            starts = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
-            options["document_ids"] = _documents(cu_seq_lens_q, query.shape[2]), _documents(starts, keys)
+        if cu_seq_lens_q is not None:
+            mask, is_causal = _packed(mask, is_causal, cu_seq_lens_q, cu_seq_lens_k, max_length_q, query, keys)
         output = _attended(query, key, value, mask, is_causal, position_bias, sinks, options)
     if head_mask is not None:
         output = output * head_mask.reshape(-1, 1)

@@ -124,7 +124,8 @@ class Mask:
 class BandMask(Mask):
     """Query i sees the keys from i + offset - left to i + offset + right whose id is the query's.
 
-    left, right: -1 is no bound. ids: (B or 1, queries) and (B or 1, keys), or None.
+    left, right: -1 is no bound. ids: (B or 1, queries) and (B or 1, keys), or None. keep: (B or 1, keys) bool where
+    padding is all that ids say, of queries as of keys.
     """
 
     def __init__(
@@ -137,9 +138,10 @@ class BandMask(Mask):
         left: int,
         right: int,
         ids: tuple[Tensor, Tensor] | None,
+        keep: Tensor | None = None,
     ) -> None:
         super().__init__(batch, queries, keys, device)
-        self.offset, self.left, self.right, self.ids = offset, left, right, ids
+        self.offset, self.left, self.right, self.ids, self.keep = offset, left, right, ids, keep
 
     def __repr__(self) -> str:
         return (
@@ -159,6 +161,19 @@ class BandMask(Mask):
         if self.ids is not None:
             seen = seen & (self.ids[0][:, None, :, None] == self.ids[1][:, None, None, :])
         return seen
+
+
+class PackedMask(BandMask):
+    """Sequences one behind the other in one row: sequence n is places bounds[n] to bounds[n + 1] - 1.
+
+    bounds: (N + 1,) integers. longest: at least the length of the longest sequence.
+    """
+
+    def __init__(self, bounds: Tensor, longest: int, length: int, left: int, right: int) -> None:
+        place = torch.arange(length, device=bounds.device)
+        ids = torch.searchsorted(bounds[1:].contiguous(), place, right=True)[None]
+        super().__init__(1, length, length, bounds.device, 0, left, right, (ids, ids))
+        self.bounds, self.longest = bounds, longest
 
 
 class RangeMask(Mask):
@@ -188,14 +203,18 @@ def _band(pattern: Pattern, batch: int, known: bool) -> BandMask | None:
         offset, left, right = offset + right, None if left is None else left + right, 0
     if left is not None and left < 0:
         return None
+    square = frame.queries == frame.keys and frame.query_start == frame.key_start and not pattern.ids
+    rows = [row for axis, row in pattern.masked if axis == "key"]
+    keep = rows[0] if square and len(rows) == len(pattern.masked) == 1 else None
     # Bounds that no query and key of this mask reach are none; a triangle is served faster than a window.
     if left is not None and offset + frame.queries - 1 <= left:
         left = None
     if right is not None and frame.keys - 1 - offset <= right:
         right = None
+    ids = merged_ids(pattern, known)
     return BandMask(
         batch, frame.queries, frame.keys, frame.device, offset, -1 if left is None else left,
-        -1 if right is None else right, merged_ids(pattern, known),
+        -1 if right is None else right, ids, None if ids is None else keep,
     )  # fmt: skip
 
 
@@ -261,7 +280,7 @@ def takes_implementations(config_module: str) -> bool:
         own = [
             name
             for name, value in found.items()
-            if isinstance(value, type) and "Attention" in name and value.__module__ == models.__name__
+            if isinstance(value, type) and "Attention" in name and value.__module__ == found["__name__"]
         ]
         _takes[config_module] = not own or "ALL_ATTENTION_FUNCTIONS" in found
         if not _takes[config_module]:
