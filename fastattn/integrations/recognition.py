@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -148,7 +149,8 @@ def _computed(module: nn.Module, parameters: dict[str, Tensor], x: Tensor, **att
     shadow, given = _shadow(module, parameters, **attributes), x.clone()
     before = dict(shadow.__dict__)
     try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of dtypes that differ: nobody asked for them
             result = type(module).forward(shadow, given)
     except Exception as error:  # whatever a foreign forward does not like
         raise Unrecognised(f"its forward does not take a tensor: {type(error).__name__}: {error}") from error
@@ -228,12 +230,16 @@ def _result_rule(
 ) -> str:
     """Whose dtype the result has where input and weight differ: "input", "weight", or "promoted" of both."""
     low, high = torch.bfloat16, torch.float32
-    found = []
+    found: list[torch.dtype | None] = []
     for kind, other in ((low, high), (high, low), (low, low)):
         given = {name: parameter.to(other) for name, parameter in parameters.items()}
-        found.append(_computed(module, given, x.to(kind), **attributes).dtype)
-    for rule, expected in {"input": [low, high], "promoted": [high, high], "weight": [high, low]}.items():
-        if found[:2] == (expected if weight is not None else [low, high]) and found[2] == low:
+        try:
+            found.append(_computed(module, given, x.to(kind), **attributes).dtype)
+        except Unrecognised:
+            found.append(None)  # dtypes that it refuses need no rule
+    rules = {"input": (low, high), "promoted": (high, high), "weight": (high, low)}
+    for rule, expected in rules.items() if weight is not None else [("input", (low, high))]:
+        if all(dtype in (None, wanted) for dtype, wanted in zip(found, (*expected, low), strict=True)):
             return rule
     raise Unrecognised(f"its result is {', '.join(map(str, found))} for inputs and weights of other dtypes")
 

@@ -637,6 +637,24 @@ def test_classes_that_only_have_the_name(kind):
         fastattn.patch(model, strict=True)
 
 
+class FastNorm(nn.LayerNorm):
+    """As timm's: a subclass with a forward of its own, which does what it did."""
+
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+def test_overrides_that_are_known_are_asked_what_they_compute(monkeypatch):
+    model, x = FastNorm(E), torch.randn(3, E)
+    expected = model(x)
+    assert fastattn.patch(model).left[0].what == "a subclass of LayerNorm with a forward of its own"
+    monkeypatch.setattr(patching, "KNOWN_OVERRIDES", {f"{FastNorm.__module__}.FastNorm"})
+    assert fastattn.patch(model).replaced[0].what == "fastattn's LayerNorm"
+    torch.testing.assert_close(model(x), expected)
+    fastattn.unpatch(model)
+    assert type(model) is FastNorm
+
+
 TRANSFORMERS = {
     "llama": ("LlamaRMSNorm", 0.0, "promoted"), "mistral": ("MistralRMSNorm", 0.0, "promoted"),
     "mixtral": ("MixtralRMSNorm", 0.0, "promoted"), "qwen2": ("Qwen2RMSNorm", 0.0, "promoted"),
