@@ -3,7 +3,9 @@
 from fastattn import nn
 from fastattn.allocator import AllocatorTuning, tune_allocator
 from fastattn.dispatch import BackendUnsupported, use_backend
+from fastattn.integrations import sdpa as _registered_with_torch  # noqa: F401
 from fastattn.integrations.explanation import explain
+from fastattn.integrations.functional import accelerate
 from fastattn.integrations.patching import PatchReport, patch, unpatch
 from fastattn.ops import (
     add_layer_norm,
@@ -29,6 +31,7 @@ __all__ = [
     "BackendUnsupported",
     "PatchReport",
     "__version__",
+    "accelerate",
     "add_layer_norm",
     "add_rms_norm",
     "apply_rotary_emb",
