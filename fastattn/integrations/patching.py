@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
 from fastattn.dispatch import BackendUnsupported
@@ -254,6 +255,8 @@ def patch(model: nn.Module, *, strict: bool = False, exclude: Iterable[str | typ
     changes: list[tuple[nn.Module, type]] = []
     for path, module in model.named_modules():
         name = type(module).__name__
+        if type(module) is NonDynamicallyQuantizableLinear:
+            continue  # MultiheadAttention reads its parameters and never calls it
         if isinstance(module, Served):
             parts = _parts(type(module))
             if parts is not None and parts[2] != strict:
