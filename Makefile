@@ -72,7 +72,7 @@ TRANSFORMERS ?= 4.53.3
 test-transformers-oldest: setup
 	$(PY) -m venv .venv-transformers-oldest
 	.venv-transformers-oldest/bin/python -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)" "transformers==$(TRANSFORMERS)" accelerate numpy pytest pytest-timeout pytest-benchmark expecttest
-	.venv-transformers-oldest/bin/python -m pytest tests/integrations/test_transformers.py
+	.venv-transformers-oldest/bin/python -m pytest tests/integrations/test_transformers.py tests/integrations/transformers
 
 # The NEON kernels, cross-compiled, against the conformance cases in emulation: about half an hour (Debian, Ubuntu).
 neon: $(READY)
