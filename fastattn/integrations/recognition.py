@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn import ops
-from fastattn.nn.linear import linear, torchs
+from fastattn.nn.linear import short
 from fastattn.nn.served import Served, refusal
+from fastattn.ops.linear.op import prefers_torch
 
 ROWS, WIDTH = 3, 8
 #: Modules without a number of their own for it have it in their forward.
@@ -111,14 +112,15 @@ class RecognisedConv1D(Served):
     bias: Any
 
     def forward(self, x: Tensor) -> Any:
-        weight, bias = self.weight, self.bias
-        reason = refusal(x, weight, bias)
+        weight, bias = self.weight.t(), self.bias
+        if short(x, weight):
+            return super().forward(x)
+        reason = refusal(x, self.weight, bias)
         if reason is not None:
             self._left_to_torch(reason)
-            return super().forward(x)
-        if torchs(x, weight.t()):
-            return super().forward(x)
-        return linear(x, weight.t(), bias)
+        elif not prefers_torch(x, weight):
+            return ops.linear(x, weight, bias)
+        return super().forward(x)
 
 
 # ---- how they are recognised ----

@@ -12,18 +12,23 @@ from fastattn import dispatch, ops
 from fastattn.nn.served import Served, refusal
 from fastattn.ops.linear.op import prefers_torch
 
-#: Products of fewer multiplications are torch's: what a call of ours costs more than one of torch's is the difference.
+#: Products of fewer multiplications are torch's: there a call of ours costs more than its kernel saves.
 FEW = 2**21
 _ACTIVATIONS = {"relu": torch.relu, "gelu": ops.gelu, "gelu_tanh": lambda x: ops.gelu(x, "tanh")}
 
 
-def torchs(input: Tensor, weight: Tensor) -> bool:
-    """Whether torch's product is the faster one: it is short, or the committed table (preference.py) says so.
-
-    A forced backend is neither."""
-    if dispatch.forced_backend() is not None:
+def short(input: Tensor, weight: Tensor) -> bool:
+    """Whether the product is so short that the call decides what it takes. Compiled code has no calls, and exported
+    code must not ask for sizes."""
+    if torch.compiler.is_compiling() or weight.ndim != 2 or dispatch.forced_backend() is not None:
         return False
-    return (weight.ndim == 2 and input.numel() * weight.shape[0] < FEW) or prefers_torch(input, weight)
+    return input.numel() * weight.shape[0] < FEW
+
+
+def torchs(input: Tensor, weight: Tensor) -> bool:
+    """Whether torch's product is the faster one: it is short, or the committed table (preference.py) says so; never
+    where a backend is forced."""
+    return short(input, weight) or prefers_torch(input, weight)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
@@ -42,6 +47,8 @@ class LinearForward(Served):
 
     def forward(self, input: Tensor) -> Any:
         weight, bias = self.weight, self.bias
+        if short(input, weight):  # asked first: it is as good as any reason
+            return super().forward(input)
         reason = refusal(input, weight, bias)
         if reason is not None:
             self._left_to_torch(reason)

@@ -57,7 +57,7 @@ def test_autocast_rounds_as_torchs(cpu_preferred):
     fastattn.testing.assert_lawful(mine.detach(), other.detach(), theirs.double()(x.double()).detach())
 
 
-def test_others_are_torchs():
+def test_others_are_torchs(cpu_preferred):
     ours, heard = fastattn.nn.Linear(4, 4).double(), []
     with listening(lambda module, reason: heard.append(reason)):
         assert ours(torch.randn(2, 4, dtype=torch.float64)).dtype == torch.float64
@@ -75,3 +75,12 @@ def test_compiled_in_one_graph(cpu_preferred):
     ours = fastattn.nn.Linear(24, 40)
     x = torch.randn(7, 24)
     torch.testing.assert_close(torch.compile(ours, fullgraph=True, backend="aot_eager")(x), ours(x))
+
+
+def test_exported_with_any_number_of_rows():
+    """Whether a product is short is nobody's question then: it would tie the program to sizes."""
+    model = fastattn.nn.Linear(256, 256)
+    rows = torch.export.Dim("rows", min=2, max=1024)
+    program = torch.export.export(model, (torch.randn(4, 256),), dynamic_shapes={"input": {0: rows}})
+    x = torch.randn(900, 256)
+    torch.testing.assert_close(program.module()(x), model(x))

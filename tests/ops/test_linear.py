@@ -49,3 +49,17 @@ def test_second_derivatives_and_graphs_of_transposed_weights():
     compiled = torch.compile(lambda x, w: fastattn.linear(x, w.t(), backend="cpu"), backend="aot_eager", fullgraph=True)
     compiled(x.float().detach(), stored).sum().backward()
     torch.testing.assert_close(stored.grad, x.float().detach().t() @ torch.ones(3, 8))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_exported_with_any_number_of_rows(backend):
+    weight = torch.randn(8, 12)
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return fastattn.linear(x, weight, None, "gelu", backend=backend)
+
+    rows = torch.export.Dim("rows", min=2, max=1024)
+    program = torch.export.export(Model(), (torch.randn(4, 3, 12),), dynamic_shapes={"x": {0: rows}})
+    x = torch.randn(9, 3, 12)
+    torch.testing.assert_close(program.module()(x), Model()(x))

@@ -103,7 +103,7 @@ def _transposed_backward(
 
     Autograd would copy it, and a transposing copy takes as long as a tenth of the product.
     """
-    count = input.shape[:-1].numel()
+    count = math.prod(input.shape[:-1])
     rows, outer = input.reshape(count, weight.shape[1]), grad_output.reshape(count, weight.shape[0])
     # x^T g, (in, out), is the weight gradient of a layer whose input is g and whose output's gradient is x.
     grad_weight = kernel(rows, outer, weight.t(), None, None, 0, False, True, False)[1].t()
@@ -207,7 +207,7 @@ def _problem(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str
     return LinearProblem(
         device=input.device.type,
         dtype=input.dtype,
-        rows=input.shape[:-1].numel(),
+        rows=math.prod(input.shape[:-1]),
         inner=weight.shape[1],
         outer=weight.shape[0],
         weight_dtype=weight.dtype,
