@@ -32,15 +32,10 @@ class Target:
     """
 
     name: str
-    multiprocessors: int
     shared_memory: int
     warp: int = 32
     device: str = ""
     forced: Mapping[tuple[str, str], Mapping[str, int]] = field(default_factory=dict)
-
-    @property
-    def nvidia(self) -> bool:
-        return self.name.startswith("sm_")
 
     @property
     def interpreted(self) -> bool:
@@ -52,14 +47,14 @@ class Target:
 KNOWN = {
     target.name: target
     for target in (
-        Target("sm_80", 108, 166_912),
-        Target("sm_89", 128, 101_376),
-        Target("sm_90", 132, 232_448),
-        Target("sm_100", 148, 232_448),
-        Target("sm_120", 170, 101_376),
-        Target("gfx942", 304, 65_536, 64),
-        Target("gfx950", 256, 163_840, 64),
-        Target("interpreter", 4, 232_448),
+        Target("sm_80", 166_912),
+        Target("sm_89", 101_376),
+        Target("sm_90", 232_448),
+        Target("sm_100", 232_448),
+        Target("sm_120", 101_376),
+        Target("gfx942", 65_536, 64),
+        Target("gfx950", 163_840, 64),
+        Target("interpreter", 232_448),
     )
 }
 
@@ -99,7 +94,7 @@ def _target(index: int) -> Target:
     memory = getattr(properties, "shared_memory_per_block_optin", 0) or getattr(
         KNOWN.get(name), "shared_memory", 65_536
     )
-    return Target(name, properties.multi_processor_count, memory, warp, properties.name)
+    return Target(name, memory, warp, properties.name)
 
 
 def assertions(target: Target) -> dict[str, bool]:

@@ -36,18 +36,18 @@ MOST = 400
 Row = dict[str, Any]
 Key = tuple[str, str, str]
 
-#: Accesses that are narrow by nature, and why: (kernel, what, how the target's name begins).
+#: Accesses that are narrow by nature, and why.
 NARROW = {
-    ("column_kernels/column_sums", "stores", ""): "a program's share of one row of parameters",
-    ("linear/through", "stores", ""): "a share of one row of the bias' gradient, where that is all there is to do",
-    ("attention/delta", "stores", ""): "one number of a row",
-    ("attention/backward_key", "loads", ""): "two numbers of a row, and masks, in the lanes that need them",
-    ("decode/combine", "stores", ""): "one row of the result",
-    ("decode/attend", "stores", ""): "few rows, as tensor cores leave them",
-    ("cross_entropy/forward_rows", "stores", ""): "two numbers of a row",
-    ("cross_entropy/forward_long", "stores", ""): "two numbers of a row",
-    ("cross_entropy/reduce", "loads", ""): "one number of a row",
-    ("cross_entropy/reduce", "stores", ""): "two numbers in all",
+    ("column_kernels/column_sums", "stores"): "a program's share of one row of parameters",
+    ("linear/through", "stores"): "a share of one row of the bias' gradient, where that is all there is to do",
+    ("attention/delta", "stores"): "one number of a row",
+    ("attention/backward_key", "loads"): "two numbers of a row, and masks, in the lanes that need them",
+    ("decode/combine", "stores"): "one row of the result",
+    ("decode/attend", "stores"): "few rows, as tensor cores leave them",
+    ("cross_entropy/forward_rows", "stores"): "two numbers of a row",
+    ("cross_entropy/forward_long", "stores"): "two numbers of a row",
+    ("cross_entropy/reduce", "loads"): "one number of a row",
+    ("cross_entropy/reduce", "stores"): "two numbers in all",
 }
 
 
@@ -209,7 +209,7 @@ def _by_nature(launch: Launch, seen: assembly.Facts, kind: str) -> bool:
     """Whether accesses may be narrow. AMD's matrix cores leave four numbers of a row to a lane: 8 bytes are stored."""
     if kind == "stores" and launch.target.startswith("gfx") and seen.matrix:
         return True
-    return any(key[:2] == (launch.name, kind) and launch.target.startswith(key[2]) for key in NARROW)
+    return (launch.name, kind) in NARROW
 
 
 def compile_all(jobs: list[Job], workers: int) -> Iterator[tuple[Job, Row, list[str]]]:

@@ -63,7 +63,7 @@ def test_what_is_measured_is_what_is_looked_up(file, monkeypatch):
     """The whole path but the GPU."""
     from triton.runtime.jit import JITFunction
 
-    device = devices.Target("sm_90", 132, 232_448, device="NVIDIA Imaginary")
+    device = devices.Target("sm_90", 232_448, device="NVIDIA Imaginary")
     small = Suite(**{**vars(SUITES[0]), "workloads": (workload(4, 4096),)})
     launched = []
 
@@ -88,7 +88,7 @@ def test_what_is_measured_is_what_is_looked_up(file, monkeypatch):
 
 @pytest.mark.compiled
 def test_a_forced_option_is_launched_with(monkeypatch):
-    device = devices.Target("sm_90", 132, 232_448)
+    device = devices.Target("sm_90", 232_448)
     small = Suite(**{**vars(SUITES[0]), "workloads": (workload(4, 4096),)})
     with launch_cost.launching_nothing(), devices.assume(device):
         (_, forward), *_ = tune_gpu.trials(small, small.workloads[0], torch.bfloat16, "cpu")

@@ -68,7 +68,7 @@ def gpu_is(monkeypatch):
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
         properties = types.SimpleNamespace(
-            gcnArchName=arch, major=capability[0], minor=capability[1], multi_processor_count=100, name="Imaginary",
+            gcnArchName=arch, major=capability[0], minor=capability[1], name="Imaginary",
             shared_memory_per_block_optin=0 if hip else 232_448,
         )  # fmt: skip
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
@@ -113,13 +113,13 @@ def test_targets(gpu_is):
     device = torch.device("cuda", 0)
     gpu_is(cuda="13.0", capability=(9, 0))
     target = devices.target_of(device)
-    assert (target.name, target.warp, target.shared_memory, target.nvidia) == ("sm_90", 32, 232_448, True)
+    assert (target.name, target.warp, target.shared_memory) == ("sm_90", 32, 232_448)
     assert devices.target_of(device) is target and target.device == "Imaginary"
     devices._target.cache_clear()
     devices._target_of.cache_clear()
     gpu_is(hip="7.0", arch="gfx950:sramecc+")
     target = devices.target_of(device)
-    assert (target.name, target.warp, target.shared_memory, target.nvidia) == ("gfx950", 64, 163_840, False)
+    assert (target.name, target.warp, target.shared_memory) == ("gfx950", 64, 163_840)
 
 
 def test_assumed_targets_are_new_and_forgotten():

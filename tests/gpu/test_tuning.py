@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from fastattn import ops
 from fastattn.gpu import tuning
 from fastattn.gpu.devices import KNOWN, Target
 
@@ -19,11 +18,9 @@ def room(tmp_path, monkeypatch):
         (tmp_path / "op" / "tuning.json").write_text(json.dumps(document))
         monkeypatch.setattr(tuning, "OPS", tmp_path)
 
-    tuning.table.cache_clear()
-    tuning.options.cache_clear()
+    tuning.forget()
     yield write
-    tuning.table.cache_clear()
-    tuning.options.cache_clear()
+    tuning.forget()
 
 
 def test_the_nearest_size_and_the_next_larger_dim(room):
@@ -48,11 +45,21 @@ def test_a_target_without_a_table_has_that_of_the_nearest_older_one(room):
     room({"kernel": {n: [{"options": {"SEEN": i}}] for i, n in enumerate(("sm_80", "sm_90", "gfx942", "sm_100"))}})
 
     def seen(name):
-        return tuning.options("op", "kernel", Target(name, 1, 1))["SEEN"]
+        return tuning.options("op", "kernel", Target(name, 1))["SEEN"]
 
     assert [seen(n) for n in ("sm_80", "sm_86", "sm_90", "sm_103", "sm_120", "gfx942", "gfx950", "gfx90a")] == [
         0, 0, 1, 3, 3, 2, 2, 2,
     ]  # fmt: skip
+
+
+def test_rows_that_registers_do_not_hold_have_a_kernel_of_their_own(room):
+    rows = [{"dim": n, "options": {"ROWS": 256 // n, "COLUMNS": n}} for n in (64, 128)]
+    room({"rows": {"sm_90": rows}, "long": {"sm_90": [{"options": {"LANES": 32}}]}})
+    found = [tuning.row_kernel("op", "rows", "long", KNOWN["sm_90"], columns) for columns in (1, 64, 65, 128, 129)]
+    assert [(kernel, together) for kernel, together, _ in found] == [
+        ("rows", 4), ("rows", 4), ("rows", 2), ("rows", 2), ("long", 1)
+    ]  # fmt: skip
+    assert found[-1][2] == {"LANES": 32}
 
 
 def test_an_unknown_kind_is_an_error(room):
@@ -63,7 +70,7 @@ def test_an_unknown_kind_is_an_error(room):
 
 def test_every_committed_table_serves_every_known_target():
     paths = sorted(tuning.OPS.glob("*/tuning.json"))
-    assert paths and ops is not None
+    assert paths
     for path in paths:
         for kernel, known in tuning.table(path.parent.name).items():
             for target in KNOWN:
@@ -79,7 +86,7 @@ def test_measurements_of_this_device_come_first(room, monkeypatch):
         {"dtype": "bfloat16", "dim": 128, "kind": "", "size": 64, "options": {"OTHER": 9}},
     ]
     monkeypatch.setattr(tuning.measured, "entries", lambda device, op, kernel: found if device == "GPU" else [])
-    here = Target("sm_90", 132, 232_448, device="GPU")
+    here = Target("sm_90", 232_448, device="GPU")
 
     def seen(target, size, dtype=torch.bfloat16):
         return tuning.options("op", "kernel", target, dtype, 100, "", size)["ROWS"]
@@ -90,7 +97,7 @@ def test_measurements_of_this_device_come_first(room, monkeypatch):
 
 def test_options_can_be_forced_for_one_target(room):
     room({"kernel": {"sm_90": [{"options": {"ROWS": 1}}]}, "other": {"sm_90": [{"options": {"ROWS": 2}}]}})
-    forced = Target("sm_90", 132, 232_448, forced={("op", "kernel"): {"ROWS": 5}})
+    forced = Target("sm_90", 232_448, forced={("op", "kernel"): {"ROWS": 5}})
     assert [tuning.options("op", name, forced)["ROWS"] for name in ("kernel", "other")] == [5, 2]
     assert tuning.options("op", "kernel", KNOWN["sm_90"])["ROWS"] == 1
 

@@ -24,7 +24,7 @@ from fastattn.bench.gpu.timing import DeviceClock, WallClock, interleave
 from fastattn.bench.measure import Call, Samples
 from fastattn.bench.trial import BOTH, FORWARD, Results, Trial
 from fastattn.cases import Case, Suite, Workload
-from fastattn.dispatch import explain
+from fastattn.dispatch import explain, use_backend
 from fastattn.gpu import tuning
 from fastattn.models.gpt import GPTConfig
 from fastattn.ops.attention.cases import workload as attention_workload
@@ -120,7 +120,9 @@ def correctness(setup: Setup) -> Iterator[Job]:
     for core in (True, False):
         for suite in testing.suites().values():
             chosen = [case for case in suite.cases if case.core == core]
-            for case in chosen[:1] if setup.tiny and core else [] if setup.tiny else chosen:
+            if setup.tiny:
+                chosen = chosen[:1] if core else []
+            for case in chosen:
                 for dtype in dtypes[:1] if setup.tiny else dtypes:
                     name = f"{suite.name} / {case.name} / {str(dtype).removeprefix('torch.')}"
                     yield Job(name, functools.partial(_examine, setup, suite, case, dtype))
@@ -201,7 +203,6 @@ def _take(row: Row, direction: str, times: dict[str, Samples]) -> None:
 
 def _rates(row: Row, unit: str, work: dict[str, float]) -> Row:
     """Work done per second, for every contender and direction; and a line for people."""
-    scale, letters = (1e12, "TFLOP/s") if unit == "FLOP/s" else (1e12, "TB/s")
     texts = []
     for direction, amount in work.items():
         rates = {}
@@ -209,7 +210,7 @@ def _rates(row: Row, unit: str, work: dict[str, float]) -> Row:
             if direction in entry:
                 entry[direction]["rate"] = rates[name] = amount / entry[direction]["median_s"]
         if rates:
-            texts.append(f"{direction} " + ", ".join(f"{n} {r / scale:.3g}" for n, r in rates.items()) + f" {letters}")
+            texts.append(f"{direction} " + ", ".join(f"{n} {r / 1e12:.3g}" for n, r in rates.items()) + f" T{unit}")
     return {**row, "unit": unit, **({"text": "; ".join(texts)} if texts else {})}
 
 
@@ -333,8 +334,6 @@ def step(setup: Setup) -> Iterator[Job]:
 
 
 def _step(setup: Setup, workload: train_step.Workload) -> Row:
-    from fastattn.dispatch import use_backend
-
     batches = train_step.random_batches(workload, setup.device)
     sides = {
         OURS: train_step.Side(workload, "bf16", OURS, batches, setup.device),
@@ -398,6 +397,7 @@ def _sweep(setup: Setup, trial: tune_gpu.Trial, look_up: tuning.LookUp) -> Row:
     }  # fmt: skip
 
 
+#: In order of importance.
 SECTIONS: dict[str, Callable[[Setup], Iterator[Job]]] = {
     "ceilings": ceilings,
     "correctness": correctness,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastattn import documents, machine, numerics
+from fastattn.bench.gpu.sections import SECTIONS
 from fastattn.bench.gpu.worker import DEVICE_LOST
 from fastattn.bench.report import write_atomically
 
@@ -33,10 +34,8 @@ RESTARTS = 20
 #: What runs a section, after the interpreter's name.
 WORKER = ("-m", "fastattn.bench.gpu.worker")
 
-#: In order of importance, with how many processes share the work: compiling takes longer than running.
-SECTIONS = {
-    "ceilings": 1, "correctness": 12, "attention": 1, "rows": 1, "decode": 1, "train-step": 1,
-}  # fmt: skip
+#: Processes that share the work of the correctness section: compiling takes longer than running.
+CORRECTNESS_WORKERS = 12
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,7 +46,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--skip-done", action="store_true", help=f"leave out what the {FILE} in DIR has a row of, and add to it"
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="processes of the correctness section (12)")
+    parser.add_argument(
+        "--workers", type=int, default=CORRECTNESS_WORKERS, metavar="N",
+        help=f"processes of the correctness section ({CORRECTNESS_WORKERS})",
+    )  # fmt: skip
     parser.add_argument("--filter", default="", metavar="TEXT", help="only the rows whose names contain this")
     parser.add_argument("--sweep", metavar="OP[/KERNEL]", help="instead: time the options that kernels could have")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that everything runs")
@@ -130,9 +132,7 @@ class _Section:
 
     def run(self) -> str:
         """done, cut off (by the budget) or failed (it crashed too often)."""
-        shards = SECTIONS.get(self.name, 1)
-        if self.name == "correctness" and self.options.workers is not None:
-            shards = self.options.workers
+        shards = self.options.workers if self.name == "correctness" else 1
         for i in range(shards):
             self._start((i, shards))
         state = "done"

@@ -1,6 +1,7 @@
 """The supervisor with workers that do as they are told: crash, hang, lose their device, talk nonsense."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -124,7 +125,5 @@ def test_another_file_is_not_continued(tmp_path, capsys):
 
 
 def test_the_module_is_a_command():
-    import subprocess
-
     told = subprocess.run([sys.executable, "-m", "fastattn.bench.gpu", "--help"], capture_output=True, text=True)
     assert told.returncode == 0 and "--budget" in told.stdout
