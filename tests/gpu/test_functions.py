@@ -29,12 +29,12 @@ def write_mask(
     tl.store(mask_ptr + place, kept.to(tl.int8))
 
 
-def test_tanh_is_exact_to_a_few_units_in_the_last_place():
+def test_tanh_is_exact_to_two_units_in_the_last_place():
     x = torch.cat([torch.linspace(-12, 12, 3000), torch.linspace(-0.5, 0.5, 1000), torch.logspace(-30, 1, 96)])
     y = torch.empty_like(x)
     apply_tanh[(1,)](x, y, COUNT=4096)
     truth = x.double().tanh()
-    assert ((y - truth).abs() / truth.abs().clamp_min(1e-38)).max() < 3e-7
+    assert ((y - truth).abs() / truth.abs().clamp_min(1e-38)).max() < 2 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("state", [(0, 0), (1234, 0), (2**62 + 5, 2**40 + 3), (2**63 - 1, 7)])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn import backends, dispatch
+from fastattn import backends, dispatch, testing
 from fastattn.gpu import devices
 
 pytestmark = pytest.mark.compiled
@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+from fastattn.testing.problems import op_of  # noqa: E402
 from fastattn.testing.recorded import Launch, recording  # noqa: E402
 
 
@@ -113,18 +114,8 @@ def graphs_of(function, *args, **kwargs):
     return found
 
 
-COMPILED = ["swiglu", "gelu", "layer_norm", "rms_norm", "softmax", "cross_entropy", "attention", "rotary", "linear"]
-
-
-@pytest.mark.parametrize("name", COMPILED)
-def test_a_compiled_call_is_one_opaque_op(name):
-    from fastattn import testing
-    from fastattn.testing.problems import op_of
-
-    suite = testing.suites()[name]
-    op = op_of(suite)
-    if "triton" not in op.bound:
-        pytest.skip(f"triton does not implement {name}")
+@pytest.mark.parametrize("suite", testing.suites().values(), ids=testing.suites())
+def test_a_compiled_call_is_one_opaque_op(suite):
     case = next(case for case in suite.cases if case.core)
     arguments = suite.arguments(case, "cpu", torch.float32)
     leaves = {
@@ -134,5 +125,5 @@ def test_a_compiled_call_is_one_opaque_op(name):
     with recording("sm_90") as launches:
         (graph,) = graphs_of(lambda: suite.function(**leaves, backend="triton"))
     ours = [node.target for node in graph.graph.nodes if "fastattn" in str(node.target)]
-    assert ours == [getattr(torch.ops.fastattn, op.name).triton]
+    assert ours == [getattr(torch.ops.fastattn, op_of(suite).name).triton]
     assert launches.count >= 1
