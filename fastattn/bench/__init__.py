@@ -11,7 +11,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-ALL, TRAIN_STEP, BOTH_ALLOCATORS = "all", "train-step", "both"
+ALL, TRAIN_STEP, TRANSFORMERS, BOTH_ALLOCATORS = "all", "train-step", "transformers", "both"
+MODELS = (TRAIN_STEP, TRANSFORMERS)
 
 QUICK_SECONDS, QUICK_SAMPLES = 0.25, 3
 FULL_SECONDS, FULL_SAMPLES = 1.0, 7
@@ -23,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument(
         "op",
-        choices=(*cases.suites(), ALL, TRAIN_STEP),
-        help="what to time; all: every op; train-step: a GPT's whole step",
+        choices=(*cases.suites(), ALL, *MODELS),
+        help="what to time; all: every op; train-step: a GPT's whole step; transformers: models of Transformers",
     )
     parser.add_argument("--quick", action="store_true", help="a few workloads and short measurements")
     parser.add_argument(
@@ -89,10 +90,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--out {args.out}: a folder that exists, or a file in one, is needed")
     wanted = None if args.contenders is None else tuple(args.contenders.split(","))
     settings = runner.Settings(threads, seconds, QUICK_SAMPLES if args.quick else FULL_SAMPLES, wanted, args.scaling)
-    if args.scaling and (threads == 1 or args.op == TRAIN_STEP):
+    if args.scaling and (threads == 1 or args.op in MODELS):
         raise ValueError("--scaling compares several threads with one, for ops: --threads 2 or more")
     allocators = _allocators(args)
-    rows_of, block, as_json = _train_step(args, settings) if args.op == TRAIN_STEP else _ops(args, settings, wanted)
+    rows_of, block, as_json = _models(args, settings) if args.op in MODELS else _ops(args, settings, wanted)
     print(report.header(args.op, settings), flush=True)
     rows = []
     for wanted_allocator in allocators:
@@ -130,15 +131,18 @@ def _ops(args: argparse.Namespace, settings: Any, wanted: tuple[str, ...] | None
     )
 
 
-def _train_step(args: argparse.Namespace, settings: Any) -> Any:
-    """The same for training steps."""
-    from fastattn.bench import train_step
+def _models(args: argparse.Namespace, settings: Any) -> Any:
+    """The same for whole models."""
+    from fastattn.bench import train_step, transformers
 
     if args.shape or args.contenders:
-        raise ValueError(f"--shape and --contenders are not for {TRAIN_STEP}; --workload chooses a model")
+        raise ValueError(f"--shape and --contenders are not for {args.op}; --workload chooses a model")
     dtypes = args.dtype.split(",") if args.dtype else None
-    selected = train_step.select(quick=args.quick, names=args.workload, dtypes=dtypes)
-    return lambda: train_step.run_steps(selected, settings), train_step.block, train_step.as_json
+    if args.op == TRAIN_STEP:
+        selected = train_step.select(quick=args.quick, names=args.workload, dtypes=dtypes)
+        return lambda: train_step.run_steps(selected, settings), train_step.block, train_step.as_json
+    models = transformers.select(quick=args.quick, names=args.workload, dtypes=dtypes)
+    return lambda: transformers.run_models(models, settings), transformers.block, transformers.as_json
 
 
 def _allocators(args: argparse.Namespace) -> tuple[str, ...]:
