@@ -252,6 +252,7 @@ def patch(model: nn.Module, *, strict: bool = False, exclude: Iterable[str | typ
     left: list[Entry] = []
     already: list[Entry] = []
     others: dict[str, int] = {}
+    inside: set[int] = set()  # activations that are part of what was replaced
     changes: list[tuple[nn.Module, type]] = []
     for path, module in model.named_modules():
         name = type(module).__name__
@@ -270,9 +271,11 @@ def patch(model: nn.Module, *, strict: bool = False, exclude: Iterable[str | typ
             new = _class_with(module, verdict.form, strict)
             changes.append((module, new))
             replaced.append(Entry(path, name, _title(new)))
+            part = dict(verdict.form.options).get("fastattn_act")
+            inside |= {id(module._modules[part])} if part else set()
         elif verdict.why is not None:
             left.append(Entry(path, name, verdict.why))
-        elif not module._modules:
+        elif not module._modules and id(module) not in inside:
             others[name] = others.get(name, 0) + 1
     report = PatchReport(tuple(replaced), tuple(left), tuple(already), others)
     refused = [entry for entry in left if entry.what != "excluded"]

@@ -1,4 +1,4 @@
-"""Modules that are none of torch's and compute what our kernels compute: Transformers' norms, GELUs and Conv1D.
+"""Modules that are none of torch's and compute what our kernels compute: norms, GELUs, Conv1D, SwiGLU layers.
 
 A class is never taken for what its name says. The name only says what to try: the module's own forward runs on a small
 random input, with small random parameters in a copy of it, and what comes out must be what the formula gives. So a
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fastattn import ops
 from fastattn.nn.linear import short
-from fastattn.nn.served import Served, refusal
+from fastattn.nn.served import Served, hooked, refusal
 from fastattn.ops.linear.op import prefers_torch
 
 ROWS, WIDTH = 3, 8
@@ -121,6 +121,34 @@ class RecognisedConv1D(Served):
         elif not prefers_torch(x, weight):
             return ops.linear(x, weight, bias)
         return super().forward(x)
+
+
+class RecognisedSwiGLU(Served):
+    """down(silu(gate(x)) * up(x)) with fastattn.swiglu between the products. fastattn_gate: names of the parts for gate
+    and up, or of one that computes both; _down, _act: of the others; _silu: the class of act."""
+
+    fastattn_gate: tuple[str, ...]
+    fastattn_down: str
+    fastattn_act: str
+    fastattn_silu: type
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        act, projections = self._modules[self.fastattn_act], [self._modules[name] for name in self.fastattn_gate]
+        reason: str | None = None
+        if len(args) != 1 or kwargs:
+            reason = "called with more than one tensor"
+        elif type(act) is not self.fastattn_silu or hooked(act) or None in projections:
+            reason = "its activation has hooks or was replaced"
+        if reason is not None:
+            self._note(reason)
+            return super().forward(*args, **kwargs)
+        products = [projection(args[0]) for projection in projections]  # type: ignore[misc]
+        gate, up = products if len(products) == 2 else products[0].chunk(2, -1)
+        reason = refusal(gate, up)
+        if reason is not None:
+            self._left_to_torch(reason)
+            return self._modules[self.fastattn_down](act(gate) * up)  # type: ignore[misc]
+        return self._modules[self.fastattn_down](ops.swiglu(gate, up))  # type: ignore[misc]
 
 
 # ---- how they are recognised ----
@@ -273,9 +301,49 @@ def _conv1d_form(module: nn.Module) -> Form:
     return Form(RecognisedConv1D)
 
 
+#: Names of the parts of gated feed-forward layers: gate and up, or both in one; down.
+GATED = ((("gate_proj", "up_proj"), "down_proj"), (("w1", "w3"), "w2"), (("gate_up_proj",), "down_proj"))
+
+
+def _gated_form(module: nn.Module) -> Form | None:
+    """SwiGLU; None for whatever else is called a feed-forward layer: it is no more than the modules that it calls."""
+    if any(parameter is not None for parameter in module._parameters.values()):
+        return None
+    for gate, down in GATED:
+        (*rest,) = module._modules.keys() - {*gate, down}
+        if len(rest) != 1 or not {*gate, down} < module._modules.keys():
+            continue
+        act: Any = module._modules[rest[0]]
+        x = torch.linspace(-8.0, 8.0, 257, dtype=torch.float32, device="cpu")
+        try:
+            if not _agree(_computed(act, {}, x), F.silu(x.double())):
+                return None
+            small = {name: _product(WIDTH, 2 * 5 // len(gate), seed) for seed, name in enumerate(gate)}
+            small |= {down: _product(5, WIDTH, 2), rest[0]: act}
+            x = _drawn(ROWS, WIDTH, seed=7)
+            result = _computed(module, {}, x, _modules=small)
+        except Unrecognised:
+            return None
+        # In float64, which autocast leaves alone.
+        weights = {name: small[name].weight.detach().double() for name in (*gate, down)}
+        products = torch.cat([x.double() @ weights[name].t() for name in gate], -1)
+        expected = (F.silu(products[:, :5]) * products[:, 5:]) @ weights[down].t()
+        options = {"gate": gate, "down": down, "act": rest[0], "silu": type(act)}
+        if _agree(result, expected):
+            return Form(RecognisedSwiGLU, tuple((f"fastattn_{key}", value) for key, value in options.items()))
+    return None
+
+
+def _product(width: int, outputs: int, seed: int) -> Any:
+    layer = nn.Linear(width, outputs, bias=False, device="meta")
+    layer.weight = nn.Parameter(_drawn(outputs, width, seed=seed))
+    return layer
+
+
 #: (pattern of class names, what to try), in this order.
-PROBES: tuple[tuple[str, Callable[[nn.Module], Form]], ...] = (
+PROBES: tuple[tuple[str, Callable[[nn.Module], Form | None]], ...] = (
     (r"norm(?!al)", _norm_form),
     (r"gelu", _gelu_form),
     (r"^conv1d$", _conv1d_form),
+    (r"mlp$|feed_?forward|ffn$|swiglu", _gated_form),
 )

@@ -122,6 +122,14 @@ no_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
 no_attention._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def hooked(module: Any) -> bool:
+    """Whether calling the module does more than its forward does, or another forward than its class's."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )  # fmt: skip
+
+
 def widened(tensor: Tensor) -> Tensor:
     """As CUDA's autocast hands it to norms and softmax, in float32; on the CPU autocast leaves those alone."""
     if tensor.is_cuda and tensor.dtype in HALVES and torch.is_autocast_enabled("cuda"):

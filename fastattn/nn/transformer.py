@@ -21,7 +21,7 @@ from fastattn.nn.attention import MultiheadAttention, MultiheadAttentionForward
 from fastattn.nn.linear import Linear, LinearForward, linear
 from fastattn.nn.losses import CrossEntropyLoss
 from fastattn.nn.norms import LayerNorm, RMSNorm, add_layer_norm, plain_layer_norm
-from fastattn.nn.served import Served, refusal
+from fastattn.nn.served import Served, hooked, refusal
 
 # As they are now: layers keep the function that they were made with, and these names may be replaced later.
 _RELU, _GELU = F.relu, F.gelu
@@ -33,17 +33,9 @@ def _activation_name(activation: Any) -> str | None:
         return "relu"
     if activation is _GELU:
         return "gelu"
-    if isinstance(activation, nn.GELU) and not _hooked(activation):
+    if isinstance(activation, nn.GELU) and not hooked(activation):
         return {"none": "gelu", "tanh": "gelu_tanh"}[activation.approximate]
     return None
-
-
-def _hooked(module: Any) -> bool:
-    """Whether calling the module does more than its forward does, or another forward than its class's."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )  # fmt: skip
 
 
 class _LayerForward(Served):
@@ -67,7 +59,7 @@ class _LayerForward(Served):
             return reason
         for name in (*self._norms, *self._dropouts, "linear1", "linear2", "dropout"):
             part = self._part(name)
-            if part is None or _hooked(part):
+            if part is None or hooked(part):
                 return f"{name} has hooks or a forward of its own"
             kind = type(part)
             if name in self._norms:
@@ -195,7 +187,7 @@ class TransformerEncoderLayerForward(_LayerForward):
             return "a nested tensor that is not made of rows"
         if mask is not None or padding is not None:
             return "masks with a nested tensor"
-        if not isinstance(attn, MultiheadAttentionForward) or _hooked(attn):
+        if not isinstance(attn, MultiheadAttentionForward) or hooked(attn):
             return "self_attn has hooks, or is not fastattn's"
         if (
             attn.in_proj_weight is None

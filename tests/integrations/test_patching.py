@@ -564,6 +564,17 @@ def test_classes_that_compute_what_ours_do(kind, dtypes):
     assert type(model) is kind
 
 
+@pytest.mark.parametrize("kind", FOREIGN, ids=lambda kind: kind.__name__)
+def test_recognised_whatever_surrounds_it(kind):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"), torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+            assert fastattn.patch(kind()).replaced
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_foreign_classes_are_pickled_by_their_own_name():
     model = LlamaRMSNorm()
     fastattn.patch(model)
@@ -637,6 +648,87 @@ def test_classes_that_only_have_the_name(kind):
         fastattn.patch(model, strict=True)
 
 
+class GatedMLP(nn.Module):
+    def __init__(self, act=nn.SiLU):
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(E, 24, bias=False), nn.Linear(E, 24)
+        self.down_proj, self.act_fn = nn.Linear(24, E), act()
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class PackedMLP(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj, self.down_proj, self.activation_fn = nn.Linear(E, 48), nn.Linear(24, E), nn.SiLU()
+
+    def forward(self, hidden_states):
+        gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
+        return self.down_proj(up * self.activation_fn(gate))
+
+
+class SwappedMLP(GatedMLP):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+
+
+def mlp_gradients(model, x):
+    model.zero_grad()
+    output = model(x)
+    output.square().sum().backward()
+    return [output, *(parameter.grad.clone() for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize("kind", [GatedMLP, PackedMLP])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gated_layers(kind, autocast):
+    torch.manual_seed(0)
+    model, x = kind(), torch.randn(3, E)
+    kinds = classes(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = mlp_gradients(model, x)
+        report = fastattn.patch(model)
+        reset_served()
+        found = mlp_gradients(model, x)
+    assert report.replaced[0] == patching.Entry("", kind.__name__, "fastattn's SwiGLU") and report.others == {}
+    assert served() == {"cpu": 1} and found[0].dtype == expected[0].dtype
+    tolerance = 0.05 if autocast else 1e-5
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))
+    fastattn.unpatch(model)
+    assert classes(model) == kinds
+
+
+def test_gated_layers_call_their_parts():
+    model, x, calls = GatedMLP(), torch.randn(3, E), []
+    expected = model(x)
+    fastattn.patch(model)
+    model.up_proj.register_forward_hook(lambda *args: calls.append("up"))
+    assert fastattn.explain(model, x).left == () and calls == ["up"]
+    model.act_fn.register_forward_hook(lambda *args: calls.append("act"))
+    torch.testing.assert_close(model(x), expected)
+    assert sorted(calls) == ["act", "up", "up"]
+    model.act_fn = nn.ReLU()
+    assert "its activation has hooks or was replaced" in str(fastattn.explain(model, x))
+    assert not torch.allclose(model(x), expected)
+    model.act_fn = nn.SiLU()
+    model.double()
+    assert model(x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("make", [SwappedMLP, lambda: GatedMLP(nn.GELU), lambda: GatedMLP(nn.ReLU)])
+def test_layers_that_are_not_swiglu_only_have_their_parts_replaced(make):
+    model, x = make(), torch.randn(3, E)
+    expected = model(x)
+    report = fastattn.patch(model, strict=True)
+    assert "" not in {entry.path for entry in report.replaced} and len(report.replaced) >= 3
+    torch.testing.assert_close(model(x), expected)
+
+
 class FastNorm(nn.LayerNorm):
     """As timm's: a subclass with a forward of its own, which does what it did."""
 
@@ -697,5 +789,12 @@ def test_activations_and_conv1d_of_transformers():
         "gelu_pytorch_tanh": "tanh", "gelu_accurate": "tanh", "quick_gelu": "left", "silu": "no kernel",
         "relu": "no kernel",
     }  # fmt: skip
+    from transformers import LlamaConfig, Phi3Config
+    from transformers.models.llama.modeling_llama import LlamaMLP
+    from transformers.models.phi3.modeling_phi3 import Phi3MLP
+
+    with torch.device("meta"):
+        gated = LlamaMLP(LlamaConfig()), Phi3MLP(Phi3Config())
+    assert [fastattn.patch(layer).replaced[0].what for layer in gated] == ["fastattn's SwiGLU"] * 2
     model = Theirs(24, E)
     assert fastattn.patch(model).replaced and repr(model) == "Conv1D(nf=24, nx=16)"
