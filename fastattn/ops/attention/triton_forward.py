@@ -159,9 +159,11 @@ def forward(
         unit = LOG2E
     if SINKS & FEATURES:
         # One more score, without a value.
-        sink = tl.load(sinks_ptr + head).to(tl.float32)
+        natural_sink = tl.load(sinks_ptr + head).to(tl.float32)
+        sink = natural_sink
         if FOLDED & FEATURES:
-            sink = sink * LOG2E
+            sink = natural_sink * LOG2E
+        sink_is_largest = sink > largest
         larger = tl.maximum(largest, sink)
         if PACKED & FEATURES:
             # Rows of no sequence meet nothing, not even a sink.
@@ -174,6 +176,9 @@ def forward(
     dead = total == 0.0
     if FOLDED & FEATURES:
         lse = (largest + tl.log2(total)) * LN2
+        if SINKS & FEATURES:
+            # A sink that is nearly all of the sum is not rounded twice.
+            lse = tl.where(sink_is_largest, natural_sink + tl.log2(total) * LN2, lse)
     else:
         lse = largest + tl.log(total)
     tl.store(lse_ptr + rows, tl.where(dead, float("-inf"), lse), mask=rows < queries)
