@@ -1,10 +1,25 @@
-"""Device code that adds up partial sums of columns, for gradients of weights and biases: in an order that only their
-number decides."""
+"""Device code that leaves partial sums of columns and adds them up, for gradients of weights and biases: in an order
+that only their number decides."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def block_and_columns(columns, COLUMNS: tl.constexpr):
+    """(block of rows, its columns (1, COLUMNS)) of this program: neighbours in a row come one after the other."""
+    blocks = tl.cdiv(columns, COLUMNS)
+    program = tl.program_id(0)
+    return (program // blocks).to(tl.int64), (program % blocks).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+
+
+@triton.jit
+def leave_sums(sums_ptr, sums, chunk, column, columns):
+    """A chunk's sums over its rows into (chunks, columns), unless that is None."""
+    if sums_ptr is not None:
+        tl.store(sums_ptr + chunk * columns + column, tl.sum(sums, 0)[None, :], mask=column < columns)
 
 
 @triton.jit

@@ -6,14 +6,7 @@ import triton
 import triton.language as tl
 
 from fastattn.gpu.activations import gelu, gelu_derivative
-
-
-@triton.jit
-def _place(columns, COLUMNS: tl.constexpr):
-    """(block of rows, columns) of this program: neighbours in a row come one after the other."""
-    blocks = tl.cdiv(columns, COLUMNS)
-    program = tl.program_id(0)
-    return (program // blocks).to(tl.int64), (program % blocks).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+from fastattn.gpu.column_kernels import block_and_columns, leave_sums
 
 
 @triton.jit
@@ -34,7 +27,7 @@ def forward(
     output_ptr, x_ptr, bias_ptr, x_stride, rows, columns,
     TANH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    block, column = _place(columns, COLUMNS)
+    block, column = block_and_columns(columns, COLUMNS)
     row = block * ROWS + tl.arange(0, ROWS)[:, None]
     inside = (row < rows) & (column < columns)
     x = _sum(x_ptr, row, column, x_stride, _bias(bias_ptr, column, columns), inside)
@@ -48,7 +41,7 @@ def backward(
     TANH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """sums_ptr: (chunks, columns) for the bias' gradient, or None."""
-    chunk, column = _place(columns, COLUMNS)
+    chunk, column = block_and_columns(columns, COLUMNS)
     end = tl.minimum((chunk + 1) * chunk_rows, rows)
     bias = _bias(bias_ptr, column, columns)
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -61,5 +54,4 @@ def backward(
         tl.store(grad_input_ptr + row * columns + column, grad, mask=inside)
         if sums_ptr is not None:
             sums += tl.where(inside, grad, 0.0)
-    if sums_ptr is not None:
-        tl.store(sums_ptr + chunk * columns + column, tl.sum(sums, 0)[None, :], mask=column < columns)
+    leave_sums(sums_ptr, sums, chunk, column, columns)

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from fastattn.gpu.activations import gelu, gelu_derivative
+from fastattn.gpu.column_kernels import block_and_columns, leave_sums
 
 
 @triton.jit
@@ -60,9 +61,7 @@ def through(
     sums_ptr: (chunks, columns), sums over the rows of a chunk for the gradient of the bias, or None. result_ptr: None
     where only those are wanted.
     """
-    blocks = tl.cdiv(columns, COLUMNS)
-    chunk = (tl.program_id(0) // blocks).to(tl.int64)
-    column = (tl.program_id(0) % blocks).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    chunk, column = block_and_columns(columns, COLUMNS)
     end = tl.minimum((chunk + 1) * chunk_rows, rows)
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, chunk_rows, ROWS):
@@ -78,5 +77,4 @@ def through(
         if result_ptr is not None:
             tl.store(result_ptr + row * columns + column, grad, mask=inside)
         sums += tl.where(inside, grad, 0.0)
-    if sums_ptr is not None:
-        tl.store(sums_ptr + chunk * columns + column, tl.sum(sums, 0)[None, :], mask=column < columns)
+    leave_sums(sums_ptr, sums, chunk, column, columns)
