@@ -29,9 +29,13 @@ def device_of(backend):
     return "cuda" if backend == "triton" and not INTERPRETING and torch.cuda.is_available() else "cpu"
 
 
+# Interpreted kernels take thousands of times as long.
+SLOWLY = [pytest.mark.slow] if INTERPRETING else []
+
+
 def effort(case, dtype=torch.bfloat16):
-    """Marks for a case: interpreted kernels take thousands of times as long, and float16 takes bfloat16's paths."""
-    return [pytest.mark.slow] if INTERPRETING and not (case.core and dtype != torch.float16) else []
+    """Marks for a case; float16 takes bfloat16's paths."""
+    return SLOWLY if not (case.core and dtype != torch.float16) else []
 
 
 def together(suite):
@@ -75,11 +79,12 @@ def test_case(suite, case, dtype, backend, skip_unserved):
 @pytest.mark.parametrize("backend", TESTED)
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=name_of)
 @pytest.mark.parametrize("suite", [pytest.param(s, marks=together(s), id=s.name) for s in SUITES.values()])
-def test_geometric_mean(suite, dtype, backend):
+@pytest.mark.parametrize("cases", [*(["core"] if INTERPRETING else []), pytest.param("all", marks=SLOWLY)])
+def test_geometric_mean(suite, dtype, backend, cases):
     """Over all cases of an op the error is at most 1.1 x torch's."""
     reports = []
     for case in suite.cases:
-        if effort(case, dtype):
+        if cases == "core" and effort(case, dtype):
             continue
         arguments = suite.arguments(case, device_of(backend), dtype)
         if explain(suite.function, **arguments, backend=backend).reasons[backend] is None:
