@@ -45,7 +45,9 @@ test: setup
 	$(PYTHON) -m pytest -m "not slow"
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest -m "not slow" $(SPREAD) $(INTERPRETED)
 
+# timm has its torchvision where people have it: a torchvision of another torch would replace torch.
 test-all: setup lint test-torch-oldest test-triton-oldest test-transformers-oldest
+	$(if $(READY),FASTATTN_BUILD=skip $(PYTHON) -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[ecosystem]")
 	$(PYTHON) -m pytest
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest --timeout 900 $(SPREAD) $(INTERPRETED)
 	FASTATTN_BACKEND=cpu $(PYTHON) -m pytest -m "not slow"

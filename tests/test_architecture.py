@@ -214,7 +214,7 @@ def test_tests_mirror_the_package():
         "test_vocabulary",
         "ops/test_conformance", "ops/test_double_backward", "ops/test_opinfo", "ops/test_bad_input",
         "ops/test_bad_inference", "ops/test_bad_losses", "ops/test_jagged", "bench/test_bench_cli",
-        "testing/test_devices", "gpu/test_exponentials", "gpu/test_transforms",
+        "testing/test_devices", "gpu/test_exponentials", "gpu/test_transforms", "integrations/test_libraries",
     }  # fmt: skip
     strays = []
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
