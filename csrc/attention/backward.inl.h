@@ -75,7 +75,7 @@ struct GradientTiles {
 FASTATTN_INLINE F32 finished_difference(const Visibility& seen, F32 product, float unit, int64_t row, int64_t lane,
                                         const SavedStatistics& saved, Mask& visible) {
   F32 slope;
-  const F32 score = finish_score(seen, product, unit, row, lane, visible, slope);
+  const F32 score = finish_score(seen, product, unit, seen.bias_at(row, lane), visible, slope);
   if (seen.slopes != nullptr) store(seen.slopes + row * kPanel + lane, slope);
   return score - load(saved.lse + lane) - load(saved.rest + lane);
 }

@@ -5,14 +5,41 @@
 //   mask.inl.h           who sees whom; dropout
 //   softmax.inl.h        scores and the running softmax
 //   products.inl.h       products that add to an accumulator
-//   forward.inl.h  backward.inl.h  mask_gradient.inl.h
+//   forward.inl.h  few.inl.h (few queries)  backward.inl.h  mask_gradient.inl.h
 #pragma once
 #include "backward.inl.h"
+#include "few.inl.h"
 #include "forward.inl.h"
 #include "mask_gradient.inl.h"
 
 namespace fastattn::FASTATTN_ISA {
 namespace {
+
+int64_t forward_tasks(const AttentionForward& p) {
+  return has_few_queries(p.problem) ? few_tasks(p.problem) : panel_tasks(p);
+}
+
+template <class G>
+FASTATTN_INLINE int64_t forward_scratch_as(const AttentionForward& p) {
+  return has_few_queries(p.problem) ? FewScratch<G>{}.carve(p.problem, nullptr) : ForwardScratch<G>{}.carve(p, nullptr);
+}
+int64_t forward_scratch(const AttentionForward& p) {
+  return p.problem.dtype == DType::bf16 ? forward_scratch_as<Paired>(p) : forward_scratch_as<Single>(p);
+}
+
+template <class G>
+FASTATTN_INLINE void run_forward_as(const AttentionForward& p, TaskQueue& queue, char* memory) {
+  if (has_few_queries(p.problem))
+    run_few<G>(p, queue, memory);
+  else
+    run_panels<G>(p, queue, memory);
+}
+void run_forward(const AttentionForward& p, TaskQueue& queue, char* memory) {
+  if (p.problem.dtype == DType::bf16)
+    run_forward_as<Paired>(p, queue, memory);
+  else
+    run_forward_as<Single>(p, queue, memory);
+}
 
 int64_t backward_tasks(const AttentionBackward& p) { return backward_pair_tasks(p) + mask_gradient_tasks(p); }
 

@@ -127,7 +127,7 @@ struct ForwardTask {
   }
 };
 
-int64_t forward_tasks(const AttentionForward& p) {
+int64_t panel_tasks(const AttentionForward& p) {
   const AttentionProblem& problem = p.problem;
   if (problem.sequences == nullptr) return problem.batches * problem.heads * forward_groups(p);
   int64_t tasks = 0;
@@ -240,23 +240,11 @@ __attribute__((noinline)) int64_t forward_task(const AttentionForward& p, int64_
 }
 
 template <class G>
-FASTATTN_INLINE void run_forward_as(const AttentionForward& p, TaskQueue& queue, char* memory) {
+FASTATTN_INLINE void run_panels(const AttentionForward& p, TaskQueue& queue, char* memory) {
   ForwardScratch<G> scratch;
   scratch.carve(p, memory);
   Prefetch prefetch;
   for (int64_t task = take_task(queue); task < queue.total;) task = forward_task<G>(p, task, queue, scratch, prefetch);
-}
-
-int64_t forward_scratch(const AttentionForward& p) {
-  if (p.problem.dtype == DType::bf16) return ForwardScratch<Paired>{}.carve(p, nullptr);
-  return ForwardScratch<Single>{}.carve(p, nullptr);
-}
-
-void run_forward(const AttentionForward& p, TaskQueue& queue, char* memory) {
-  if (p.problem.dtype == DType::bf16)
-    run_forward_as<Paired>(p, queue, memory);
-  else
-    run_forward_as<Single>(p, queue, memory);
 }
 
 }  // namespace

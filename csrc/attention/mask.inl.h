@@ -66,6 +66,9 @@ struct Visibility {
 
   // Score tiles hold finished scores, and not products that `unit` makes scores of.
   bool finished() const { return bias != nullptr || cap != 0.f; }
+  const float* bias_at(int64_t row, int64_t lane) const {
+    return bias == nullptr ? nullptr : bias + row * bias_row + lane;
+  }
   int64_t first_row() const { return round_down(begins[0], kRowPad); }
 
   // Where the tile is not zero, as the products that sum over keys or over queries go through it (keys [from, to)).

@@ -86,6 +86,21 @@ FASTATTN_INLINE void copy_halves(Operand source, int64_t rows, int64_t columns, 
     memset(target + rows * target_row, 0, static_cast<size_t>((target_rows - rows) * target_row) * sizeof(bf16));
 }
 
+// Copies of rows in the words that products take, `to_row` from one to the next, zero beyond the columns and the rows;
+// times `sign`, which is 1, -1 or 0.
+template <class G>
+FASTATTN_INLINE void copy_rows(DType dtype, Operand from, int64_t count, int64_t columns, float* to, int64_t to_row,
+                               int64_t to_rows, float sign) {
+  if constexpr (G::kPaired) {
+    auto* halves = reinterpret_cast<bf16*>(to);
+    copy_halves(from, count, columns, halves, 2 * to_row, to_rows);
+    if (sign != 1.f)
+      for (int64_t i = 0; i < count * 2 * to_row; i += kLanes) store(halves + i, load(halves + i) * splat(sign));
+  } else {
+    widen_rows(dtype, from, count, columns, to, to_row, to_rows, sign);
+  }
+}
+
 // d[c][r] = s[r][c], `rows` and `columns` multiples of kLanes; d has rows of kPanel.
 __attribute__((noinline)) void transpose_to_panel(const float* s, int64_t s_row, int64_t rows, int64_t columns,
                                                   float* d) {
@@ -202,15 +217,8 @@ struct PackedRows {
     } else {
       rows = copy;
       row = padded;
-      if constexpr (G::kPaired) {
-        auto* halves = reinterpret_cast<bf16*>(copy);
-        copy_halves(from, count, columns, halves, 2 * padded, padded_count);
-        if (sign != 1.f)
-          for (int64_t i = 0; i < count * 2 * padded; i += kLanes) store(halves + i, load(halves + i) * splat(sign));
-        source = {reinterpret_cast<const char*>(copy), padded * kWord};
-      } else {
-        widen_rows(dtype, from, count, columns, copy, padded, padded_count, sign);
-      }
+      copy_rows<G>(dtype, from, count, columns, copy, padded, padded_count, sign);
+      if constexpr (G::kPaired) source = {reinterpret_cast<const char*>(copy), padded * kWord};
     }
     transpose_to_panel(rows, row, padded_count, round_up(steps(), kLanes), reinterpret_cast<float*>(transposed));
   }

@@ -100,18 +100,18 @@ FASTATTN_INLINE float sink_of(const AttentionProblem& problem, int64_t head) {
   return problem.sinks == nullptr ? -kInf : problem.sinks[head];
 }
 
-// The score that a product becomes where tiles hold finished scores: capped, and with the bias added, which may exclude
-// it. `slope` becomes the cap's derivative.
-FASTATTN_INLINE F32 finish_score(const Visibility& seen, F32 product, float unit, int64_t row, int64_t lane,
-                                 Mask& visible, F32& slope) {
+// The score that a product becomes where tiles hold finished scores: capped, and with the bias added (nullptr: none),
+// which may exclude it. `slope` becomes the cap's derivative.
+FASTATTN_INLINE F32 finish_score(const Visibility& seen, F32 product, float unit, const float* biases, Mask& visible,
+                                 F32& slope) {
   F32 score = product * splat(unit);
   if (seen.cap != 0.f) {
     const F32 t = tanh(score * splat(seen.cap_inverse));
     slope = fnma(t, t, splat(1.f));
     score = t * splat(seen.cap);
   }
-  if (seen.bias == nullptr) return score;
-  const F32 bias = load(seen.bias + row * seen.bias_row + lane);
+  if (biases == nullptr) return score;
+  const F32 bias = load(biases);
   visible = visible & ~(bias == splat(-kInf));
   return seen.cap != 0.f ? score + bias : fma(product, splat(unit), bias);
 }
@@ -141,7 +141,7 @@ __attribute__((noinline)) void score_rows(Operand keys, const typename G::Step* 
           Mask visible = sees<kView>(seen, row + m, range.first + n);
           if constexpr (kView == View::general) {
             F32 slope;
-            if (seen.finished()) x = finish_score(seen, x, unit, row + m, lane, visible, slope);
+            if (seen.finished()) x = finish_score(seen, x, unit, seen.bias_at(row + m, lane), visible, slope);
           }
           x = select(visible, x, splat(-kInf));
           live = select(visible, splat(1.f), live);

@@ -27,6 +27,7 @@ struct Single {
     memcpy(&x, p, sizeof(x));
     return splat(x);
   }
+  static FASTATTN_INLINE Vector of_words(F32 words) { return words; }
   static FASTATTN_INLINE F32 multiply_add(Vector a, Vector b, F32 sum) { return fma(a, b, sum); }
 };
 
@@ -42,6 +43,7 @@ struct Paired {
     memcpy(&pair, p, sizeof(pair));
     return splat_pair(pair);
   }
+  static FASTATTN_INLINE Vector of_words(F32 words) { return as_pairs(words); }
   static FASTATTN_INLINE F32 multiply_add(Vector a, Vector b, F32 sum) { return dot2(sum, a, b); }
   static FASTATTN_INLINE void store_pair(Step* p, F32 low, F32 high) { store_pairs(p, pack_pairs(low, high)); }
   static FASTATTN_INLINE void store_row(Step* p, F32 low, F32 high) { store_pairs(p, narrow_two(low, high)); }

@@ -341,6 +341,11 @@ void pairs_of_registers() {
     for (int r = 0; r < kColumn; r++)
       expect(to[c * kColumn + r] == (r < kLanes ? from[r * kRow + c] : -1.f), "transpose_tile");
 
+  F32 registers[kLanes];
+  for (int r = 0; r < kLanes; r++) registers[r] = load(from + r * kRow);
+  transpose(registers);
+  for (int c = 0; c < kLanes; c++) lanes("transpose", registers[c], [&](int r) { return from[r * kRow + c]; });
+
   uint8_t bytes[kRoom];
   for (int i = 0; i < kRoom; i++) bytes[i] = i % 3 == 0 ? 0 : static_cast<uint8_t>(i % 2 == 0 ? 1 : 255);
   for (int n = 0; n <= kLanes; n++) {

@@ -239,12 +239,11 @@ FASTATTN_INLINE void transpose_fours(F32* t) {
   t[0].v = a;
 }
 
-FASTATTN_INLINE void transpose_tile(const float* s, int64_t ls, float* d, int64_t ld) {
+FASTATTN_INLINE void transpose(F32 (&x)[kLanes]) {
   __m256 r[8], t[8];
-  FASTATTN_UNROLL for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(s + i * ls);
   FASTATTN_UNROLL for (int i = 0; i < 8; i += 2) {
-    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
-    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    t[i] = _mm256_unpacklo_ps(x[i].v, x[i + 1].v);
+    t[i + 1] = _mm256_unpackhi_ps(x[i].v, x[i + 1].v);
   }
   FASTATTN_UNROLL for (int i = 0; i < 8; i += 4) {
     r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
@@ -253,8 +252,8 @@ FASTATTN_INLINE void transpose_tile(const float* s, int64_t ls, float* d, int64_
     r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
   }
   FASTATTN_UNROLL for (int i = 0; i < 4; i++) {
-    _mm256_storeu_ps(d + i * ld, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-    _mm256_storeu_ps(d + (i + 4) * ld, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+    x[i].v = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+    x[i + 4].v = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
   }
 }
 

@@ -185,12 +185,11 @@ FASTATTN_INLINE void transpose_fours(F32* t) {
   t[3].v = _mm512_shuffle_f32x4(b, d, 0xdd);
 }
 
-FASTATTN_INLINE void transpose_tile(const float* s, int64_t ls, float* d, int64_t ld) {
+FASTATTN_INLINE void transpose(F32 (&x)[kLanes]) {
   __m512 r[16], t[16];
-  FASTATTN_UNROLL for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_ps(s + i * ls);
   FASTATTN_UNROLL for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    t[i] = _mm512_unpacklo_ps(x[i].v, x[i + 1].v);
+    t[i + 1] = _mm512_unpackhi_ps(x[i].v, x[i + 1].v);
   }
   FASTATTN_UNROLL for (int i = 0; i < 16; i += 4) {
     const __m512d a = _mm512_castps_pd(t[i]), b = _mm512_castps_pd(t[i + 1]);
@@ -207,10 +206,10 @@ FASTATTN_INLINE void transpose_tile(const float* s, int64_t ls, float* d, int64_
     t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
   }
   FASTATTN_UNROLL for (int i = 0; i < 4; i++) {
-    _mm512_storeu_ps(d + i * ld, _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88));
-    _mm512_storeu_ps(d + (i + 8) * ld, _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd));
-    _mm512_storeu_ps(d + (i + 4) * ld, _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88));
-    _mm512_storeu_ps(d + (i + 12) * ld, _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd));
+    x[i].v = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+    x[i + 8].v = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+    x[i + 4].v = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+    x[i + 12].v = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
   }
 }
 
@@ -223,6 +222,7 @@ struct Pairs {
 FASTATTN_INLINE F32 dot2(F32 acc, Pairs a, Pairs b) {
   return {_mm512_dpbf16_ps(acc.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
 }
+FASTATTN_INLINE Pairs as_pairs(F32 x) { return {_mm512_castps_si512(x.v)}; }
 FASTATTN_INLINE Pairs load_pairs(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
 FASTATTN_INLINE Pairs load_pairs(const bf16* p) { return {_mm512_loadu_si512(p)}; }
 FASTATTN_INLINE Pairs load_pairs_first(const bf16* p, int64_t n) {

@@ -199,14 +199,14 @@ FASTATTN_INLINE void repeat_four(const T* p, F32& a, F32& b) {
 }
 FASTATTN_INLINE void transpose_fours(F32*) {}
 
-FASTATTN_INLINE void transpose_tile(const float* s, int64_t ls, float* d, int64_t ld) {
-  const float32x4_t r0 = vld1q_f32(s), r1 = vld1q_f32(s + ls), r2 = vld1q_f32(s + 2 * ls), r3 = vld1q_f32(s + 3 * ls);
+FASTATTN_INLINE void transpose(F32 (&x)[kLanes]) {
+  const float32x4_t r0 = x[0].v, r1 = x[1].v, r2 = x[2].v, r3 = x[3].v;
   const float64x2_t t0 = vreinterpretq_f64_f32(vtrn1q_f32(r0, r1)), t1 = vreinterpretq_f64_f32(vtrn2q_f32(r0, r1));
   const float64x2_t t2 = vreinterpretq_f64_f32(vtrn1q_f32(r2, r3)), t3 = vreinterpretq_f64_f32(vtrn2q_f32(r2, r3));
-  vst1q_f32(d, vreinterpretq_f32_f64(vtrn1q_f64(t0, t2)));
-  vst1q_f32(d + ld, vreinterpretq_f32_f64(vtrn1q_f64(t1, t3)));
-  vst1q_f32(d + 2 * ld, vreinterpretq_f32_f64(vtrn2q_f64(t0, t2)));
-  vst1q_f32(d + 3 * ld, vreinterpretq_f32_f64(vtrn2q_f64(t1, t3)));
+  x[0].v = vreinterpretq_f32_f64(vtrn1q_f64(t0, t2));
+  x[1].v = vreinterpretq_f32_f64(vtrn1q_f64(t1, t3));
+  x[2].v = vreinterpretq_f32_f64(vtrn2q_f64(t0, t2));
+  x[3].v = vreinterpretq_f32_f64(vtrn2q_f64(t1, t3));
 }
 
 #if defined(FASTATTN_ISA_NEON_BF16)
@@ -218,6 +218,7 @@ struct Pairs {
 FASTATTN_INLINE F32 dot2(F32 acc, Pairs a, Pairs b) {
   return {vbfdotq_f32(acc.v, vreinterpretq_bf16_u32(a.v), vreinterpretq_bf16_u32(b.v))};
 }
+FASTATTN_INLINE Pairs as_pairs(F32 x) { return {vreinterpretq_u32_f32(x.v)}; }
 FASTATTN_INLINE Pairs load_pairs(const uint32_t* p) { return {vld1q_u32(p)}; }
 FASTATTN_INLINE Pairs load_pairs(const bf16* p) { return {vreinterpretq_u32_u16(vld1q_u16(&p->bits))}; }
 FASTATTN_INLINE Pairs load_pairs_first(const bf16* p, int64_t n) {

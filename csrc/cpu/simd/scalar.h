@@ -201,9 +201,13 @@ FASTATTN_INLINE void repeat_four(const T* p, F32& a, F32& b) {
 }
 FASTATTN_INLINE void transpose_fours(F32*) {}
 
-FASTATTN_INLINE void transpose_tile(const float* s, int64_t ls, float* d, int64_t ld) {
+FASTATTN_INLINE void transpose(F32 (&x)[kLanes]) {
   for (int r = 0; r < kLanes; r++)
-    for (int c = 0; c < kLanes; c++) d[c * ld + r] = s[r * ls + c];
+    for (int c = r + 1; c < kLanes; c++) {
+      const float upper = x[r].v[c];
+      x[r].v[c] = x[c].v[r];
+      x[c].v[r] = upper;
+    }
 }
 
 FASTATTN_INLINE void add_moments(const bf16* p, F32& sum, F32& squares) {

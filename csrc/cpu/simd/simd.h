@@ -19,7 +19,8 @@
 //   interleave(a, b)           a0 b0 a1 b1 ... in a, the rest in b
 //   stream_two(p, a, b)        like store_two (of bf16, or in order), to a 2*kLanes aligned p and past the caches where
 //                              the machine can; finish_streams() before another thread may look
-//   transpose_tile(s, ls, d, ld)  d[c*ld + r] = s[r*ls + c], kLanes x kLanes floats
+//   transpose(x)               kLanes registers as a square, transposed; transpose_tile(s, ls, d, ld) in memory:
+//                              d[c*ld + r] = s[r*ls + c]
 //   to_float(n)                the nearest float
 //   deinterleave(a, b)         the even elements of 2*kLanes consecutive ones in a, the odd ones in b
 //   sum_four(a, b, c, d)       in every block of four lanes: the sums of that block of a, b, c and d
@@ -35,6 +36,7 @@
 //   dot2(acc, a, b)            acc + the products of the low and of the high halves
 //   pack_pairs(lo, hi)         lane i holds lo[i] and hi[i]; narrow_two(lo, hi): consecutive
 //   interleave_rows(lo, hi, n, out)  pairs of two rows of n elements, 2*kLanes of them, zero from n on
+//   as_pairs(x)                the same bits
 //   repeat_pairs(p)            the same four bf16 in every two lanes
 //   zip_rows(low, high, a, b)  pairs of what stands in one column of two rows, in the cheapest order of columns;
 //   order_columns(a, b)        brings sums in that order back into the natural one
@@ -71,6 +73,13 @@ FASTATTN_INLINE bool finish_task(TaskQueue& queue) {
 
 // Sums with it are rounded to multiples of 1 / kSteps, and end in their number of steps.
 constexpr float kStepShift = 12582912.f / kSteps;
+
+FASTATTN_INLINE void transpose_tile(const float* s, int64_t ls, float* d, int64_t ld) {
+  F32 x[kLanes];
+  FASTATTN_UNROLL for (int i = 0; i < kLanes; i++) x[i] = load(s + i * ls);
+  transpose(x);
+  FASTATTN_UNROLL for (int i = 0; i < kLanes; i++) store(d + i * ld, x[i]);
+}
 
 FASTATTN_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTATTN_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
