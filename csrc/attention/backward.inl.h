@@ -197,10 +197,15 @@ struct BackwardPanel {
     // In the order in which dP sums: where one key has all the weight, dP - delta is exactly 0.
     F32 sums[kVectors];
     FASTATTN_UNROLL for (int n = 0; n < kVectors; n++) sums[n] = zero();
-    for (int64_t k = 0; k < grad.steps(); k++) {
-      FASTATTN_UNROLL for (int n = 0; n < kVectors; n++) sums[n] =
-          G::multiply_add(G::load(output.transposed + k * kPanel + n * kLanes),
-                          G::load(grad.transposed + k * kPanel + n * kLanes), sums[n]);
+    for (int64_t k = 0; k < grad.steps(); k += 4) {  // rows are zero up to a whole register of steps
+      FASTATTN_UNROLL for (int n = 0; n < kVectors; n++) {
+        typename G::Vector left[4], right[4];
+        FASTATTN_UNROLL for (int i = 0; i < 4; i++) {
+          left[i] = G::load(output.transposed + (k + i) * kPanel + n * kLanes);
+          right[i] = G::load(grad.transposed + (k + i) * kPanel + n * kLanes);
+        }
+        sums[n] = add_four<G>(left, right, sums[n]);
+      }
     }
     FASTATTN_UNROLL for (int n = 0; n < kVectors; n++) store(saved.delta + n * kLanes, sums[n]);
     bool huge = false;

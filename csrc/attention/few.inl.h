@@ -118,9 +118,15 @@ __attribute__((noinline)) void score_few(const FewRows& few, int first, Operand 
           __builtin_prefetch(few.values.data + row * few.values.row + c * kWord, 0, 2);
         }
         transpose(square);
-        FASTATTN_UNROLL for (int i = 0; i < kLanes; i++) {
-          FASTATTN_UNROLL for (int m = 0; m < kRows; m++) sums[s][m] =
-              G::multiply_add(G::broadcast(queries[m] + (c + i) * kWord), G::of_words(square[i]), sums[s][m]);
+        FASTATTN_UNROLL for (int i = 0; i < kLanes; i += 4) {
+          const typename G::Vector right[4] = {G::of_words(square[i]), G::of_words(square[i + 1]),
+                                               G::of_words(square[i + 2]), G::of_words(square[i + 3])};
+          FASTATTN_UNROLL for (int m = 0; m < kRows; m++) {
+            const char* left = queries[m] + (c + i) * kWord;
+            sums[s][m] = add_four<G>({G::broadcast(left), G::broadcast(left + kWord), G::broadcast(left + 2 * kWord),
+                                      G::broadcast(left + 3 * kWord)},
+                                     right, sums[s][m]);
+          }
         }
       }
     }

@@ -73,11 +73,42 @@ FASTATTN_INLINE void clear(Tile<kRows, kWide>& tile) {
   }
 }
 
+// Steps whose products are summed before they join a sum: where a product and a sum are rounded apart, long sums would
+// round twice as often as elsewhere.
+constexpr int64_t kTogether = kFusedFma ? 1 : 4;
+template <class G>
+FASTATTN_INLINE F32 add_four(const typename G::Vector (&a)[4], const typename G::Vector (&b)[4], F32 sum) {
+  if constexpr (kTogether == 4) {
+    F32 products[4];
+    for (int i = 0; i < 4; i++) products[i] = G::multiply_add(a[i], b[i], zero());
+    return sum + ((products[0] + products[1]) + (products[2] + products[3]));
+  }
+  FASTATTN_UNROLL for (int i = 0; i < 4; i++) sum = G::multiply_add(a[i], b[i], sum);
+  return sum;
+}
+
 // tile[m][n] += sum over k < steps of a[m * a_row + k * a_step] * b[k * b_row + n], for vectors n >= kFirst.
 // Leaves a and b behind the last step.
 template <class G, int kFirst, int kRows, int kWide>
 FASTATTN_INLINE void multiply(Tile<kRows, kWide>& tile, const char*& a, int64_t a_row, int64_t a_step,
                               const typename G::Step*& b, int64_t b_row, int64_t steps) {
+  if constexpr (kTogether == 4) {
+    for (; steps > 0; steps -= 4) {
+      const int64_t some = steps < 4 ? steps : 4;
+      FASTATTN_UNROLL for (int n = kFirst; n < kWide; n++) {
+        typename G::Vector right[4] = {};
+        for (int64_t k = 0; k < some; k++) right[k] = G::load(b + k * b_row + n * kLanes);
+        FASTATTN_UNROLL for (int m = 0; m < kRows; m++) {
+          typename G::Vector left[4] = {};
+          for (int64_t k = 0; k < some; k++) left[k] = G::broadcast(a + m * a_row + k * a_step);
+          tile.c[m][n] = add_four<G>(left, right, tile.c[m][n]);
+        }
+      }
+      a += some * a_step;
+      b += some * b_row;
+    }
+    return;
+  }
   for (int64_t k = 0; k < steps; k++) {
     typename G::Vector right[kWide];
     FASTATTN_UNROLL for (int n = kFirst; n < kWide; n++) right[n] = G::load(b + n * kLanes);
@@ -95,7 +126,7 @@ FASTATTN_INLINE void multiply(Tile<kRows, kWide>& tile, const char*& a, int64_t 
 template <class G, int kMost, int kRows, int kWide, class Other>
 FASTATTN_INLINE void multiply_among(Tile<kRows, kWide>& tile, const char* a, int64_t a_row, int64_t a_step,
                                     const typename G::Step* b, int64_t b_row, int64_t steps, Other other) {
-  const int64_t some = steps / (kMost * kWide);
+  const int64_t some = steps / (kMost * kWide * kTogether) * kTogether;
   for (int m = 0; m < kMost; m++)
     for (int n = 0; n < kWide; n++) {
       other(m, n);
