@@ -48,6 +48,8 @@ SERVED: dict[type[nn.Module], tuple[type, tuple[str, ...]]] = {
 }
 #: Subclasses of torch's that are asked what they compute, although they have a forward of their own.
 KNOWN_OVERRIDES = {"timm.layers.norm.LayerNorm", "timm.layers.norm.LayerNormFp32"}
+#: Without modules in them these compute nothing.
+NOTHING = (nn.Identity, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 # ---- classes ----
@@ -158,7 +160,7 @@ class PatchReport:
 
     def __str__(self) -> str:
         if not (self.replaced or self.left or self.already):
-            return f"nothing to patch: fastattn has no kernel for {_counted(self.others)}"
+            return f"nothing to patch: fastattn has no kernel for {_counted(self.others) or 'anything in it'}"
         lines = [f"{len(self.replaced)} modules replaced, {len(self.left)} left, {len(self.already)} were ours already"]
         for title, entries in (("replaced", self.replaced), ("left", self.left), ("already", self.already)):
             groups: dict[tuple[str, str], list[str]] = {}
@@ -275,7 +277,7 @@ def patch(model: nn.Module, *, strict: bool = False, exclude: Iterable[str | typ
             inside |= {id(module._modules[part])} if part else set()
         elif verdict.why is not None:
             left.append(Entry(path, name, verdict.why))
-        elif not module._modules and id(module) not in inside:
+        elif not module._modules and id(module) not in inside and not isinstance(module, NOTHING):
             others[name] = others.get(name, 0) + 1
     report = PatchReport(tuple(replaced), tuple(left), tuple(already), others)
     refused = [entry for entry in left if entry.what != "excluded"]

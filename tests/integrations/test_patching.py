@@ -132,6 +132,8 @@ def test_nothing_to_patch_is_said():
     assert str(fastattn.patch(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU(), nn.ReLU()))) == (
         "nothing to patch: fastattn has no kernel for Conv2d (1), ReLU (2)"
     )
+    empty = nn.Sequential(nn.ModuleDict(), nn.Identity())
+    assert str(fastattn.patch(empty)) == "nothing to patch: fastattn has no kernel for anything in it"
 
 
 def test_the_report_is_a_table():
