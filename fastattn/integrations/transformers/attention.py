@@ -227,6 +227,8 @@ def fastattn_attention(
                 ' attn_implementation="eager" for this model'
             )
     mask, keys = attention_mask, key.shape[2]
+    if scaling == query.shape[3] ** -0.5:
+        scaling = None  # the ops' default, which they take without a detour
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
     is_causal = query.shape[2] > 1 and mask is None and is_causal

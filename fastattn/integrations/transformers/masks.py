@@ -8,6 +8,7 @@ our masks never leave it to module.is_causal what they mean.
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from collections.abc import Callable
@@ -232,15 +233,33 @@ def _padding(attention_mask: Tensor | None, frame: Frame) -> tuple[tuple[str, Te
 
 def _range(row: Tensor, batch: int) -> RangeMask | Tensor:
     """One query's (B or 1, keys) mask as a range if it is one, else as it is."""
-    row = row.expand(batch, -1)
-    keys = row.shape[1]
-    ends = keys - row.flip(1).to(torch.int8).argmax(1)
-    starts = row.to(torch.int8).argmax(1)
-    count = row.sum(1)
-    ends = torch.where(count > 0, ends, starts)
-    if bool((ends - starts == count).all()):
-        return RangeMask(keys, starts, ends)
-    return row[:, None, None, :]
+    starts, count = row.to(torch.int8).argmax(1), row.sum(1)
+    ends = starts + count
+    place = torch.arange(row.shape[1], device=row.device)
+    if bool((row & ((place < starts[:, None]) | (place >= ends[:, None]))).any()):
+        return row.expand(batch, -1)[:, None, None, :]
+    return RangeMask(row.shape[1], starts.expand(batch), ends.expand(batch))
+
+
+def _one_query(pattern: Pattern, batch: int, skip: bool) -> RangeMask | Tensor | None:
+    """The mask of a single query; None, where that may be left away (skip), if it sees everything."""
+    frame = pattern.frame
+    offset = frame.query_start - frame.key_start
+    first = 0 if pattern.left is None else min(max(0, offset - pattern.left), frame.keys)
+    end = frame.keys if pattern.right is None else min(frame.keys, offset + pattern.right + 1)
+    rows = [keep.expand(-1, frame.keys) for _, keep in pattern.masked if not bool(keep.all())]
+    rows += [queries == keys for queries, keys in pattern.ids]
+    if not rows and first == 0 and end == frame.keys and skip:
+        return None
+    if not rows:
+        starts, ends = (torch.full((batch,), n, device=frame.device) for n in (first, max(first, end)))
+        return RangeMask(frame.keys, starts, ends)
+    row = rows[0] if len(rows) == 1 else functools.reduce(torch.logical_and, rows)
+    if first > 0 or end < frame.keys:
+        row = row.clone()
+        row[:, :first] = False
+        row[:, end:] = False
+    return _range(row, batch)
 
 
 def _query_start(arguments: dict[str, Any]) -> tuple[int, int] | None:
@@ -267,7 +286,7 @@ def _traced_start(arguments: dict[str, Any]) -> tuple[int, int] | None:
 _takes: dict[str, bool] = {}
 
 
-@torch._dynamo.assume_constant_result
+@torch.compiler.assume_constant_result
 def takes_implementations(config_module: str) -> bool:
     """Whether the models whose config is defined in this module call the attention function that they are set to.
 
@@ -346,13 +365,13 @@ def fastattn_mask(
     if pattern is not None:
         pattern = pattern & Pattern(frame, masked=_padding(attention_mask, frame))
         pattern = pattern if traced else in_rows(pattern)
+        if pattern is not None and frame.queries == 1 and not traced:
+            return _one_query(pattern, batch_size, allow_is_causal_skip)
     mask = None if pattern is None else _band(pattern, batch_size, known=not traced)
     if mask is None:
         return explicit()
     if frame.queries == 1 and mask.ids is None and mask.left < 0 and mask.right < 0 and allow_is_causal_skip:
         return None
-    if frame.queries == 1 and not traced:
-        return _range(mask.dense()[:, 0, 0, :], batch_size)
     return mask
 
 
