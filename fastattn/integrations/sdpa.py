@@ -334,13 +334,12 @@ _KERNELS: dict[str, tuple[tuple[str, ...], Callable[..., Any]]] = {
 def _notes(op: str) -> list[str]:
     if op not in (OP.name, VARLEN_OP.name):
         return []
+    left = left_to_torch.explained([*(f"aten::{name}" for name in _KERNELS), _JAGGED])
     why = reason()
     if why is not None:
         return [f"torch.nn.attention: {why}"]
-    current = torch.nn.attention.current_flash_attention_impl()
-    active = "active" if current == NAME else "registered, not active"
-    return [f"torch.nn.attention: {NAME} is {active}", *left_to_torch.explained([*(f"aten::{n}" for n in _KERNELS),
-                                                                                 _JAGGED])]  # fmt: skip
+    active = torch.nn.attention.current_flash_attention_impl() == NAME
+    return [f"torch.nn.attention: {NAME} is active", *left] if active else left
 
 
 dispatch.NOTES.append(_notes)

@@ -252,7 +252,8 @@ def test_compiled_inside_and_outside(skip_without_native):
     outside, inside = graphs
     assert not any("fastattn" in name for name in outside)
     ops = {name.split(".")[1] for name in inside if name.startswith("fastattn")}
-    assert ops == {"attention", "layer_norm", "rms_norm", "softmax", "gelu", "cross_entropy"}
+    # Whose linear is the faster one differs between machines.
+    assert ops - {"linear"} == {"attention", "layer_norm", "rms_norm", "softmax", "gelu", "cross_entropy"}
 
 
 def test_explained():
