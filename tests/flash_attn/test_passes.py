@@ -11,7 +11,7 @@ CALLS = [
     {},
     {"causal": True},
     {"window_size": (3, 2), "softcap": 2.0},
-    {"dropout_p": 0.3, "alibi_slopes": torch.rand(4)},
+    {"dropout_p": 0.3, "alibi_slopes": torch.tensor([0.5, 0.3, 0.2, 0.1])},
 ]
 
 

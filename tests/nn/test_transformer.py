@@ -57,7 +57,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: str(options).split(" at 0x")[0])
 @pytest.mark.parametrize("masked", [False, True])
 def test_layers(hold_to_torch, kind, options, masked):
     ours, theirs = pair(kind, **options)
