@@ -28,8 +28,9 @@ class ToolFailed(RuntimeError):
 class Facts:
     """registers: of a thread (AMD: vector registers, accumulators among them). stack: bytes of memory of its own.
     spills: instructions that load or store such memory (AMD: registers that went there). shared: bytes of a block.
-    matrix: tensor core instructions by name. loads, stores: accesses to global memory by bytes of a thread's access.
-    instructions: how many there are in all.
+    instructions: how many there are in all. waits: warnings of NVIDIA's assembler that it makes asynchronous products
+    wait for each other. matrix: tensor core instructions by name. loads, stores: accesses to global memory by bytes of
+    a thread's access.
     """
 
     registers: int
@@ -37,6 +38,7 @@ class Facts:
     spills: int
     shared: int
     instructions: int
+    waits: int = 0
     matrix: dict[str, int] = field(default_factory=dict)
     loads: dict[str, int] = field(default_factory=dict)
     stores: dict[str, int] = field(default_factory=dict)
@@ -124,7 +126,7 @@ def _nvidia(kernel: Any) -> Facts:
     counts = sass_counts(sass)
     if not counts["instructions"]:
         raise ToolFailed(f"nvdisasm told no instructions: {sass[:500]}")
-    return Facts(registers, stack, shared=max(kernel.metadata.shared, static), **counts)
+    return Facts(registers, stack, shared=max(kernel.metadata.shared, static), waits=len(serialised(kernel)), **counts)
 
 
 def amdgcn_counts(assembly: str) -> dict[str, Any]:
@@ -207,8 +209,8 @@ def products(kernel: Any) -> dict[str, int]:
 
 
 def complaints(launch: Launch, kernel: Any, seen: Facts, *, spills: bool = False, waits: bool = False) -> list[str]:
-    """The laws that a kernel breaks, whatever the table says; empty when it is as it should be. spills: there may be
-    some. waits: asynchronous products may wait for each other."""
+    """The laws that a kernel breaks, whatever the table says; empty when it is as it should be. spills, waits: there
+    may be some."""
     wrong = []
     target = devices.KNOWN[launch.target]
     if seen.shared > target.shared_memory:
@@ -221,7 +223,7 @@ def complaints(launch: Launch, kernel: Any, seen: Facts, *, spills: bool = False
         wrong.append(f"float32 products are rounded to tf32: {asked}, {seen.matrix}")
     if seen.spills and not spills:
         wrong.append(f"{seen.spills} spills")
-    if not waits:
+    if seen.waits and not waits:
         wrong += serialised(kernel)
     return wrong
 

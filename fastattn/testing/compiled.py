@@ -33,6 +33,9 @@ TABLE = Path(__file__).parents[2] / "tests" / "testing" / "compiled.json"
 #: More would take longer than anybody waits.
 MOST = 400
 
+#: What a row may have some of where laws leave it to the table.
+MAY_NOT_GROW = ("spills", "waits")
+
 Row = dict[str, Any]
 Key = tuple[str, str, str]
 
@@ -70,8 +73,8 @@ class Job:
 
     @property
     def waits(self) -> bool:
-        """Whether asynchronous products may wait for each other: they hide nothing behind each other where a head fills
-        the registers, and odd strides are read element by element."""
+        """Whether the table, which may not grow, decides about asynchronous products that wait for each other: they
+        hide nothing behind each other where a head fills the registers, and odd strides are read element by element."""
         return not self.aligned or self.dim > 128
 
     @property
@@ -267,10 +270,12 @@ def key_of(row: Row) -> Key:
 
 
 def grown(old: Row, new: Row) -> list[str]:
-    """Spills, where there may be some, may not become more."""
-    if new.get("spills", 0) > old.get("spills", 0):
-        return [f"spills grew from {old.get('spills', 0)} to {new['spills']}"]
-    return []
+    """What there may be some of may not become more."""
+    return [
+        f"{what} grew from {old.get(what, 0)} to {new[what]}"
+        for what in MAY_NOT_GROW
+        if new.get(what, 0) > old.get(what, 0)
+    ]
 
 
 def changes(old: Row, new: Row) -> list[str]:
@@ -297,8 +302,8 @@ def judge(results: Iterable[tuple[Job, Row, list[str]]], table: list[Row], *, sa
     for job, row, wrong in results:
         line, old = str(job), known.get(job.key)
         if old is None:
-            spilled = f", {row['spills']} spills" if row.get("spills") else ""
-            verdict.differences.append(f"{line}: not in the table{spilled}")
+            some = [f", {row[what]} {what}" for what in MAY_NOT_GROW if row.get(what)]
+            verdict.differences.append(f"{line}: not in the table{''.join(some)}")
         elif same_compiler:
             wrong = [*wrong, *grown(old, row)]
             different = changes(old, row)

@@ -1,5 +1,7 @@
 """What is read off machine code, and the laws."""
 
+import types
+
 import pytest
 
 from fastattn.testing import assembly
@@ -55,6 +57,24 @@ def test_amds_instructions_are_counted():
 def test_a_tool_that_tells_nothing_is_an_error(tool):
     with pytest.raises(assembly.ToolFailed, match=f"{tool}( printed nothing|: exit 1)"):
         assembly._output(tool)
+
+
+WAITING = """
+ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized
+ptxas info    : Used 255 registers, used 1 barriers
+"""
+
+
+@pytest.mark.parametrize(("printed", "count"), [(WAITING, 1), (WAITING.replace("C7510", "C6000"), 0)])
+def test_products_that_wait_are_counted(printed, count, monkeypatch):
+    monkeypatch.setattr(assembly, "_output", lambda *command: printed)
+    kernel = types.SimpleNamespace(asm={"ptx": ".target sm_90a\nwgmma.mma_async.sync.aligned"})
+    assert len(assembly.serialised(kernel)) == count
+
+
+def test_only_asynchronous_products_wait(monkeypatch):
+    monkeypatch.setattr(assembly, "_output", lambda *command: pytest.fail("the assembler was asked"))
+    assert assembly.serialised(types.SimpleNamespace(asm={"ptx": ".target sm_80\nmma.sync"})) == []
 
 
 def launch_for(target):

@@ -36,11 +36,12 @@ def test_a_broken_law_fails_whatever_the_table_says():
     assert failure.startswith("op/kernel on sm_90 (op, case, bfloat16;") and failure.endswith("7 spills")
 
 
-def test_spills_may_not_grow_and_may_shrink():
-    verdict = judge([(job(), {**ROW, "spills": 9}, [])], [{**ROW, "spills": 8}], same_compiler=True)
-    assert "spills grew from 8 to 9" in verdict.failures[0]
-    verdict = judge([(job(), {**ROW, "spills": 7}, [])], [{**ROW, "spills": 8}], same_compiler=True)
-    assert not verdict.failures and "spills 8 -> 7" in verdict.differences[0]
+@pytest.mark.parametrize("what", ["spills", "waits"])
+def test_some_things_may_not_grow_and_may_shrink(what):
+    verdict = judge([(job(), {**ROW, what: 9}, [])], [{**ROW, what: 8}], same_compiler=True)
+    assert f"{what} grew from 8 to 9" in verdict.failures[0]
+    verdict = judge([(job(), {**ROW, what: 7}, [])], [{**ROW, what: 8}], same_compiler=True)
+    assert not verdict.failures and f"{what} 8 -> 7" in verdict.differences[0]
 
 
 def test_another_compiler_is_held_to_the_laws_alone():
@@ -49,8 +50,11 @@ def test_another_compiler_is_held_to_the_laws_alone():
 
 
 def test_what_is_not_in_the_table_is_a_difference():
-    verdict = judge([(job(), ROW, [])], [], same_compiler=True)
-    assert verdict.differences[0].endswith("not in the table")
+    verdict = judge([(job(), ROW, []), (job(), {**ROW, "waits": 2}, [])], [], same_compiler=True)
+    assert [line.partition("): ")[2] for line in verdict.differences] == [
+        "not in the table",
+        "not in the table, 2 waits",
+    ]
 
 
 def test_changes_are_named():
