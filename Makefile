@@ -18,7 +18,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/ready
 endif
 NATIVE := build/native
-# Interpreted kernels keep one core busy: a process for each of two cores.
+# Most tests keep one core busy, interpreted kernels above all: a process for each of two cores.
 SPREAD := -n 2 --dist loadgroup
 INTERPRETED := tests/ops/test_conformance.py tests/ops/test_decode.py tests/ops/test_rotary.py tests/flash_attn/test_kvcache.py tests/flash_attn/test_dense.py tests/flash_attn/test_varlen.py tests/flash_attn/test_rotary.py tests/ops/test_bad_inference.py tests/gpu tests/bench/gpu
 
@@ -42,7 +42,7 @@ demo: setup
 
 # The second run is of the kernels for GPUs, in Triton's interpreter, which is a mode of the whole process.
 test: setup
-	$(PYTHON) -m pytest -m "not slow"
+	$(PYTHON) -m pytest -m "not slow" $(SPREAD)
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest -m "not slow" $(SPREAD) $(INTERPRETED)
 
 # timm has its torchvision where people have it: a torchvision of another torch would replace torch.
