@@ -17,7 +17,7 @@ from torch import Tensor
 from fastattn.models.gpt import GPT, GPTConfig
 from fastattn.train.config import KERNELS, TrainConfig
 from fastattn.train.data import Dataset
-from fastattn.train.trainer import make_optimizer, training_step
+from fastattn.train.step import make_optimizer, training_step
 
 WARMUP_ROUNDS = 2
 

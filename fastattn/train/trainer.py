@@ -23,7 +23,6 @@ from typing import Any, TextIO
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastattn import allocator
@@ -32,6 +31,7 @@ from fastattn.train import checkpoint as checkpoints
 from fastattn.train.checkpoint import Checkpoint, CheckpointError
 from fastattn.train.config import TrainConfig
 from fastattn.train.data import Corpus, Dataset, load_corpus
+from fastattn.train.step import make_optimizer, training_step
 from fastattn.train.tokenizer import train_tokenizer
 
 LOG_NAME = "log.jsonl"
@@ -48,42 +48,6 @@ class Interrupted(Exception):
 
 class TrainingDiverged(RuntimeError):
     """The loss is no longer a finite number."""
-
-
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019); biases and LayerNorm weights do not decay, matrices do."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
-
-
-def training_step(
-    model: GPT,
-    optimizer: torch.optim.Optimizer,
-    batches: Sequence[tuple[Tensor, Tensor]],
-    lr: float,
-    config: TrainConfig,
-) -> tuple[float, float]:
-    """One optimizer step over the batches, whose gradients are averaged.
-
-    Returns the mean loss in nats per token and the gradient norm before clipping.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    total = 0.0
-    for inputs, targets in batches:
-        with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=config.dtype == "bf16"):
-            _, loss = model(inputs, targets)
-        assert loss is not None
-        (loss / len(batches)).backward()
-        total += loss.item()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return total / len(batches), norm.item()
 
 
 @torch.no_grad()

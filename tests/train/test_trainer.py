@@ -16,13 +16,12 @@ from fastattn import allocator
 from fastattn.testing import assert_lawful
 from fastattn.train import checkpoint as checkpoints
 from fastattn.train.checkpoint import CheckpointError
+from fastattn.train.step import make_optimizer, training_step
 from fastattn.train.trainer import (
     Interrupted,
     Trainer,
     TrainingDiverged,
-    make_optimizer,
     read_log,
-    training_step,
 )
 
 

@@ -1,6 +1,8 @@
 """The whole command at tiny sizes, kernels interpreted: everything but the times means what it says."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -32,3 +34,13 @@ def test_a_sweep_tries_options_around_the_committed_ones(tmp_path, capsys):
     (row,) = document["rows"]
     assert row["name"] == "sweep swiglu/forward: 4x32 forward" and len(row["tried"]) > 2
     assert row["best"] in [tried["options"] for tried in row["tried"]]
+
+
+def test_nothing_but_torch_and_triton_is_needed():
+    """A borrowed machine has no tokenizers, tqdm or safetensors."""
+    program = (
+        "import sys\n"
+        "for name in ('tokenizers', 'tqdm', 'safetensors', 'matplotlib', 'pytest'): sys.modules[name] = None\n"
+        "import fastattn.bench.gpu.sections, fastattn.bench.gpu.supervisor\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
