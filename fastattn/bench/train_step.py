@@ -20,7 +20,7 @@ from fastattn.bench.contenders import OURS, TORCH
 from fastattn.bench.runner import Settings, allocator_in_use
 from fastattn.models.gpt import GPT, GPTConfig
 from fastattn.train.config import TrainConfig
-from fastattn.train.trainer import make_optimizer, training_step
+from fastattn.train.step import make_optimizer, training_step
 
 NAME = "train-step"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
