@@ -1,7 +1,4 @@
-"""flash-attention's functions, argument for argument, over our ops.
-
-Signatures follow flash_attn 2.8. What differs is written in each function's docstring.
-"""
+"""flash_attn_with_kvcache: attention over a KV cache that the call itself may extend."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.flash_attn.dense import cap_of
 from fastattn.ops.decode.append import append_to_cache
 from fastattn.ops.decode.op import Call, check_dtypes
 from fastattn.ops.decode.places import check_length
@@ -57,7 +55,7 @@ def flash_attn_with_kvcache(
         block_table: (B, n) int32: the pages of every sequence. Pages may have any size.
         softmax_scale: 1 / sqrt(D) by default.
         causal, window_size: the window is (left, right), -1 for unbounded; causal sets right to 0.
-        softcap: scores become softcap * tanh(scores / softcap); 0: they stay.
+        softcap: scores become softcap * tanh(scores / softcap); 0 or less: they stay.
         rotary_interleaved: turn columns 2i and 2i + 1 (GPT-J), or i and i + rotary_dim / 2 (GPT-NeoX).
         alibi_slopes: (H,) or (B, H) float32.
         num_splits: into how many parts the keys are cut; 0: by a fixed length. Results are deterministic either way.
@@ -89,7 +87,7 @@ def flash_attn_with_kvcache(
     q = _unit_last_stride(q)
     call = Call(
         q, k_cache, v_cache, cache_seqlens, cache_leftpad, cache_batch_idx, block_table, softmax_scale, causal,
-        window_size, softcap, alibi_slopes, num_splits, backend,
+        window_size, cap_of(softcap), alibi_slopes, num_splits, backend,
     )  # fmt: skip
     new = 0
     if k is not None:

@@ -139,6 +139,7 @@ def test_one_length_for_all_and_none_for_everything(backend):
     assert torch.equal(whole, flash_attn_with_kvcache(q, k, v, cache_seqlens=9, backend=backend))
     some = flash_attn_with_kvcache(q, k, v, cache_seqlens=5, backend=backend)
     torch.testing.assert_close(some, flash_attn_with_kvcache(q, k[:, :5], v[:, :5], backend=backend))
+    assert torch.equal(whole, flash_attn_with_kvcache(q, k, v, softcap=-1.0, backend=backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -211,7 +212,7 @@ REFUSED = {
     "heads": (small(q=torch.ones(2, 1, 3, 8)), r"query heads \(3\) must be a multiple of the cache's heads \(2\)"),
     "slopes": (small(alibi_slopes=torch.ones(3)), r"alibi_slopes must be float32 of shape \(4,\) or \(2, 4\)"),
     "window": (small(window_size=(-2, 0)), r"window must be two lengths"),
-    "softcap": (small(softcap=-1.0), r"softcap must be 0 \(none\) or more"),
+    "softcap": (small(softcap=math.nan), r"softcap must be 0 \(none\) or more"),
     "NaN scale": (small(softmax_scale=math.nan), r"scale must be finite"),
     "rows": (small(k_cache=torch.zeros(3, 10, 2, 8), v_cache=torch.zeros(3, 10, 2, 8)),
              r"a cache of 3 rows for a batch of 2 needs cache_batch_idx"),
