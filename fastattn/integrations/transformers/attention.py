@@ -13,37 +13,35 @@ from fastattn.numerics import accumulation_dtype
 from fastattn.ops.attention import attention_varlen, scaled_dot_product_attention
 from fastattn.ops.decode import decode_attention
 
-#: Arguments that choose among keys in a way that is neither a mask nor a list of keys.
-REFUSED = ("block_indices",)
+
+def _listed(indices: Tensor, count: int) -> Tensor:
+    """(..., count) bool: the places that are listed in the last dimension of (..., n); -1 is none."""
+    seen = torch.zeros((*indices.shape[:-1], count + 1), dtype=torch.bool, device=indices.device)
+    return seen.scatter(-1, torch.where(indices < 0, count, indices.long()), True)[..., :count]
 
 
-def _chosen(indices: Tensor, queries: int, keys: int) -> Tensor:
-    """(B, 1, queries, keys) bool: the keys that an indexer lists for each query, (B, queries, n); -1 is none."""
-    seen = torch.zeros((indices.shape[0], queries, keys + 1), dtype=torch.bool, device=indices.device)
-    listed = torch.where(indices < 0, keys, indices.long())
-    return seen.scatter(-1, listed, True)[:, None, :, :keys]
+def _listed_blocks(indices: Tensor, size: int, heads: int, keys: int) -> Tensor:
+    """(B, heads, Sq, keys) bool: the keys of listed blocks of `size`, (B, Hi, Sq, n), for heads in Hi groups."""
+    batch, groups, queries, _ = indices.shape
+    blocks = -(-keys // size)
+    seen = _listed(indices, blocks)[:, :, None, :, :, None].expand(-1, -1, heads // groups, -1, -1, size)
+    return seen.reshape(batch, heads, queries, blocks * size)[..., :keys]
 
 
-def _joined(mask: Tensor | None, bias: Tensor | None, query: Tensor) -> Tensor | None:
-    """One attn_mask of an explicit mask (bool, or to be added) and a position bias."""
-    if bias is not None and bias.dtype not in (torch.float32, query.dtype):
-        bias = bias.to(query.dtype)
-    if mask is not None and mask.dtype not in (torch.bool, torch.float32, query.dtype):
-        mask = mask.to(torch.bool if not mask.dtype.is_floating_point else query.dtype)
-    if mask is None or bias is None:
-        return bias if mask is None else mask
-    if mask.dtype == torch.bool:
-        return torch.where(mask, bias, float("-inf"))
-    return bias + mask
-
-
-def _restricted(mask: Tensor | Mask | None, is_causal: bool, indices: Tensor, query: Tensor, keys: int) -> Tensor:
-    """An explicit mask of the keys that are listed, which the mask lets through too."""
-    chosen = _chosen(indices, query.shape[2], keys)
-    if mask is None:
-        return chosen.tril() if is_causal else chosen
-    seen = mask.dense()[..., :keys] if isinstance(mask, Mask) else mask
-    return chosen & seen if seen.dtype == torch.bool else torch.where(chosen, seen, float("-inf"))
+def _joined(one: Tensor | None, other: Tensor | None, query: Tensor) -> Tensor | None:
+    """One attn_mask of two, each bool or to be added."""
+    one, other = (
+        part if part is None or part.dtype in (torch.bool, torch.float32, query.dtype)
+        else part.to(query.dtype if part.dtype.is_floating_point else torch.bool)
+        for part in (one, other)
+    )  # fmt: skip
+    if one is None or other is None:
+        return other if one is None else one
+    if one.dtype == other.dtype == torch.bool:
+        return one & other
+    if one.dtype == torch.bool:
+        return torch.where(one, other, float("-inf"))
+    return torch.where(other, one, float("-inf")) if other.dtype == torch.bool else one + other
 
 
 def _with_sinks(output: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
@@ -191,6 +189,7 @@ def fastattn_attention(
     position_bias: Tensor | None = None,
     head_mask: Tensor | None = None,
     indices: Tensor | None = None,
+    block_indices: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
@@ -209,6 +208,8 @@ def fastattn_attention(
         position_bias: broadcasts to (B, H, Sq, Sk), added to the scores, differentiable.
         head_mask: (H,) or (1, H, 1, 1), factors of the heads' outputs.
         indices: (B, Sq, n), the only keys that each query sees; -1 is none.
+        block_indices: (B, Hi, Sq, n), the only blocks of `module.indexer.block_size` keys that each query sees, Hi
+            divides H; -1 is none. What the mask hides stays hidden.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q: where packed sequences begin and end, and the longest's length, as
             DataCollatorWithFlattening makes them; they count where the mask does not tell sequences apart.
         output_attentions: also return the weights, computed by their definition, before dropout.
@@ -217,15 +218,8 @@ def fastattn_attention(
         (B, Sq, H, Dv) contiguous, and the weights (B, H, Sq, Sk) or None.
 
     Raises:
-        NotImplementedError: for block_indices (MiniMax M3's block-sparse layers). ValueError, BackendUnsupported: see
-            scaled_dot_product_attention.
+        ValueError, BackendUnsupported: see scaled_dot_product_attention.
     """
-    for name in REFUSED:
-        if others.get(name) is not None:
-            raise NotImplementedError(
-                f"fastattn: {type(module).__name__} passes {name}, which fastattn does not serve; use"
-                ' attn_implementation="eager" for this model'
-            )
     mask, keys = attention_mask, key.shape[2]
     if scaling == query.shape[3] ** -0.5:
         scaling = None  # the ops' default, which they take without a detour
@@ -234,24 +228,26 @@ def fastattn_attention(
     is_causal = query.shape[2] > 1 and mask is None and is_causal
     if isinstance(mask, Tensor) and mask.shape[-1] > keys:
         mask = mask[..., :keys]
-    if indices is not None:
-        mask, is_causal = _restricted(mask, is_causal, indices, query, keys), False
-    elif isinstance(mask, Tensor):
+    if isinstance(mask, Tensor):
         mask = recognised(mask)
+    bias = position_bias
+    if indices is not None:
+        bias = _joined(_listed(indices, keys)[:, None], bias, query)
+    if block_indices is not None:
+        blocks: Any = module.indexer
+        bias = _joined(_listed_blocks(block_indices, blocks.block_size, query.shape[1], keys), bias, query)
     cap = softcap or 0.0
     weights = None
     if output_attentions:
-        weights = _weights(
-            query, key, mask, is_causal, scaling, cap, s_aux if sinks is None else sinks, position_bias
-        )  # fmt: skip
-    ranged = (mask is None or isinstance(mask, RangeMask)) and position_bias is None and sinks is None
+        weights = _weights(query, key, mask, is_causal, scaling, cap, s_aux if sinks is None else sinks, bias)
+    ranged = (mask is None or isinstance(mask, RangeMask)) and bias is None and sinks is None
     if ranged and dropout == 0.0 and _is_decode(query, key, value):
         output = _decoded(query, key, value, mask, scaling, cap, s_aux)
     else:
         options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "softcap": cap, "sinks": s_aux}
         if cu_seq_lens_q is not None:
             mask, is_causal = _packed(mask, is_causal, cu_seq_lens_q, cu_seq_lens_k, max_length_q, query, keys)
-        output = _attended(query, key, value, mask, is_causal, position_bias, sinks, options)
+        output = _attended(query, key, value, mask, is_causal, bias, sinks, options)
     if head_mask is not None:
         output = output * head_mask.reshape(-1, 1)
     return output.contiguous(), weights

@@ -1,8 +1,10 @@
 """The attention function's arguments, against their definition."""
 
-import pytest
+from types import SimpleNamespace
+
 import torch
 
+from fastattn import testing
 from fastattn.integrations.transformers import attention, masks
 
 WINDOW = masks.masking_utils.sliding_window_causal_mask_function(3)
@@ -21,39 +23,62 @@ def rows(*shapes, dtype=torch.float32, seed=5):
 
 
 def test_arguments_that_few_models_pass(ask, evaluate):
-    """Against the definition, in float64: weights that output_attentions returns, applied to the values."""
+    """Weights are those of the definition; outputs are theirs applied to the values."""
     query, key, value, bias, sinks, shared, factors = rows(
         (2, 4, 6, 8), (2, 2, 9, 8), (2, 2, 9, 8), (1, 4, 6, 9), (2, 4, 6, 1), (4,), (4,), dtype=torch.float64
     )  # fmt: skip
     band = masks.fastattn_mask(**ask(WINDOW, 6, 9, 3))
     dense = evaluate(ask(WINDOW, 6, 9, 3))
     listed = torch.tensor([[[0, 3, -1]] * 6, [[2, 5, 8]] * 6])
+    blocks = torch.tensor([[[[0, -1]] * 6, [[1, 2]] * 6], [[[2, 0]] * 6, [[1, -1]] * 6]])
     floats = torch.zeros(2, 1, 6, 9, dtype=torch.float64).masked_fill(~dense, float("-inf"))
-    for options in (
-        {},
-        {"softcap": 0.7},
-        {"position_bias": bias},
-        {"position_bias": bias, "softcap": 2.0},
-        {"s_aux": shared},
-        {"sinks": sinks},
-        {"sinks": sinks, "position_bias": bias},
-        {"head_mask": factors},
-        {"indices": listed},
-        {"scaling": 0.1},
+    triangle = torch.ones(6, 9, dtype=torch.bool).tril()
+    everything = torch.ones(2, 4, 6, 9, dtype=torch.bool)
+    keys_listed = torch.zeros_like(everything)
+    keys_listed[0, ..., [0, 3]] = keys_listed[1, ..., [2, 5, 8]] = True
+    blocks_listed = torch.zeros_like(everything)  # of 4, 4 and 1 keys, for two heads each
+    blocks_listed[0, :2, :, :4] = blocks_listed[0, 2:, :, 4:] = True
+    blocks_listed[1, :2, :, :4] = blocks_listed[1, :2, :, 8:] = blocks_listed[1, 2:, :, 4:8] = True
+    layer = layer_of(is_causal=True, indexer=SimpleNamespace(block_size=4))
+
+    def low(values):
+        return {
+            k: v.float() if isinstance(v, torch.Tensor) and v.dtype == torch.float64 else v for k, v in values.items()
+        }
+
+    for options, seen in (
+        ({}, everything),
+        ({"softcap": 0.7}, everything),
+        ({"position_bias": bias}, everything),
+        ({"position_bias": bias, "softcap": 2.0}, everything),
+        ({"s_aux": shared}, everything),
+        ({"sinks": sinks}, everything),
+        ({"sinks": sinks, "position_bias": bias}, everything),
+        ({"head_mask": factors}, everything),
+        ({"indices": listed}, keys_listed),
+        ({"indices": listed, "position_bias": bias}, keys_listed),
+        ({"block_indices": blocks}, blocks_listed),
+        ({"block_indices": blocks, "position_bias": bias, "s_aux": shared}, blocks_listed),
+        ({"scaling": 0.1}, everything),
     ):
         for mask in (band, dense, floats, None):
-            found, weights = attention.fastattn_attention(
-                layer_of(is_causal=True), query, key, value, mask, output_attentions=True, **options
-            )
-            values = value.repeat_interleave(2, dim=1)
-            expected = (weights @ values).transpose(1, 2)
-            if "head_mask" in options:
-                expected = expected * factors[:, None]
-            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-            if mask is not None and "indices" not in options:
-                assert torch.equal(weights == 0, ~dense.expand_as(weights))
-    with pytest.raises(NotImplementedError, match="block_indices"):
-        attention.fastattn_attention(layer_of(), query, key, value, None, block_indices=listed)
+
+            def definition(dtype, mask=mask, options=options):
+                """The output, from the weights."""
+                given = options if dtype == torch.float64 else low(options)
+                mask = mask.to(dtype) if mask is floats else mask
+                inputs = (tensor.to(dtype) for tensor in (query, key, value))
+                _, weights = attention.fastattn_attention(layer, *inputs, mask, output_attentions=True, **given)
+                found = (weights @ value.to(dtype).repeat_interleave(2, dim=1)).transpose(1, 2)
+                return found * given["head_mask"][:, None] if "head_mask" in given else found, weights
+
+            (truth, weights), (peer, _) = definition(torch.float64), definition(torch.float32)
+            assert torch.equal(weights != 0, seen & (triangle if mask is None else dense))
+            inputs = [tensor.float() for tensor in (query, key, value)]
+            given = mask.float() if mask is floats else mask
+            found, nothing = attention.fastattn_attention(layer, *inputs, given, **low(options))
+            assert nothing is None
+            testing.assert_lawful(found, peer, truth)
 
 
 def test_packed_sequences_by_their_lengths(ask):
@@ -76,10 +101,11 @@ def test_packed_sequences_by_their_lengths(ask):
             part = mask and torch.as_tensor(mask.dense()[:, :, a:b, a:b])
             if "position_bias" in options:
                 options = {"position_bias": bias[:, :, a:b, a:b]}
-            alone, _ = attention.fastattn_attention(
-                layer, *(t[:, :, a:b] for t in (query, key, value)), part, **options
-            )  # fmt: skip
-            torch.testing.assert_close(found[:, a:b], alone)
+            inputs = [t[:, :, a:b] for t in (query, key, value)]
+            peer, _ = attention.fastattn_attention(layer, *inputs, part, **options)
+            doubled = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+            truth, _ = attention.fastattn_attention(layer, *(t.double() for t in inputs), part, **doubled)
+            testing.assert_lawful(found[:, a:b], peer, truth)
 
 
 def test_one_query_that_wants_gradients_is_not_decoded(monkeypatch):
