@@ -19,15 +19,7 @@ from fastattn.integrations.stand_in import StandIn, public
 
 #: What version checks of other libraries see: the release whose functions these are.
 VERSION = "2.8.4"
-_FUNCTIONS = (
-    "flash_attn_func",
-    "flash_attn_kvpacked_func",
-    "flash_attn_qkvpacked_func",
-    "flash_attn_varlen_func",
-    "flash_attn_varlen_kvpacked_func",
-    "flash_attn_varlen_qkvpacked_func",
-    "flash_attn_with_kvcache",
-)
+_FUNCTIONS = tuple(name for name in flash_attn.__all__ if name.startswith("flash_attn_"))
 _PASSES = tuple(
     f"_{wrapped}flash_attn_{kind}{direction}"
     for wrapped in ("", "wrapped_")
@@ -40,16 +32,8 @@ def _interface() -> dict[str, Any]:
     return {**public(flash_attn, *_FUNCTIONS), **public(passes, *_PASSES)}
 
 
-def _padding() -> dict[str, Any]:
-    return public(
-        padding, "index_first_axis", "index_put_first_axis", "pad_input", "unpad_input",
-        "unpad_input_for_concatenated_sequences",
-    )  # fmt: skip
-
-
 def _rotary() -> dict[str, Any]:
-    own = public(rotary, "RotaryEmbedding", "apply_rotary_emb", "apply_rotary_emb_kv_", "apply_rotary_emb_qkv_")
-    return {**own, "apply_rotary_emb_func": rotary.apply_rotary_emb}
+    return {**public(rotary, *rotary.__all__), "apply_rotary_emb_func": rotary.apply_rotary_emb}
 
 
 _STAND_IN = StandIn(
@@ -59,22 +43,9 @@ _STAND_IN = StandIn(
     {
         "": lambda: public(flash_attn, *_FUNCTIONS),
         "flash_attn_interface": _interface,
-        "bert_padding": _padding,
+        "bert_padding": lambda: public(padding, *padding.__all__),
         "layers.rotary": _rotary,
         "ops.triton.rotary": lambda: public(rotary, "apply_rotary"),
     },
 )
-
-
-def install() -> bool:
-    """Makes `import flash_attn` find fastattn.flash_attn, process-wide.
-
-    True when it does from now on; False when flash_attn is installed, which is left alone. Calling it again is without
-    effect. Libraries ask once whether flash_attn is there, most when they are imported: install before.
-    """
-    return _STAND_IN.install()
-
-
-def uninstall() -> None:
-    """Takes `install` back; without effect where nothing is installed."""
-    _STAND_IN.uninstall()
+install, uninstall = _STAND_IN.install, _STAND_IN.uninstall

@@ -55,9 +55,10 @@ class StandIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             self.modules[".".join([package, *parts])] = contents
 
     def install(self) -> bool:
-        """True when imports of the package find ours from now on; False when there is a real one, which is left alone.
+        """Makes imports of the package find ours, process-wide.
 
-        Again is without effect. To be called before the libraries that look for the package are imported.
+        True when they do from now on; False when the package is installed, which is left alone. Calling it again is
+        without effect. Libraries ask once whether a package is there, most when they are imported: install before.
         """
         if self.installed:
             return True
@@ -68,7 +69,7 @@ class StandIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return True
 
     def uninstall(self) -> None:
-        """Takes everything back; modules that were imported meanwhile keep what they have."""
+        """Takes `install` back, without effect where nothing is installed; who imported something keeps it."""
         if not self.installed:
             return
         sys.meta_path.remove(self)

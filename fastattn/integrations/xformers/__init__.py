@@ -67,17 +67,4 @@ _STAND_IN = StandIn(
         "ops.fmha.attn_bias": lambda: public(attn_bias, *_BIASES),
     },
 )
-
-
-def install() -> bool:
-    """Makes `import xformers.ops` find these functions, process-wide.
-
-    True when it does from now on; False when xformers is installed, which is left alone. Calling it again is without
-    effect. Libraries ask once whether xformers is there, most when they are imported: install before.
-    """
-    return _STAND_IN.install()
-
-
-def uninstall() -> None:
-    """Takes `install` back; without effect where nothing is installed."""
-    _STAND_IN.uninstall()
+install, uninstall = _STAND_IN.install, _STAND_IN.uninstall
