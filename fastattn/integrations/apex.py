@@ -7,7 +7,7 @@
 FusedLayerNorm and FusedRMSNorm give results of the input's dtype, the Mixed ones of the parameters'. memory_efficient
 saves the result, which the next layer keeps anyway, instead of the input, and computes the input's deviations from it
 again: (y - bias) / weight. A column whose weight is 0 then has no gradient of its weight, as in Apex. An apex that is
-installed is left alone.
+installed is left alone; parts of Apex that are not here raise ImportError as if it were not installed.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastattn import ops
-from fastattn.dispatch import Bound, autocast_enabled
+from fastattn.dispatch import Bound, Op, autocast_enabled
 from fastattn.integrations.stand_in import StandIn, public
 from fastattn.norms import dims_of, parameters_for
 from fastattn.numerics import accumulation_dtype
@@ -108,7 +108,7 @@ def _layer_norm(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Shape, eps: float, memory_efficient: bool
 ) -> Tensor:
     if _saves_output(memory_efficient):
-        found: Tensor = _LayerNormOfOutput.apply(input, weight, bias, dims_of(shape), eps)
+        found: Tensor = _OfOutput.apply(LAYER_NORM, ops.layer_norm, input, dims_of(shape), eps, weight, bias)
     else:
         found = ops.layer_norm(input, dims_of(shape), weight, bias, eps)
     return found
@@ -116,22 +116,19 @@ def _layer_norm(
 
 def _rms_norm(input: Tensor, weight: Tensor | None, shape: Shape, eps: float, memory_efficient: bool) -> Tensor:
     if _saves_output(memory_efficient):
-        found: Tensor = _RMSNormOfOutput.apply(input, weight, dims_of(shape), eps)
+        found: Tensor = _OfOutput.apply(RMS_NORM, ops.rms_norm, input, dims_of(shape), eps, weight)
     else:
         found = ops.rms_norm(input, dims_of(shape), weight, eps)
     return found
 
 
-def _kernels(op: Any, function: Any, input: Tensor, shape: tuple[int, ...], *parameters: Tensor | None) -> Bound:
+def _kernels(op: Op, function: Any, input: Tensor, shape: tuple[int, ...], *parameters: Tensor | None) -> Bound:
     described = tuple(None if t is None else (t.shape, t.dtype, t.device) for t in (input, *parameters))
-    bound: Bound = op.resolve_cached(
-        ("apex", described, shape), lambda: function.prepare(input, shape, *parameters)[1], None
-    )
-    return bound
+    return op.resolve_cached(("apex", described, shape), lambda: function.prepare(input, shape, *parameters)[1], None)
 
 
 def _deviations(
-    output: Tensor, weight: Tensor | None, bias: Tensor | None, rstd: Tensor, shape: tuple[int, ...], eps: float
+    output: Tensor, rstd: Tensor, shape: tuple[int, ...], eps: float, weight: Tensor | None, bias: Tensor | None = None
 ) -> Tensor:
     """The input minus its mean, from the output, in the dtype that norms accumulate in."""
     found = output.to(accumulation_dtype(output.dtype))
@@ -144,85 +141,68 @@ def _deviations(
     return (found.reshape(rstd.shape[0], math.prod(shape)) / rstd[:, None]).reshape(output.shape)
 
 
-class _LayerNormOfOutput(torch.autograd.Function):
-    """LayerNorm that keeps its result for the backward, and not its input."""
+class _OfOutput(torch.autograd.Function):
+    """A norm that keeps its result for the backward, and not its input. parameters: weight, and bias where it has one.
+
+    The backward is that of the input's deviations, whose mean is 0.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...], eps: float
+        ctx: Any, op: Op, function: Any, input: Tensor, shape: tuple[int, ...], eps: float, *parameters: Tensor | None
     ) -> Tensor:
-        bound = _kernels(LAYER_NORM, ops.layer_norm, input, shape, weight, bias)
-        output, mean, rstd = bound.compute(input, *parameters_for(input.dtype, weight, bias), len(shape), eps, 0.0)
-        ctx.save_for_backward(output, weight, bias, torch.zeros_like(mean), rstd)
-        ctx.shape, ctx.eps = shape, eps
+        bound = _kernels(op, function, input, shape, *parameters)
+        output, *_, rstd = bound.compute(input, *parameters_for(input.dtype, *parameters), len(shape), eps, 0.0)
+        ctx.save_for_backward(output, rstd, *parameters)
+        ctx.norm, ctx.shape, ctx.eps = (op, function), shape, eps
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        output, weight, bias, mean, rstd = ctx.saved_tensors
-        deviations = _deviations(output, weight, bias, rstd, ctx.shape, ctx.eps)
+        output, rstd, *parameters = ctx.saved_tensors
+        deviations = _deviations(output, rstd, ctx.shape, ctx.eps, *parameters)
         dtype = deviations.dtype
-        w, b = (None if t is None else t.to(dtype) for t in (weight, bias))
-        bound = _kernels(LAYER_NORM, ops.layer_norm, deviations, ctx.shape, w, b)
+        wide = [None if t is None else t.to(dtype) for t in parameters]
+        bound = _kernels(*ctx.norm, deviations, ctx.shape, *wide)
         assert bound.backward is not None
+        mean = [torch.zeros_like(rstd)] if bound.op is LAYER_NORM else []
         grads = bound.backward(
-            grad_output.to(dtype), deviations, *parameters_for(dtype, w, b), mean, rstd, len(ctx.shape), 0.0,
-            w is not None, b is not None,
+            grad_output.to(dtype), deviations, *parameters_for(dtype, *wide), *mean, rstd, len(ctx.shape), 0.0,
+            *(t is not None for t in wide),
         )  # fmt: skip
-        return *_as(grads, (output, weight, bias)), None, None
-
-
-class _RMSNormOfOutput(torch.autograd.Function):
-    """RMSNorm that keeps its result for the backward, and not its input."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor | None, shape: tuple[int, ...], eps: float) -> Tensor:
-        bound = _kernels(RMS_NORM, ops.rms_norm, input, shape, weight)
-        output, rstd = bound.compute(input, *parameters_for(input.dtype, weight), len(shape), eps, 0.0)
-        ctx.save_for_backward(output, weight, rstd)
-        ctx.shape, ctx.eps = shape, eps
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        output, weight, rstd = ctx.saved_tensors
-        input = _deviations(output, weight, None, rstd, ctx.shape, ctx.eps)
-        w = None if weight is None else weight.to(input.dtype)
-        bound = _kernels(RMS_NORM, ops.rms_norm, input, ctx.shape, w)
-        assert bound.backward is not None
-        grads = bound.backward(
-            grad_output.to(input.dtype), input, *parameters_for(input.dtype, w), rstd, len(ctx.shape), 0.0,
-            w is not None,
-        )  # fmt: skip
-        return *_as(grads, (output, weight)), None, None
-
-
-def _as(grads: Sequence[Tensor], leaves: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    return tuple(None if leaf is None else grad.to(leaf.dtype) for grad, leaf in zip(grads, leaves, strict=True))
+        found = [
+            None if leaf is None else grad.to(leaf.dtype)
+            for grad, leaf in zip(grads, (output, *parameters), strict=True)
+        ]
+        return None, None, found[0], None, None, *found[1:]
 
 
 class _Norm(nn.Module):
+    """What the modules have in common."""
+
+    #: The parameters, and what they start with.
+    starts: ClassVar[dict[str, float]] = {"weight": 1.0}
     weight: Tensor | None
 
     def __init__(
-        self, normalized_shape: Shape, eps: float, elementwise_affine: bool, memory_efficient: bool
-    ) -> None:  # fmt: skip
+        self,
+        normalized_shape: Shape,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        memory_efficient: bool = False,
+    ) -> None:
         super().__init__()
         self.normalized_shape = torch.Size(dims_of(normalized_shape))
         self.eps, self.elementwise_affine, self.memory_efficient = eps, elementwise_affine, memory_efficient
-        for name in self._parameters_of_its_own():
+        for name in self.starts:
             parameter = nn.Parameter(torch.empty(self.normalized_shape)) if elementwise_affine else None
             self.register_parameter(name, parameter)
         self.reset_parameters()
 
-    def _parameters_of_its_own(self) -> tuple[str, ...]:
-        return ("weight",)
-
     def reset_parameters(self) -> None:
-        if self.weight is not None:
-            nn.init.ones_(self.weight)
+        for name, parameter in self.named_parameters(recurse=False):
+            nn.init.constant_(parameter, self.starts[name])
 
     def extra_repr(self) -> str:
         return f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"
@@ -234,24 +214,8 @@ class FusedLayerNorm(_Norm):
     memory_efficient: keep the result and not the input for the backward. state_dict: weight and bias.
     """
 
+    starts: ClassVar[dict[str, float]] = {"weight": 1.0, "bias": 0.0}
     bias: Tensor | None
-
-    def __init__(
-        self,
-        normalized_shape: Shape,
-        eps: float = 1e-5,
-        elementwise_affine: bool = True,
-        memory_efficient: bool = False,
-    ) -> None:
-        super().__init__(normalized_shape, eps, elementwise_affine, memory_efficient)
-
-    def _parameters_of_its_own(self) -> tuple[str, ...]:
-        return ("weight", "bias")
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
         if self.weight is None or self.bias is None:
@@ -267,37 +231,28 @@ class FusedRMSNorm(_Norm):
     memory_efficient: keep the result and not the input for the backward. state_dict: weight.
     """
 
-    def __init__(
-        self,
-        normalized_shape: Shape,
-        eps: float = 1e-5,
-        elementwise_affine: bool = True,
-        memory_efficient: bool = False,
-    ) -> None:
-        super().__init__(normalized_shape, eps, elementwise_affine, memory_efficient)
-
     def forward(self, input: Tensor) -> Tensor:
         if self.weight is None:
             return fused_rms_norm(input, self.normalized_shape, self.eps, self.memory_efficient)
         return fused_rms_norm_affine(input, self.weight, self.normalized_shape, self.eps, self.memory_efficient)
 
 
-def _affine(name: str, options: dict[str, Any]) -> None:
-    """What Mixed* take besides; ValueError for what they do not."""
-    if not options.pop("elementwise_affine", True):
-        raise ValueError(f"{name}: the result has the parameters' dtype: there is no elementwise_affine=False")
-    if options:
-        raise TypeError(f"{name} got unexpected arguments: {', '.join(options)}")
-
-
-class MixedFusedLayerNorm(FusedLayerNorm):
-    """FusedLayerNorm whose result has the parameters' dtype."""
+class _Mixed(_Norm):
+    """Those whose result has the parameters' dtype: they always have parameters."""
 
     def __init__(
         self, normalized_shape: Shape, eps: float = 1e-5, *, memory_efficient: bool = False, **options: Any
     ) -> None:
-        _affine("MixedFusedLayerNorm", options)
+        name = type(self).__name__
+        if not options.pop("elementwise_affine", True):
+            raise ValueError(f"{name}: the result has the parameters' dtype: there is no elementwise_affine=False")
+        if options:
+            raise TypeError(f"{name} got unexpected arguments: {', '.join(options)}")
         super().__init__(normalized_shape, eps, True, memory_efficient)
+
+
+class MixedFusedLayerNorm(_Mixed, FusedLayerNorm):
+    """FusedLayerNorm whose result has the parameters' dtype."""
 
     def forward(self, input: Tensor) -> Tensor:
         assert self.weight is not None and self.bias is not None
@@ -306,14 +261,8 @@ class MixedFusedLayerNorm(FusedLayerNorm):
         )
 
 
-class MixedFusedRMSNorm(FusedRMSNorm):
+class MixedFusedRMSNorm(_Mixed, FusedRMSNorm):
     """FusedRMSNorm whose result has the weight's dtype."""
-
-    def __init__(
-        self, normalized_shape: Shape, eps: float = 1e-5, *, memory_efficient: bool = False, **options: Any
-    ) -> None:
-        _affine("MixedFusedRMSNorm", options)
-        super().__init__(normalized_shape, eps, True, memory_efficient)
 
     def forward(self, input: Tensor) -> Tensor:
         assert self.weight is not None
@@ -346,18 +295,4 @@ _STAND_IN = StandIn(
         "normalization.fused_layer_norm": lambda: _contents(*_MODULES, *_FUNCTIONS),
     },
 )
-
-
-def install() -> bool:
-    """Makes `import apex.normalization` find these modules, process-wide.
-
-    True when it does from now on; False when apex is installed, which is left alone. Calling it again is without
-    effect. Libraries ask once whether apex is there, most when they are imported (Transformers 4's T5 takes its norm
-    from it): install before. Other parts of Apex raise ImportError as if they were not there.
-    """
-    return _STAND_IN.install()
-
-
-def uninstall() -> None:
-    """Takes `install` back; without effect where nothing is installed."""
-    _STAND_IN.uninstall()
+install, uninstall = _STAND_IN.install, _STAND_IN.uninstall

@@ -115,10 +115,12 @@ def saved(call):
 
 @pytest.mark.parametrize("name", ["FusedLayerNorm", "FusedRMSNorm", "MixedFusedLayerNorm", "MixedFusedRMSNorm"])
 def test_what_is_saved(name):
-    """The output instead of the input."""
+    """The output instead of the input, one statistic and the parameters."""
     x = torch.randn(64, 32, requires_grad=True)
-    output, kept = saved(lambda: getattr(apex, name)(32, memory_efficient=True)(x))
+    module = getattr(apex, name)(32, memory_efficient=True)
+    output, kept = saved(lambda: module(x))
     assert output.data_ptr() in kept and x.data_ptr() not in kept
+    assert len(kept) == 2 + len(list(module.parameters()))
     _, kept = saved(lambda: getattr(apex, name)(32)(x))
     assert x.data_ptr() in kept
 
