@@ -8,6 +8,7 @@ our masks never leave it to module.is_causal what they mean.
 
 from __future__ import annotations
 
+import abc
 import functools
 import sys
 import warnings
@@ -26,7 +27,7 @@ _SDPA_MASK = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
 _EAGER_MASK = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["eager"]
 
 
-class Mask:
+class Mask(abc.ABC):
     """Who sees whom, as if it were a boolean tensor (B, 1, queries, keys), True takes part.
 
     It is one for whoever uses it as one: operators, torch's functions and attributes work on `dense()`.
@@ -40,8 +41,9 @@ class Mask:
         self.device = device
         self._dense: Tensor | None = None
 
+    @abc.abstractmethod
     def _build(self) -> Tensor:
-        raise NotImplementedError
+        """(B or 1, 1, queries, keys) bool"""
 
     def dense(self) -> Tensor:
         """(B or 1, 1, queries, keys) bool, built when it is asked for."""
