@@ -30,6 +30,10 @@ else:
 KERNEL_DTYPES = (torch.float32, *HALVES)
 _TRACED = (*PLAIN, torch.nn.Buffer, FakeTensor, FunctionalTensor)
 _EAGER = (*PLAIN, torch.nn.Buffer)
+# Looked up once: every call asks.
+_STRIDED = torch.strided
+#: Device and dtype of what calls have found a kernel for: backends are probed once in a process, too.
+_with_kernel: set[tuple[torch.device, torch.dtype]] = set()
 
 Listener = Callable[[Any, str], None]
 _listeners: list[Listener] = []
@@ -69,23 +73,32 @@ def refusal(*tensors: Tensor | None) -> str | None:
     """
     if dispatch.forced_backend() is not None:
         return None
-    types = _TRACED if torch.compiler.is_compiling() else _EAGER
+    compiling = torch.compiler.is_compiling()
+    types = _TRACED if compiling else _EAGER
     for tensor in tensors:
-        if tensor is None:
-            continue
-        if type(tensor) not in types:
-            return f"a {type(tensor).__name__} is not a plain tensor"
-        if tensor.is_nested:
-            return "nested tensors are torch's"
-        if tensor.layout is not torch.strided:
-            return f"tensors of layout {tensor.layout} are torch's"
+        if tensor is not None and (type(tensor) not in types or tensor.layout is not _STRIDED or tensor.is_nested):
+            return _not_plain(tensor, types)
     if forward_ad._current_level >= 0:
         return "derivatives in forward mode are torch's"
-    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+    if not compiling and torch._C._get_tracing_state() is not None:
         return "torch.jit traces torch's ops"
     first = tensors[0]
     assert first is not None
-    return no_kernel(first.device.type, first.dtype)
+    if compiling:
+        return no_kernel(first.device.type, first.dtype)
+    kind = first.device, first.dtype
+    if kind in _with_kernel:
+        return None
+    reason = no_kernel(first.device.type, first.dtype)
+    if reason is None:
+        _with_kernel.add(kind)
+    return reason
+
+
+def _not_plain(tensor: Tensor, types: tuple[type, ...]) -> str:
+    if type(tensor) not in types:
+        return f"a {type(tensor).__name__} is not a plain tensor"
+    return "nested tensors are torch's" if tensor.is_nested else f"tensors of layout {tensor.layout} are torch's"
 
 
 def no_kernel(device: str, dtype: torch.dtype) -> str | None:
