@@ -74,8 +74,27 @@ def flash_attn_func(
     Raises:
         ValueError: shapes, dtypes, devices or values that do not fit. BackendUnsupported: see fastattn.dispatch.
     """
-    return _attend("flash_attn_func", q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-                   return_attn_probs, backend)  # fmt: skip
+    if not q.ndim == k.ndim == v.ndim == 4 or not q.shape[0] == k.shape[0] == v.shape[0]:
+        shapes = f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        raise ValueError(f"flash_attn_func: q, k and v must be (B, S, H, D) with one B, got {shapes}")
+    # Where both alignments are one, the plain one has the shorter way.
+    square = not torch.compiler.is_compiling() and q.shape[1] == k.shape[1]
+    query, key, value = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    seed = philox.draw(q.device) if return_attn_probs and dropout_p > 0.0 else None
+    result = scaled_dot_product_attention(
+        query, key, value, None, dropout_p, causal, softmax_scale, q.shape[2] != k.shape[2],
+        causal_alignment="top_left" if square else "bottom_right", return_lse=return_attn_probs, seed=seed,
+        window=window_size, softcap=cap_of(softcap), alibi_slopes=alibi_slopes, backend=backend,
+    )  # fmt: skip
+    if not return_attn_probs:
+        return result.transpose(1, 2)
+    output, lse = result
+    with torch.no_grad():
+        features = (*limits(causal, window_size), cap_of(softcap), None, alibi_slopes, None, None, None)
+        probabilities = reference.probabilities(
+            0, query, key, None, seed, scale_of(q, softmax_scale), causal, True, dropout_p, *features
+        )
+    return output.transpose(1, 2), lse, probabilities.to(output.dtype)
 
 
 def flash_attn_kvpacked_func(
@@ -97,8 +116,8 @@ def flash_attn_kvpacked_func(
     Args: q: (B, Sq, H, D). kv: (B, Sk, 2, Hkv, D), read where it is. Others, result and errors: flash_attn_func.
     """
     k, v = unpacked("flash_attn_kvpacked_func", kv, "kv", 2, 5)
-    return _attend("flash_attn_kvpacked_func", q, k, v, dropout_p, softmax_scale, causal, window_size, softcap,
-                   alibi_slopes, return_attn_probs, backend)  # fmt: skip
+    return flash_attn_func(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+                           return_attn_probs, backend=backend)  # fmt: skip
 
 
 def flash_attn_qkvpacked_func(
@@ -119,33 +138,5 @@ def flash_attn_qkvpacked_func(
     Args: qkv: (B, S, 3, H, D), read where it is. Others, result and errors: flash_attn_func.
     """
     q, k, v = unpacked("flash_attn_qkvpacked_func", qkv, "qkv", 3, 5)
-    return _attend("flash_attn_qkvpacked_func", q, k, v, dropout_p, softmax_scale, causal, window_size, softcap,
-                   alibi_slopes, return_attn_probs, backend)  # fmt: skip
-
-
-def _attend(
-    name: str, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float | None, causal: bool,
-    window_size: tuple[int, int], softcap: float, alibi_slopes: Tensor | None, return_attn_probs: bool,
-    backend: str | None,
-) -> Any:  # fmt: skip
-    if not q.ndim == k.ndim == v.ndim == 4 or not q.shape[0] == k.shape[0] == v.shape[0]:
-        shapes = f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
-        raise ValueError(f"{name}: q, k and v must be (B, S, H, D) with one B, got {shapes}")
-    # Where both alignments are one, the plain one has the shorter way.
-    square = not torch.compiler.is_compiling() and q.shape[1] == k.shape[1]
-    query, key, value = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    seed = philox.draw(q.device) if return_attn_probs and dropout_p > 0.0 else None
-    result = scaled_dot_product_attention(
-        query, key, value, None, dropout_p, causal, softmax_scale, q.shape[2] != k.shape[2],
-        causal_alignment="top_left" if square else "bottom_right", return_lse=return_attn_probs, seed=seed,
-        window=window_size, softcap=cap_of(softcap), alibi_slopes=alibi_slopes, backend=backend,
-    )  # fmt: skip
-    if not return_attn_probs:
-        return result.transpose(1, 2)
-    output, lse = result
-    with torch.no_grad():
-        features = (*limits(causal, window_size), cap_of(softcap), None, alibi_slopes, None, None, None)
-        probabilities = reference.probabilities(
-            0, query, key, None, seed, scale_of(q, softmax_scale), causal, True, dropout_p, *features
-        )
-    return output.transpose(1, 2), lse, probabilities.to(output.dtype)
+    return flash_attn_func(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+                           return_attn_probs, backend=backend)  # fmt: skip

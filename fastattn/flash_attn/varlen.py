@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,12 +10,9 @@ from torch import Tensor
 from fastattn import philox
 from fastattn.flash_attn.dense import cap_of, limits, scale_of, unpacked
 from fastattn.ops.attention import attention_varlen, varlen_reference
+from fastattn.ops.attention.options import AuxRequest
 
 NAME = "flash_attn_varlen_func"
-
-
-class _Wanted(NamedTuple):
-    lse: bool
 
 
 def flash_attn_varlen_func(
@@ -59,10 +56,29 @@ def flash_attn_varlen_func(
         cu_seqlens_k or block_table that do not (on a GPU see docs/inference.md). BackendUnsupported: see
         fastattn.dispatch.
     """
-    return _attend(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size,
-        softcap, alibi_slopes, return_attn_probs, block_table, backend,
+    window, cap = limits(causal, window_size), cap_of(softcap)
+    used, room = None, max_seqlen_k
+    if block_table is not None:
+        _check_bounds(cu_seqlens_k, block_table)
+        lengths = cu_seqlens_k[1:] - cu_seqlens_k[:-1]
+        k, v, cu_seqlens_k, used, room = gathered_pages(NAME, k, v, lengths, max_seqlen_k, block_table)
+    seed = philox.draw(q.device) if return_attn_probs and dropout_p > 0.0 else None
+    result = attention_varlen(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, room, return_aux=AuxRequest(return_attn_probs),
+        scale=softmax_scale, window_size=window, enable_gqa=True, seqused_k=used, softcap=cap,
+        alibi_slopes=alibi_slopes, dropout_p=dropout_p, seed=seed, backend=backend,
     )  # fmt: skip
+    if not return_attn_probs:
+        return result
+    output, lse = result
+    with torch.no_grad():
+        probabilities = varlen_reference.probabilities(
+            q, k, cu_seqlens_q, cu_seqlens_k, used, seed, alibi_slopes, scale_of(q, softmax_scale), max_seqlen_q,
+            room, *window, cap, dropout_p,
+        )  # fmt: skip
+    if room < max_seqlen_k:
+        probabilities = torch.nn.functional.pad(probabilities, (0, max_seqlen_k - room))
+    return output, lse, probabilities.to(output.dtype)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -88,9 +104,9 @@ def flash_attn_varlen_kvpacked_func(
     Args: q: (Tq, H, D). kv: (Tk, 2, Hkv, D), read where it is. Others, result and errors: flash_attn_varlen_func.
     """
     k, v = unpacked("flash_attn_varlen_kvpacked_func", kv, "kv", 2, 4)
-    return _attend(
+    return flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size,
-        softcap, alibi_slopes, return_attn_probs, None, backend,
+        softcap, alibi_slopes, deterministic, return_attn_probs, backend=backend,
     )  # fmt: skip
 
 
@@ -115,40 +131,10 @@ def flash_attn_varlen_qkvpacked_func(
     and errors: flash_attn_varlen_func.
     """
     q, k, v = unpacked("flash_attn_varlen_qkvpacked_func", qkv, "qkv", 3, 4)
-    return _attend(
+    return flash_attn_varlen_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size,
-        softcap, alibi_slopes, return_attn_probs, None, backend,
+        softcap, alibi_slopes, deterministic, return_attn_probs, backend=backend,
     )  # fmt: skip
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
-    dropout_p: float, softmax_scale: float | None, causal: bool, window_size: tuple[int, int], softcap: float,
-    alibi_slopes: Tensor | None, return_attn_probs: bool, block_table: Tensor | None, backend: str | None,
-) -> Any:  # fmt: skip
-    window, cap = limits(causal, window_size), cap_of(softcap)
-    used, room = None, max_seqlen_k
-    if block_table is not None:
-        _check_bounds(cu_seqlens_k, block_table)
-        lengths = cu_seqlens_k[1:] - cu_seqlens_k[:-1]
-        k, v, cu_seqlens_k, used, room = gathered_pages(NAME, k, v, lengths, max_seqlen_k, block_table)
-    seed = philox.draw(q.device) if return_attn_probs and dropout_p > 0.0 else None
-    result = attention_varlen(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, room, return_aux=_Wanted(return_attn_probs),
-        scale=softmax_scale, window_size=window, enable_gqa=True, seqused_k=used, softcap=cap,
-        alibi_slopes=alibi_slopes, dropout_p=dropout_p, seed=seed, backend=backend,
-    )  # fmt: skip
-    if not return_attn_probs:
-        return result
-    output, lse = result
-    with torch.no_grad():
-        probabilities = varlen_reference.probabilities(
-            q, k, cu_seqlens_q, cu_seqlens_k, used, seed, alibi_slopes, scale_of(q, softmax_scale), max_seqlen_q,
-            room, *window, cap, dropout_p,
-        )  # fmt: skip
-    if room < max_seqlen_k:
-        probabilities = torch.nn.functional.pad(probabilities, (0, max_seqlen_k - room))
-    return output, lse, probabilities.to(output.dtype)
 
 
 def gathered_pages(

@@ -8,12 +8,8 @@ import torch
 from torch import Tensor
 
 from fastattn.dispatch import Op
-from fastattn.ops.attention.options import check_window
+from fastattn.ops.attention.options import AuxRequest, check_window
 from fastattn.ops.attention.varlen import VarlenProblem, attention_varlen
-
-
-class _Wanted(NamedTuple):
-    lse: bool
 
 
 class Rows(NamedTuple):
@@ -84,7 +80,7 @@ def jagged_attention(
     """scaled_dot_product_attention of nested tensors; the results are nested like the query."""
     q, k, v, window = _call(query, key, value, is_causal, alignment, window, unserved)
     result = attention_varlen(
-        q.rows, k.rows, v.rows, q.offsets, k.offsets, q.longest, k.longest, return_aux=_Wanted(return_lse),
+        q.rows, k.rows, v.rows, q.offsets, k.offsets, q.longest, k.longest, return_aux=AuxRequest(return_lse),
         window_size=window, enable_gqa=enable_gqa, seqused_k=k.lengths, **options,
     )  # fmt: skip
     output, lse = result if return_lse else (result, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,12 @@ MAX_LENGTH = 2**31 - 1
 MAX_SCALE = torch.finfo(torch.float32).max
 MIN_SOFTCAP = 1e-30
 NO_WINDOW = (-1, -1)
+
+
+class AuxRequest(NamedTuple):
+    """attention_varlen's return_aux, as torch.nn.attention.varlen.AuxRequest, which older torches do not have."""
+
+    lse: bool
 
 
 def check_window(op: str, window: Any) -> tuple[int, int]:
