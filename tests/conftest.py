@@ -28,6 +28,28 @@ def skip_without_native():
         pytest.skip(f"cpu: {reason}")
 
 
+@pytest.fixture
+def hold_to():
+    """Call with (exact, leaves, found, grads): `found`, the results of something and then the gradients of its leaves,
+    keeps the law beside `exact`, which is called in the leaves' dtype, for the peer, and in float64, for the truth.
+
+    grads: of the results; without them `found` is the results alone.
+    """
+
+    def check(exact, leaves, found, *grads):
+        sides = []
+        for dtype in (leaves[0].dtype, torch.float64):
+            inputs = [t.detach().to(dtype).requires_grad_() for t in leaves]
+            results = exact(*inputs)
+            results = [results] if isinstance(results, torch.Tensor) else list(results)
+            given = [grad.to(result.dtype) for grad, result in zip(grads, results, strict=False)]
+            sides.append(results + list(torch.autograd.grad(results, inputs, given) if given else ()))
+        for result, peer, truth in zip(found, *sides, strict=True):
+            testing.assert_lawful(result.detach(), peer.detach(), truth.detach())
+
+    return check
+
+
 def pytest_configure(config):
     torch.set_num_threads(min(torch.get_num_threads(), 4))
     if env.interpreting():

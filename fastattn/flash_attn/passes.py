@@ -5,15 +5,15 @@ parts of a sequence), and what torch's operators are served with (fastattn.integ
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastattn import philox
-from fastattn.dispatch import BackendUnsupported, Bound, Op, Problem
-from fastattn.flash_attn.dense import cap_of, limits
+from fastattn.dispatch import Bound, Op, Problem
+from fastattn.flash_attn.dense import cap_of, limits, scale_of
 from fastattn.flash_attn.varlen import gathered_pages
 from fastattn.numerics import accumulation_dtype
 from fastattn.ops.attention import (
@@ -24,32 +24,87 @@ from fastattn.ops.attention import (
     scaled_dot_product_attention,
     varlen_reference,
 )
+from fastattn.ops.attention.options import NO_WINDOW
 
 
-class Kernels(NamedTuple):
-    """The kernels that serve a call, and what was asked for; `bound.compute` and `bound.backward` run them."""
+class Passes(NamedTuple):
+    """The two passes of one call: the kernels that serve it, and its arguments as the kernels take them.
+
+    before, after: the tensors on either side of dropout's state, query, key and value first. options: what follows them
+    in the forward; backward_options: in the backward.
+    """
 
     bound: Bound
     problem: Callable[[], Problem]
+    before: tuple[Tensor | None, ...]
+    after: tuple[Tensor | None, ...]
+    options: tuple[Any, ...]
+    backward_options: tuple[Any, ...]
+
+    def forward(self, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(output, lse); state: of dropout, None without."""
+        output, lse = self.bound.compute(*self.before, state, *self.after, *self.options)
+        return output, lse
+
+    def backward(self, grad: Tensor, output: Tensor, lse: Tensor, state: Tensor | None) -> Sequence[Tensor]:
+        """Gradients of query, key and value for this output and lse: the forward's, or those of a softmax over more
+        keys, of which these are a part."""
+        assert self.bound.backward is not None
+        grad, output, lse, grad_lse = unit(grad), unit(output), lse.contiguous(), None
+        if self.bound.backend == "reference":
+            grad, grad_lse, output, lse = self._of_the_part(grad, output, lse, state)
+        else:
+            lse = lse.to(accumulation_dtype(output.dtype))
+        grads: Sequence[Tensor] = self.bound.backward(
+            grad, grad_lse, *self.before, state, *self.after, output, lse, *self.backward_options
+        )
+        return grads[:3]
+
+    def _of_the_part(
+        self, grad: Tensor, output: Tensor, lse: Tensor, state: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(grad, grad_lse, output, lse) of these keys alone, which have the gradients that are looked for.
+
+        The definition in plain torch takes probabilities from the scores, and not from lse. With lse' and O' of these
+        keys alone and P' their probabilities, those in the whole are c P', c = exp(lse' - lse), and
+        dS = c P' * (dO V^T - rowsum(dO * O)) = P' * (c dO V^T - rowsum(c dO * O') + c rowsum(dO * (O' - O))).
+        """
+        own_output, own_lse = self.forward(state)
+        # What is equal as far as it was written is equal: nothing is lost to lse of fewer bits, nor to -inf.
+        same = own_lse.to(lse.dtype) == lse
+        share = torch.where(same, 0.0, own_lse - lse).exp()
+        grad_lse = share * self._statistics(rowsum(grad, own_output) - rowsum(grad, output))
+        return grad * self._statistics(share).unsqueeze(-1), grad_lse, own_output, own_lse
+
+    def _statistics(self, rows: Tensor) -> Tensor:
+        """Numbers of all rows as lse has them, from their order in the output; and the other way round."""
+        return rows.transpose(0, 1) if self.bound.op is VARLEN_OP else rows
 
 
-def _chosen(op: Op, key: Any, function: Any, *args: Any, **kwargs: Any) -> Kernels:
+def rowsum(grad: Tensor, output: Tensor) -> Tensor:
+    """The sums of their products over the last dimension, in the dtype that attention accumulates in."""
+    dtype = accumulation_dtype(output.dtype)
+    return (grad.to(dtype) * output.to(dtype)).sum(-1)
+
+
+def _chosen(op: Op, key: Any, function: Any, *args: Any, **kwargs: Any) -> tuple[Bound, Callable[[], Problem]]:
     def problem() -> Problem:
         with torch.autocast(args[0].device.type, enabled=False):  # who calls passes has cast already
             described: Problem = function.prepare(*args, **kwargs)[1]
         return described
 
-    return Kernels(op.resolve_cached(("passes", *key), problem, None), problem)
+    return op.resolve_cached(("passes", *key), problem, None), problem
 
 
 def _described(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if t is None else (t.shape, t.dtype, t.device) for t in tensors)
 
 
-def dense_kernels(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool,
-    bottom_right: bool, window: tuple[int, int] = (-1, -1), softcap: float = 0.0, slopes: Tensor | None = None,
-) -> Kernels:  # fmt: skip
+def dense_passes(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, dropout_p: float,
+    is_causal: bool, bottom_right: bool, window: tuple[int, int] = NO_WINDOW, softcap: float = 0.0,
+    slopes: Tensor | None = None,
+) -> Passes:  # fmt: skip
     """Of (B, H, S, D) tensors; ValueError for what is no attention problem."""
     call = {
         "enable_gqa": True, "causal_alignment": "bottom_right" if bottom_right else "top_left", "window": window,
@@ -58,24 +113,32 @@ def dense_kernels(
     signature = (
         *_described(query, key, value, mask, slopes), dropout_p > 0.0, is_causal, bottom_right, window, softcap,
     )  # fmt: skip
-    return _chosen(
-        OP, signature, scaled_dot_product_attention, query, key, value, mask, dropout_p, is_causal, **call
-    )  # fmt: skip
+    chosen = _chosen(OP, signature, scaled_dot_product_attention, query, key, value, mask, dropout_p, is_causal, **call)
+    options = (scale_of(query, scale), is_causal, bottom_right, dropout_p)
+    features: tuple[Any, ...] = ()
+    if window != NO_WINDOW or softcap > 0.0 or slopes is not None:
+        features = (*window, softcap, None, slopes, None, None, None)
+    before = (unit(query), unit(key), unit(value), mask)
+    return Passes(*chosen, before, (), (*options, *features), (*options, False, *features))
 
 
-def packed_kernels(
+def packed_passes(
     query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, seqused_k: Tensor | None,
-    max_q: int, max_k: int, dropout_p: float, window: tuple[int, int], softcap: float, slopes: Tensor | None,
-) -> Kernels:  # fmt: skip
+    max_q: int, max_k: int, scale: float | None, dropout_p: float, window: tuple[int, int], softcap: float = 0.0,
+    slopes: Tensor | None = None,
+) -> Passes:  # fmt: skip
     """Of packed (T, H, D) tensors; ValueError for what is no problem of packed sequences."""
     signature = (
         *_described(query, key, value, cu_seq_q, cu_seq_k, seqused_k, slopes), dropout_p > 0.0, window, softcap,
     )  # fmt: skip
-    return _chosen(
+    chosen = _chosen(
         VARLEN_OP, signature, attention_varlen, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k,
         window_size=window, enable_gqa=True, seqused_k=seqused_k, softcap=softcap, alibi_slopes=slopes,
         dropout_p=dropout_p,
     )  # fmt: skip
+    options = (scale_of(query, scale), max_q, max_k, *window, softcap, dropout_p)
+    before = (unit(query), unit(key), unit(value), cu_seq_q, cu_seq_k, seqused_k)
+    return Passes(*chosen, before, (None, slopes), options, options)
 
 
 def unit(tensor: Tensor) -> Tensor:
@@ -83,7 +146,8 @@ def unit(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _state(dropout_p: float, device: torch.device) -> Tensor | None:
+def drawn(dropout_p: float, device: torch.device) -> Tensor | None:
+    """The state of a call's dropout; None without."""
     return philox.draw(device) if dropout_p > 0.0 else None
 
 
@@ -91,17 +155,8 @@ def _state_or_zeros(state: Tensor | None, q: Tensor) -> Tensor:
     return torch.zeros(2, dtype=torch.int64, device=q.device) if state is None else state
 
 
-def _fused(kernels: Kernels, name: str) -> Any:
-    """The backward; the definition in plain torch takes no part of its result from out and lse, as callers rely on."""
-    bound = kernels.bound
-    if bound.backend == "reference":
-        reasons = "; ".join(f"{n}: {why}" for n, why in bound.op.reasons(kernels.problem()).items() if why is not None)
-        raise BackendUnsupported(f"{name}: needs a fused kernel, which none is here: {reasons}")
-    return bound.backward
-
-
-def _written(grads: Any, places: tuple[Tensor | None, ...]) -> None:
-    for grad, place in zip(grads, places, strict=False):
+def _written(grads: Sequence[Tensor], places: tuple[Tensor | None, ...]) -> None:
+    for grad, place in zip(grads, places, strict=True):
         if place is not None:
             place.copy_(grad)
 
@@ -124,15 +179,16 @@ def _flash_attn_forward(
 
     S_dmask: without elements unless return_softmax. rng_state: int64 (2,), for the backward.
     """
-    window, cap = limits(causal, (window_size_left, window_size_right)), cap_of(softcap)
-    query, key, value = (unit(t.transpose(1, 2)) for t in (q, k, v))
-    kernels = dense_kernels(query, key, value, None, dropout_p, causal, True, window, cap, alibi_slopes)
-    state = _state(dropout_p, q.device)
-    options = (None, state, softmax_scale, causal, True, dropout_p, *window, cap, None, alibi_slopes, None, None, None)
-    output, lse = kernels.bound.compute(query, key, value, *options)
+    query, key, value = (t.transpose(1, 2) for t in (q, k, v))
+    window = limits(causal, (window_size_left, window_size_right))
+    passes = dense_passes(
+        query, key, value, None, softmax_scale, dropout_p, causal, True, window, cap_of(softcap), alibi_slopes
+    )
+    state = drawn(dropout_p, q.device)
+    output, lse = passes.forward(state)
     shown = q.new_empty(0)
     if return_softmax:
-        shown = reference.probabilities(0, query, key, *options)
+        shown = reference.probabilities(0, query, key, None, state, *passes.options)
     return output.transpose(1, 2), lse, shown, _state_or_zeros(state, q)
 
 
@@ -159,18 +215,16 @@ def _flash_attn_backward(
 ) -> Tensor:
     """The backward of flash_attn_func for the given out and softmax_lse, **written to** dq, dk and dv.
 
-    Returns softmax_d, (B, H, Sq): the sums of dout * out. Raises BackendUnsupported where only the definition could
-    serve (float64).
+    Returns softmax_d, (B, H, Sq): the sums of dout * out.
     """
-    window, cap = limits(causal, (window_size_left, window_size_right)), cap_of(softcap)
-    query, key, value, output, grad = (unit(t.transpose(1, 2)) for t in (q, k, v, out, dout))
-    kernels = dense_kernels(query, key, value, None, dropout_p, causal, True, window, cap, alibi_slopes)
-    grads = _fused(kernels, "_flash_attn_backward")(
-        grad, None, query, key, value, None, rng_state if dropout_p > 0.0 else None, output, softmax_lse.contiguous(),
-        softmax_scale, causal, True, dropout_p, False, *window, cap, None, alibi_slopes, None, None, None,
-    )  # fmt: skip
-    _written([g.transpose(1, 2) for g in grads[:3]], (dq, dk, dv))
-    return (grad.float() * output.float()).sum(-1)
+    query, key, value, output, grad = (t.transpose(1, 2) for t in (q, k, v, out, dout))
+    window = limits(causal, (window_size_left, window_size_right))
+    passes = dense_passes(
+        query, key, value, None, softmax_scale, dropout_p, causal, True, window, cap_of(softcap), alibi_slopes
+    )
+    grads = passes.backward(grad, output, softmax_lse, rng_state if dropout_p > 0.0 else None)
+    _written([g.transpose(1, 2) for g in grads], (dq, dk, dv))
+    return rowsum(grad, output)
 
 
 @torch.no_grad()
@@ -202,21 +256,21 @@ def _flash_attn_varlen_forward(
     """
     if leftpad_k is not None:
         raise ValueError("_flash_attn_varlen_forward: leftpad_k is for caches: see flash_attn_with_kvcache")
-    window, cap = limits(causal, (window_size_left, window_size_right)), cap_of(softcap)
     if block_table is not None:
         lengths = cu_seqlens_k.diff() if seqused_k is None else seqused_k
         k, v, cu_seqlens_k, seqused_k, max_seqlen_k = gathered_pages(
             "_flash_attn_varlen_forward", k, v, lengths, max_seqlen_k, block_table
         )
-    q, k, v = unit(q), unit(k), unit(v)
     bounds = (cu_seqlens_q, cu_seqlens_k, seqused_k)
-    kernels = packed_kernels(q, k, v, *bounds, max_seqlen_q, max_seqlen_k, dropout_p, window, cap, alibi_slopes)
-    state = _state(dropout_p, q.device)
-    options: Any = (softmax_scale, max_seqlen_q, max_seqlen_k, *window, cap, dropout_p)
-    output, lse = kernels.bound.compute(q, k, v, *bounds, state, None, alibi_slopes, *options)
+    window = limits(causal, (window_size_left, window_size_right))
+    passes = packed_passes(
+        q, k, v, *bounds, max_seqlen_q, max_seqlen_k, softmax_scale, dropout_p, window, cap_of(softcap), alibi_slopes
+    )
+    state = drawn(dropout_p, q.device)
+    output, lse = passes.forward(state)
     shown = q.new_empty(0)
     if return_softmax:
-        shown = varlen_reference.probabilities(q, k, *bounds, state, alibi_slopes, *options)
+        shown = varlen_reference.probabilities(q, k, *bounds, state, alibi_slopes, *passes.options)
     return output, lse, shown, _state_or_zeros(state, q)
 
 
@@ -247,18 +301,13 @@ def _flash_attn_varlen_backward(
     zero_tensors: bool = False,
 ) -> Tensor:
     """The backward of flash_attn_varlen_func, likewise; returns softmax_d, (H, Tq)."""
-    window, cap = limits(causal, (window_size_left, window_size_right)), cap_of(softcap)
-    q, k, v, out, dout = (unit(t) for t in (q, k, v, out, dout))
-    kernels = packed_kernels(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, None, max_seqlen_q, max_seqlen_k, dropout_p, window, cap, alibi_slopes
-    )
-    grads = _fused(kernels, "_flash_attn_varlen_backward")(
-        dout, None, q, k, v, cu_seqlens_q, cu_seqlens_k, None, rng_state if dropout_p > 0.0 else None, None,
-        alibi_slopes, out, softmax_lse.to(accumulation_dtype(q.dtype)).contiguous(), softmax_scale, max_seqlen_q,
-        max_seqlen_k, *window, cap, dropout_p,
+    window = limits(causal, (window_size_left, window_size_right))
+    passes = packed_passes(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, None, max_seqlen_q, max_seqlen_k, softmax_scale, dropout_p, window,
+        cap_of(softcap), alibi_slopes,
     )  # fmt: skip
-    _written(grads[:3], (dq, dk, dv))
-    return (dout.float() * out.float()).sum(-1).transpose(0, 1)
+    _written(passes.backward(dout, out, softmax_lse, rng_state if dropout_p > 0.0 else None), (dq, dk, dv))
+    return rowsum(dout, out).transpose(0, 1)
 
 
 _wrapped_flash_attn_forward, _wrapped_flash_attn_backward = _flash_attn_forward, _flash_attn_backward

@@ -24,11 +24,11 @@ import torch
 import torch.nn.attention
 from torch import Tensor
 
-from fastattn import dispatch, philox
-from fastattn.flash_attn.passes import Kernels, dense_kernels, packed_kernels, unit
+from fastattn import dispatch
+from fastattn.flash_attn.dense import limits
+from fastattn.flash_attn.passes import Passes, dense_passes, drawn, packed_passes
 from fastattn.flash_attn.varlen import gathered_pages
 from fastattn.integrations import left_to_torch
-from fastattn.numerics import accumulation_dtype
 from fastattn.ops.attention import OP, VARLEN_OP, scaled_dot_product_attention
 
 NAME = "fastattn"
@@ -111,20 +111,20 @@ class _Left(Exception):
     """A call that our kernels do not serve; the message says why."""
 
 
-def _served(find: Callable[..., Kernels], *args: Any, alone: bool = False) -> dispatch.Bound:
-    """The kernels that serve a call; _Left where that would be the definition in plain torch and nobody forced it.
+def _served(find: Callable[..., Passes], *args: Any, alone: bool = False) -> Passes:
+    """The passes of a call; _Left where the definition in plain torch would serve it and nobody forced that.
 
     alone: torch has no kernel of its own for this operator and device; then the definition will do.
     """
     try:
-        kernels = find(*args)
+        passes = find(*args)
     except ValueError as error:
         raise _Left(str(error)) from error
-    bound = kernels.bound
+    bound = passes.bound
     if bound.backend == "reference" and not alone and dispatch.forced_backend() is None:
-        reasons = bound.op.reasons(kernels.problem())
+        reasons = bound.op.reasons(passes.problem())
         raise _Left("; ".join(f"{name}: {why}" for name, why in reasons.items() if why is not None))
-    return bound
+    return passes
 
 
 # ---- layouts ----
@@ -154,21 +154,20 @@ def _mask(mask: Tensor | None) -> Tensor | None:
     return mask if mask is None else mask[(None,) * (4 - mask.ndim)]
 
 
-def _scale(query: Tensor, scale: float | None) -> float:
-    return query.shape[-1] ** -0.5 if scale is None else float(scale)
+def _of_cpu(
+    query: Tensor, key: Tensor, value: Tensor, dropout_p: float, is_causal: bool, mask: Tensor | None,
+    scale: float | None,
+) -> Passes:  # fmt: skip
+    if dropout_p > 0.0:
+        raise _Left("torch's operator for CPUs keeps no state for dropout")
+    return _served(dense_passes, query, key, value, _mask(mask), scale, 0.0, is_causal, False)
 
 
 def _sdpa_cpu(
     query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, is_causal: bool = False, *,
     attn_mask: Tensor | None = None, scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if dropout_p > 0.0:
-        raise _Left("torch's operator for CPUs keeps no state for dropout")
-    mask = _mask(attn_mask)
-    bound = _served(dense_kernels, query, key, value, mask, 0.0, is_causal, False)
-    output, lse = bound.compute(
-        unit(query), unit(key), unit(value), mask, None, _scale(query, scale), is_causal, False, 0.0
-    )
+    output, lse = _of_cpu(query, key, value, dropout_p, is_causal, attn_mask, scale).forward(None)
     return _like(output, query), _sequence_first(lse)
 
 
@@ -176,16 +175,8 @@ def _sdpa_cpu_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, dropout_p: float,
     is_causal: bool, *, attn_mask: Tensor | None = None, scale: float | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    if dropout_p > 0.0:
-        raise _Left("torch's operator for CPUs keeps no state for dropout")
-    mask = _mask(attn_mask)
-    bound = _served(dense_kernels, query, key, value, mask, 0.0, is_causal, False)
-    assert bound.backward is not None
-    grads = bound.backward(
-        unit(grad_out), None, unit(query), unit(key), unit(value), mask, None, unit(out), logsumexp.contiguous(),
-        _scale(query, scale), is_causal, False, 0.0, False,
-    )  # fmt: skip
-    return tuple(_sequence_first(grad) for grad in grads[:3])
+    passes = _of_cpu(query, key, value, dropout_p, is_causal, attn_mask, scale)
+    return tuple(_sequence_first(grad) for grad in passes.backward(grad_out, out, logsumexp, None))
 
 
 def _sdpa_gpu(
@@ -194,11 +185,9 @@ def _sdpa_gpu(
 ) -> tuple[Any, ...]:  # fmt: skip
     if return_debug_mask:
         raise _Left("return_debug_mask is torch's")
-    bound = _served(dense_kernels, query, key, value, None, dropout_p, is_causal, False)
-    state = philox.draw(query.device) if dropout_p > 0.0 else None
-    output, lse = bound.compute(
-        unit(query), unit(key), unit(value), None, state, _scale(query, scale), is_causal, False, dropout_p
-    )
+    passes = _served(dense_passes, query, key, value, None, scale, dropout_p, is_causal, False)
+    state = drawn(dropout_p, query.device)
+    output, lse = passes.forward(state)
     return (_like(output, query), lse, None, None, query.shape[2], key.shape[2], *_as_states(state, query),
             query.new_empty(0))  # fmt: skip
 
@@ -208,14 +197,10 @@ def _sdpa_gpu_backward(
     cum_seq_k: Any, max_q: int, max_k: int, dropout_p: float, is_causal: bool, philox_seed: Tensor,
     philox_offset: Tensor, *, scale: float | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    bound = _served(dense_kernels, query, key, value, None, dropout_p, is_causal, False)
-    assert bound.backward is not None
-    grads = bound.backward(
-        unit(grad_out), None, unit(query), unit(key), unit(value), None,
-        _as_state(philox_seed, philox_offset) if dropout_p > 0.0 else None, unit(out), logsumexp.contiguous(),
-        _scale(query, scale), is_causal, False, dropout_p, False,
-    )  # fmt: skip
-    return tuple(_like(grad, side) for grad, side in zip(grads[:3], (query, key, value), strict=True))
+    passes = _served(dense_passes, query, key, value, None, scale, dropout_p, is_causal, False)
+    state = _as_state(philox_seed, philox_offset) if dropout_p > 0.0 else None
+    grads = passes.backward(grad_out, out, logsumexp, state)
+    return tuple(_like(grad, side) for grad, side in zip(grads, (query, key, value), strict=True))
 
 
 def _as_states(state: Tensor | None, query: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,7 +221,7 @@ def _as_state(seed: Tensor, offset: Tensor) -> Tensor:
 
 def _window(is_causal: bool, left: int | None, right: int | None) -> tuple[int, int]:
     left, right = (-1 if bound is None or bound < 0 else int(bound) for bound in (left, right))
-    return left, 0 if is_causal else right
+    return limits(is_causal, (left, right))
 
 
 def _flash(
@@ -248,18 +233,16 @@ def _flash(
     if return_debug_mask:
         raise _Left("return_debug_mask is torch's")
     window = _window(is_causal, window_size_left, window_size_right)
-    state = philox.draw(query.device) if dropout_p > 0.0 else None
+    state = drawn(dropout_p, query.device)
     if cum_seq_q is None:
         if seqused_k is not None or block_table is not None:
             raise _Left("seqused_k and block_table are for packed sequences")
-        heads = [t.transpose(1, 2) for t in (query, key, value)]
-        bound = _served(
-            dense_kernels, *heads, None, dropout_p, is_causal, True, window, 0.0, alibi_slopes, alone=query.is_cpu
-        )
-        output, lse = bound.compute(
-            *map(unit, heads), None, state, _scale(query, scale), is_causal, True, dropout_p, *window, 0.0, None,
-            alibi_slopes, None, None, None,
+        heads = (t.transpose(1, 2) for t in (query, key, value))
+        passes = _served(
+            dense_passes, *heads, None, scale, dropout_p, is_causal, True, window, 0.0, alibi_slopes,
+            alone=query.is_cpu,
         )  # fmt: skip
+        output, lse = passes.forward(state)
         output = output.transpose(1, 2)
     else:
         if block_table is not None:
@@ -269,14 +252,11 @@ def _flash(
             key, value, cum_seq_k, seqused_k, max_k = gathered_pages(NAME, key, value, lengths, max_k, block_table)
         if cum_seq_k is None:
             raise _Left("packed queries need cum_seq_k, the bounds of their keys")
-        bound = _served(
-            packed_kernels, query, key, value, cum_seq_q, cum_seq_k, seqused_k, max_q, max_k, dropout_p, window, 0.0,
-            alibi_slopes, alone=query.is_cpu,
+        passes = _served(
+            packed_passes, query, key, value, cum_seq_q, cum_seq_k, seqused_k, max_q, max_k, scale, dropout_p, window,
+            0.0, alibi_slopes, alone=query.is_cpu,
         )  # fmt: skip
-        output, lse = bound.compute(
-            unit(query), unit(key), unit(value), cum_seq_q, cum_seq_k, seqused_k, state, None, alibi_slopes,
-            _scale(query, scale), max_q, max_k, *window, 0.0, dropout_p,
-        )  # fmt: skip
+        output, lse = passes.forward(state)
     return _like(output, query), lse.float(), *_as_states(state, query), query.new_empty(0)
 
 
@@ -294,29 +274,23 @@ def _flash_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     window = _window(is_causal, window_size_left, window_size_right)
     state = _as_state(rng_state, unused) if dropout_p > 0.0 else None
-    logsumexp = logsumexp.to(accumulation_dtype(query.dtype)).contiguous()
     if cum_seq_q is None:
-        heads = [t.transpose(1, 2) for t in (query, key, value)]
-        bound = _served(dense_kernels, *heads, None, dropout_p, is_causal, True, window, alone=query.is_cpu)
-        assert bound.backward is not None
-        grads = bound.backward(
-            unit(grad_out.transpose(1, 2)), None, *map(unit, heads), None, state, unit(out.transpose(1, 2)),
-            logsumexp, _scale(query, scale), is_causal, True, dropout_p, False, *window, 0.0, None, None, None, None,
-            None,
+        heads = (t.transpose(1, 2) for t in (query, key, value))
+        passes = _served(
+            dense_passes, *heads, None, scale, dropout_p, is_causal, True, window, alone=query.is_cpu
         )  # fmt: skip
-        grads = [grad.transpose(1, 2) for grad in grads[:3]]
+        grads = [
+            grad.transpose(1, 2)
+            for grad in passes.backward(grad_out.transpose(1, 2), out.transpose(1, 2), logsumexp, state)
+        ]
     else:
         assert cum_seq_k is not None
-        bound = _served(
-            packed_kernels, query, key, value, cum_seq_q, cum_seq_k, None, max_q, max_k, dropout_p, window, 0.0, None,
+        passes = _served(
+            packed_passes, query, key, value, cum_seq_q, cum_seq_k, None, max_q, max_k, scale, dropout_p, window,
             alone=query.is_cpu,
         )  # fmt: skip
-        assert bound.backward is not None
-        grads = bound.backward(
-            unit(grad_out), None, unit(query), unit(key), unit(value), cum_seq_q, cum_seq_k, None, state, None,
-            None, unit(out), logsumexp, _scale(query, scale), max_q, max_k, *window, 0.0, dropout_p,
-        )  # fmt: skip
-    return tuple(_like(grad, side) for grad, side in zip(grads[:3], (query, key, value), strict=True))
+        grads = list(passes.backward(grad_out, out, logsumexp, state))
+    return tuple(_like(grad, side) for grad, side in zip(grads, (query, key, value), strict=True))
 
 
 _CPU, _GPU, _BOTH = ("CPU",), ("CUDA",), ("CPU", "CUDA")
