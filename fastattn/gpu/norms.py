@@ -24,7 +24,7 @@ KERNELS = Deferred("fastattn.gpu.norm_kernels")
 
 @functools.lru_cache(maxsize=4096)
 def _padded(columns: int) -> int:
-    return max(16, 1 << (columns - 1).bit_length())
+    return max(16, tuning.power_of_two(columns))
 
 
 def _matrix(shape: torch.Size, normalized_ndim: int) -> tuple[int, int]:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn import env
 from fastattn import philox as philox_mask
 from fastattn.dispatch import Implementation
 from fastattn.gpu import devices, tuning
@@ -27,7 +26,6 @@ FORWARD = Deferred("fastattn.ops.attention.triton_forward")
 BACKWARD = Deferred("fastattn.ops.attention.triton_backward")
 SCORES = Deferred("fastattn.ops.attention.triton_scores")
 
-INTERPRETING = env.interpreting()
 MAX_HEAD_DIM = 512
 #: Positions, and sums of three of them, are 32-bit numbers in the kernels.
 MAX_LENGTH = 2**29
@@ -71,7 +69,6 @@ class Asked(NamedTuple):
 
     scale: float
     dropout_p: float
-    debug: bool
     is_causal: bool = False
     bottom_right: bool = False
     left: int = -1
@@ -126,8 +123,7 @@ class Launch:
     def options(self, kernel: str, dim: int, size: int, features: int = 0) -> Mapping[str, int]:
         kind = "featured" if features & bits.HEAVY else "plain"
         chosen = tuning.options("attention", kernel, self.target, self.dtype, dim, kind, size)
-        # Assertions are compiled only where the launch says so.
-        return {**chosen, "debug": True} if features & bits.DEBUG else chosen
+        return {**chosen, **devices.assertions(self.target)}
 
 
 class Start(NamedTuple):
@@ -143,8 +139,8 @@ class Start(NamedTuple):
 
 
 def _block(dim: int) -> int:
-    """The power of two that holds a head dim; products of matrices need 16."""
-    return 16 if dim <= 16 else 1 << (dim - 1).bit_length()
+    """What holds a head dim; products of matrices need 16."""
+    return max(16, tuning.power_of_two(dim))
 
 
 def _layout(tensor: Tensor | None) -> Layout | None:
@@ -181,9 +177,9 @@ def _dense(
 ) -> tuple[Operands, Asked]:  # fmt: skip
     """The end of the op's arguments as kernels take them."""
     if not given and mask is None:
-        return Operands(philox=philox), Asked(scale, dropout_p, env.debugging(), is_causal, bottom_right)
+        return Operands(philox=philox), Asked(scale, dropout_p, is_causal, bottom_right)
     left, right, softcap, sinks, slopes, query_ids, key_ids, prefix = filled(given)
-    if prefix is not None and INTERPRETING:  # a GPU's kernels clamp
+    if prefix is not None and devices.target_of(prefix.device).interpreted:  # a GPU's kernels clamp
         _check_prefix(prefix, key.shape[2])
     mask_dtype = None
     if mask is not None:
@@ -192,7 +188,7 @@ def _dense(
             mask = mask.view(torch.uint8)
     sinks, slopes, query_ids, key_ids = map(_close, (sinks, slopes, query_ids, key_ids))
     return Operands(mask, philox, slopes, query_ids, key_ids, prefix, sinks=sinks), Asked(
-        scale, dropout_p, env.debugging(), is_causal, bottom_right, left, right, softcap, sinks is not None, mask_dtype,
+        scale, dropout_p, is_causal, bottom_right, left, right, softcap, sinks is not None, mask_dtype,
         _layout(mask), _layout(slopes), _layout(query_ids), _layout(key_ids), _layout(prefix),
     )  # fmt: skip
 
@@ -224,7 +220,6 @@ def _launch(target: Target, dtype: torch.dtype, query: Layout, key: Layout, valu
         (bits.SOFTCAP, asked.softcap > 0.0),
         (bits.ALIBI, asked.slopes is not None),
         (bits.SINKS, asked.sinks),
-        (bits.DEBUG, asked.debug),
     ):
         features |= bit if wanted else 0
     # Not float32, whose natural scores have exact differences; nor where the scale makes the largest the least.
@@ -521,11 +516,11 @@ def _packed(
     softcap: float, dropout_p: float,
 ) -> tuple[Operands, Asked]:  # fmt: skip
     """The end of the packed op's arguments as kernels take them."""
-    if INTERPRETING:  # a GPU's kernels stay within memory
+    if devices.target_of(cu_seq_q.device).interpreted:  # a GPU's kernels stay within memory
         sequences_of(query, key, cu_seq_q, cu_seq_k, seqused_k, max_q, max_k)
     sinks, slopes = _close(sinks), _close(slopes)
     return Operands(None, philox, slopes, None, None, None, cu_seq_q, cu_seq_k, seqused_k, sinks), Asked(
-        scale, dropout_p, env.debugging(), False, False, left, right, softcap, sinks is not None, None, None,
+        scale, dropout_p, False, False, left, right, softcap, sinks is not None, None, None,
         _layout(slopes), sequences=cu_seq_q.shape[0] - 1,
     )  # fmt: skip
 

@@ -19,7 +19,5 @@ GRAD_LSE = 4096
 #: What the rounding of lse makes of a row's probabilities is put right: all of it where a mask holds huge numbers and
 #: the sum does not show in lse, and the last bits where results have 24.
 REST = 8192
-#: Values in tensors are asserted.
-DEBUG = 16384
 #: What a tile needs registers for beyond the plain product: kernels with any of these have smaller tiles ("featured").
 HEAVY = DOCUMENTS | BOOL_MASK | ADDITIVE_MASK | SOFTCAP | ALIBI | DROPOUT

@@ -27,7 +27,6 @@ PACKED = tl.constexpr(features.PACKED)
 FOLDED = tl.constexpr(features.FOLDED)
 GRAD_LSE = tl.constexpr(features.GRAD_LSE)
 REST = tl.constexpr(features.REST)
-DEBUG = tl.constexpr(features.DEBUG)
 
 #: Features under which any block may be dead or half alive, and under which any may be but for position.
 MASKS = tl.constexpr(features.BOOL_MASK | features.ADDITIVE_MASK)
@@ -48,22 +47,17 @@ def wide(number):
 
 @triton.jit
 def tile_at(pointer, stride, rows, count, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """(len(rows), BLOCK) of a matrix; 0 from row `count` and from column DIM on.
-
-    Addresses are formed anew from 32 bits, one multiplication each: as offsets that are kept they would be registers.
-    """
-    column = tl.arange(0, BLOCK)
-    address = pointer + (rows.to(tl.int64) * stride)[:, None] + column[None, :]
-    if BLOCK == DIM:
-        return tl.load(address, mask=(rows < count)[:, None], other=0.0)
-    else:
-        return tl.load(address, mask=(rows < count)[:, None] & (column < DIM)[None, :], other=0.0)
+    """(len(rows), BLOCK) of a matrix; 0 from row `count` and from column DIM on."""
+    return _part_at(pointer, stride, rows, count, 0, DIM, BLOCK, BLOCK)
 
 
 @triton.jit
-def _part_at(pointer, stride, rows, count, first, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """(len(rows), PART) of such a tile, from column `first` on."""
-    column = first + tl.arange(0, PART)
+def _part_at(pointer, stride, rows, count, first, DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """(len(rows), WIDTH) of such a tile, from column `first` on.
+
+    Addresses are formed anew from 32 bits, one multiplication each: as offsets that are kept they would be registers.
+    """
+    column = first + tl.arange(0, WIDTH)
     address = pointer + (rows.to(tl.int64) * stride)[:, None] + column[None, :]
     if BLOCK == DIM:
         return tl.load(address, mask=(rows < count)[:, None], other=0.0)
@@ -82,8 +76,8 @@ def product(
     if a.dtype == tl.float32 and BLOCK > PART:
         total = tl.zeros((a.shape[0], b.shape[0]), tl.float32)
         for first in range(0, BLOCK, PART):
-            a_part = _part_at(a_ptr, a_stride, a_rows, a_count, first, DIM, BLOCK)
-            b_part = _part_at(b_ptr, b_stride, b_rows, b_count, first, DIM, BLOCK)
+            a_part = _part_at(a_ptr, a_stride, a_rows, a_count, first, DIM, BLOCK, PART)
+            b_part = _part_at(b_ptr, b_stride, b_rows, b_count, first, DIM, BLOCK, PART)
             total = tl.dot(a_part, tl.trans(b_part), total, input_precision="ieee")
         return total
     else:
@@ -168,10 +162,9 @@ def query_program(
     head = lane % heads
     batch = lane // heads
     if PACKED & FEATURES:
-        if DEBUG & FEATURES:
-            ends = tl.load(cu_queries_ptr + sequences) <= queries, tl.load(cu_keys_ptr + sequences) <= keys
-            tl.device_assert(ends[0], "attention_varlen: cu_seq_q leaves the rows")
-            tl.device_assert(ends[1], "attention_varlen: cu_seq_k leaves the rows")
+        ends = tl.load(cu_queries_ptr + sequences) <= queries, tl.load(cu_keys_ptr + sequences) <= keys
+        tl.device_assert(ends[0], "attention_varlen: cu_seq_q leaves the rows")
+        tl.device_assert(ends[1], "attention_varlen: cu_seq_k leaves the rows")
         number, query_start, queries, first_row = packed_tile(cu_queries_ptr, block, sequences, queries, ROWS)
         key_start, room = packed_other(cu_keys_ptr, number, sequences, keys)
         keys = used_keys(used_ptr, number, sequences, room)
@@ -214,8 +207,7 @@ def prefix_of(prefix_ptr, prefix_stride, batch, keys, FEATURES: tl.constexpr):
     """How many keys all queries see, whatever their positions."""
     if PREFIX & FEATURES:
         prefix = tl.load(prefix_ptr + batch * prefix_stride)
-        if DEBUG & FEATURES:
-            tl.device_assert((prefix >= 0) & (prefix <= keys), "attention: prefix_len must be in [0, keys]")
+        tl.device_assert((prefix >= 0) & (prefix <= keys), "attention: prefix_len must be in [0, keys]")
         return tl.minimum(tl.maximum(prefix, 0), keys).to(tl.int32)
     else:
         return 0
