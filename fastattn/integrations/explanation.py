@@ -18,10 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastattn import dispatch
 from fastattn.dispatch import Bound, Explanation, observed
 from fastattn.integrations.patching import judge
-from fastattn.nn.linear import FEW
 from fastattn.nn.served import Served, listening
 from fastattn.ops.linear.op import OP as LINEAR
-from fastattn.ops.linear.op import LinearProblem
+from fastattn.ops.linear.op import LinearProblem, short
 
 #: torch's kernels that do what an op of ours does.
 PEERS = {
@@ -192,7 +191,7 @@ class _Recorder(TorchDispatchMode):
 
 def _why_product(a: Any, b: Any) -> str:
     """Why torch's product of matrices (M, K) and (K, N) is the choice of a module of ours."""
-    if a.numel() * b.shape[-1] < FEW:
+    if short(a, b.t(), a.dtype):
         return "a short product"
     wish = LINEAR.preference(
         LinearProblem(a.device.type, a.dtype, a.shape[0], a.shape[1], b.shape[1], b.dtype, False, None)

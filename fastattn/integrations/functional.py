@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -23,8 +24,8 @@ from torch import Tensor
 from fastattn import dispatch, ops
 from fastattn.integrations import left_to_torch
 from fastattn.integrations.left_to_torch import Counts
-from fastattn.nn.linear import torchs
 from fastattn.nn.served import no_attention, refusal, widened
+from fastattn.ops.linear.op import prefers_torch
 
 _transforms_active = torch._C._are_functorch_transforms_active
 # A plain dict is what torch.compile can guard on.
@@ -39,27 +40,41 @@ def _reason(*tensors: Tensor | None) -> str | None:
     return reason
 
 
+def _served(name: str, reason: Callable[[], str | None], ours: Callable[[], Any], native: Callable[[Any], Any]) -> Any:
+    """ours(), or native(torch's function) for a reason against it, which is counted, or where accelerate() is over."""
+    if _state["active"]:
+        why = reason()
+        if why is None:
+            try:
+                output = ours()
+            except ValueError as error:
+                why = str(error)
+            else:
+                left_to_torch.note_served(name)
+                return output
+        left_to_torch.note_left(name, why)
+    return native(_TORCHS[name])
+
+
 def scaled_dot_product_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Any:  # fmt: skip
     """torch.nn.functional.scaled_dot_product_attention."""
-    arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    reason: str | None = "accelerate() is over"
-    if _state["active"]:
-        reason = None if query.is_nested else _reason(query, key, value, attn_mask)
-        if reason is None and not query.is_nested and dispatch.forced_backend() is None:
-            reason = _wide(query, value)
-        if reason is None:
-            try:
-                output = ops.scaled_dot_product_attention(*arguments)
-            except ValueError as error:
-                reason = str(error)
-            else:
-                left_to_torch.note_served("scaled_dot_product_attention")
-                return output
-    return _torchs("scaled_dot_product_attention", reason)(*arguments[:3], attn_mask, dropout_p, is_causal,
-                                                           scale=scale, enable_gqa=enable_gqa)  # fmt: skip
+    arguments = (query, key, value, attn_mask, dropout_p, is_causal)
+
+    def reason() -> str | None:
+        if query.is_nested:
+            return None
+        why = _reason(query, key, value, attn_mask)
+        return _wide(query, value) if why is None and dispatch.forced_backend() is None else why
+
+    return _served(
+        "scaled_dot_product_attention",
+        reason,
+        lambda: ops.scaled_dot_product_attention(*arguments, scale, enable_gqa),
+        lambda native: native(*arguments, scale=scale, enable_gqa=enable_gqa),
+    )
 
 
 def _wide(query: Tensor, value: Tensor) -> str | None:
@@ -78,125 +93,97 @@ _widths: dict[tuple[str, torch.dtype, int], str | None] = {}
 
 def layer_norm(
     input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-) -> Tensor:
+) -> Any:
     """torch.nn.functional.layer_norm."""
-    reason: str | None = "accelerate() is over"
-    if _state["active"]:
-        reason = _reason(input, weight, bias)
-        if reason is None:
-            try:
-                output = ops.layer_norm(widened(input), normalized_shape, weight, bias, eps)
-            except ValueError as error:
-                reason = str(error)
-            else:
-                left_to_torch.note_served("layer_norm")
-                return output
-    return _torchs("layer_norm", reason)(input, normalized_shape, weight, bias, eps)
+    return _served(
+        "layer_norm",
+        lambda: _reason(input, weight, bias),
+        lambda: ops.layer_norm(widened(input), normalized_shape, weight, bias, eps),
+        lambda native: native(input, normalized_shape, weight, bias, eps),
+    )
 
 
-def rms_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+def rms_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Any:
     """torch.nn.functional.rms_norm."""
-    reason: str | None = "accelerate() is over"
-    if _state["active"]:
-        reason = _reason(input, weight)
-        if reason is None and weight is not None and weight.dtype != input.dtype:
-            reason = f"the result of {input.dtype} with a weight of {weight.dtype} is torch's to choose"
-        if reason is None:
-            try:
-                output = ops.rms_norm(widened(input), normalized_shape, weight, eps)
-            except ValueError as error:
-                reason = str(error)
-            else:
-                left_to_torch.note_served("rms_norm")
-                return output
-    return _torchs("rms_norm", reason)(input, normalized_shape, weight, eps)
+
+    def reason() -> str | None:
+        why = _reason(input, weight)
+        if why is None and weight is not None and weight.dtype != input.dtype:
+            why = f"the result of {input.dtype} with a weight of {weight.dtype} is torch's to choose"
+        return why
+
+    return _served(
+        "rms_norm",
+        reason,
+        lambda: ops.rms_norm(widened(input), normalized_shape, weight, eps),
+        lambda native: native(input, normalized_shape, weight, eps),
+    )
 
 
-def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
+def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Any:
     """torch.nn.functional.softmax."""
     return _softmax("softmax", ops.softmax, input, dim, _stacklevel, dtype)
 
 
-def log_softmax(
-    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
-) -> Tensor:
+def log_softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Any:
     """torch.nn.functional.log_softmax."""
     return _softmax("log_softmax", ops.log_softmax, input, dim, _stacklevel, dtype)
 
 
 def _softmax(name: str, ours: Any, input: Tensor, dim: int | None, stacklevel: int, dtype: torch.dtype | None) -> Any:
-    reason: str | None = "accelerate() is over"
-    if _state["active"]:
-        reason = _reason(input) if dim is not None else "without a dim: torch chooses one"
-        if reason is None:
-            try:
-                output = ours(widened(input), dim, dtype=dtype)
-            except ValueError as error:
-                reason = str(error)
-            else:
-                left_to_torch.note_served(name)
-                return output
-    return _torchs(name, reason)(input, dim, stacklevel + 2, dtype)
+    return _served(
+        name,
+        lambda: _reason(input) if dim is not None else "without a dim: torch chooses one",
+        lambda: ours(widened(input), dim, dtype=dtype),
+        # Torch's warning is of the caller's line: four calls stand between.
+        lambda native: native(input, dim, stacklevel + 4, dtype),
+    )
 
 
 def cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None = None, size_average: bool | None = None,
     ignore_index: int = -100, reduce: bool | None = None, reduction: str = "mean", label_smoothing: float = 0.0,
-) -> Tensor:  # fmt: skip
+) -> Any:  # fmt: skip
     """torch.nn.functional.cross_entropy."""
-    reason: str | None = "accelerate() is over"
-    if _state["active"]:
-        reason = _reason(input, target, weight)
-        if size_average is not None or reduce is not None:
-            reason = "size_average and reduce are torch's"
-        if reason is None:
-            try:
-                loss: Tensor = ops.cross_entropy(
-                    widened(input), target, weight, ignore_index=ignore_index, reduction=reduction,
-                    label_smoothing=label_smoothing,
-                )  # fmt: skip
-            except ValueError as error:
-                reason = str(error)
-            else:
-                left_to_torch.note_served("cross_entropy")
-                return loss
-    return _torchs("cross_entropy", reason)(
-        input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+    old = size_average is not None or reduce is not None
+    return _served(
+        "cross_entropy",
+        lambda: "size_average and reduce are torch's" if old else _reason(input, target, weight),
+        lambda: ops.cross_entropy(
+            widened(input), target, weight, ignore_index=ignore_index, reduction=reduction,
+            label_smoothing=label_smoothing,
+        ),
+        lambda native: native(
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        ),
+    )  # fmt: skip
+
+
+def gelu(input: Tensor, *, approximate: str = "none") -> Any:
+    """torch.nn.functional.gelu."""
+    return _served(
+        "gelu",
+        lambda: _reason(input),
+        lambda: ops.gelu(input, approximate),
+        lambda native: native(input, approximate=approximate),
     )
 
 
-def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
-    """torch.nn.functional.gelu."""
-    reason: str | None = "accelerate() is over"
-    if _state["active"]:
-        reason = _reason(input)
-        if reason is None:
-            try:
-                output = ops.gelu(input, approximate)
-            except ValueError as error:
-                reason = str(error)
-            else:
-                left_to_torch.note_served("gelu")
-                return output
-    return _torchs("gelu", reason)(input, approximate=approximate)
-
-
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """torch.nn.functional.linear."""
-    reason: str | None = "accelerate() is over"
-    if _state["active"]:
-        reason = _reason(input, weight, bias)
-        if reason is None and torchs(input, weight):
-            reason = "torch's product is the faster one (fastattn.preference)"
-        if reason is None:
-            try:
-                output = ops.linear(input, weight, bias)
-            except ValueError as error:
-                reason = str(error)
-            else:
-                left_to_torch.note_served("linear")
-                return output
-    return _torchs("linear", reason)(input, weight, bias)
+
+    def reason() -> str | None:
+        why = _reason(input, weight, bias)
+        if why is None and prefers_torch(input, weight):
+            why = "torch's product is the faster one (fastattn.preference)"
+        return why
+
+    return _served(
+        "linear",
+        reason,
+        lambda: ops.linear(input, weight, bias),
+        lambda native: native(input, weight, bias),
+    )
 
 
 _OURS = {
@@ -205,14 +192,6 @@ _OURS = {
                      linear)
 }  # fmt: skip
 _TORCHS = {name: getattr(F, name) for name in _OURS}
-
-
-def _torchs(name: str, reason: str | None) -> Any:
-    """Torch's own function, with the reason noted: it is asked for because of one."""
-    assert reason is not None
-    if _state["active"]:
-        left_to_torch.note_left(name, reason)
-    return _TORCHS[name]
 
 
 class Report:

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn import ops
-from fastattn.nn.linear import short
 from fastattn.nn.served import Served, hooked, refusal
 from fastattn.ops.linear.op import prefers_torch
 
@@ -113,8 +112,6 @@ class RecognisedConv1D(Served):
 
     def forward(self, x: Tensor) -> Any:
         weight, bias = self.weight.t(), self.bias
-        if short(x, weight):
-            return super().forward(x)
         reason = refusal(x, self.weight, bias)
         if reason is not None:
             self._left_to_torch(reason)

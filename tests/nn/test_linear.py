@@ -7,14 +7,14 @@ from torch import nn
 import fastattn.nn
 from fastattn import preference
 from fastattn.dispatch import reset_served, served
-from fastattn.nn import linear as linear_module
 from fastattn.nn.served import listening
+from fastattn.ops.linear.op import prefers_torch
 
 
 @pytest.fixture
 def cpu_preferred(monkeypatch):
     """As on a machine whose table prefers our kernel for everything but one row, however short the product."""
-    monkeypatch.setattr(linear_module, "FEW", 0)
+    monkeypatch.setattr(preference, "SHORT_PRODUCT", 0)
     table = {"linear": {name: ("cpu", "a test's") for name in ("float32", "bfloat16", "float16")}}
     monkeypatch.setattr(preference, "TABLE", {preference.platform_name(): table})
     monkeypatch.setattr(preference, "_tuned", dict)
@@ -33,17 +33,37 @@ def test_linear(hold_to_torch, cpu_preferred, bias, dtype, shape):
     assert ("cpu" in served()) == (shape != (24,))
 
 
-def test_torchs_product_is_used_where_it_is_preferred(monkeypatch):
+def test_torchs_product_is_used_where_it_is_preferred(cpu_preferred, monkeypatch):
     ours, theirs = fastattn.nn.Linear(24, 40), nn.Linear(24, 40)
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(7, 24)
     reset_served()
-    assert torch.equal(ours(x), theirs(x)) and served() == {}  # a short product
-    monkeypatch.setattr(linear_module, "FEW", 0)
     assert torch.equal(ours(x[:1]), theirs(x[:1])) and served() == {}  # one row: the table says torch's
-    with fastattn.use_backend("cpu"):
-        torch.testing.assert_close(ours(x[:1]), theirs(x[:1]))
+    ours(x)
     assert served() == {"cpu": 1}
+    monkeypatch.setattr(preference, "SHORT_PRODUCT", 7 * 24 * 40 + 1)
+    assert torch.equal(ours(x), theirs(x)) and served() == {"cpu": 1}
+    with fastattn.use_backend("cpu"):
+        mine = ours(x)
+    assert served() == {"cpu": 2}
+    fastattn.testing.assert_lawful(mine.detach(), theirs(x).detach(), theirs.double()(x.double()).detach())
+
+
+def test_short_products_are_torchs_in_float32_and_without_an_activation(cpu_preferred, monkeypatch):
+    monkeypatch.setattr(preference, "SHORT_PRODUCT", 2**21)
+    x, weight = torch.randn(7, 24), torch.randn(40, 24)
+    assert prefers_torch(x, weight) and prefers_torch(x, weight[0]) and not prefers_torch(x, weight, "gelu")
+    assert not prefers_torch(x.bfloat16(), weight.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not prefers_torch(x, weight)
+    assert not prefers_torch(torch.randn(2**11, 24), torch.randn(50, 24))
+
+
+def test_strict_modules_raise_for_short_products_too():
+    model = fastattn.nn.Linear(4, 4).double()
+    model.fastattn_strict = True
+    with pytest.raises(fastattn.BackendUnsupported, match=r"no kernel for torch\.float64"):
+        model(torch.randn(2, 4, dtype=torch.float64))
 
 
 def test_autocast_rounds_as_torchs(cpu_preferred):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn import preference
 from fastattn.dispatch import Op, Problem, autocast_enabled, check_size, forced_backend
 from fastattn.numerics import FLOATING
 
@@ -216,17 +217,28 @@ def _problem(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str
     )
 
 
-def prefers_torch(input: Tensor, weight: Tensor) -> bool:
-    """Whether torch's own product is the choice for such an input: preferred, or all there is; False where a backend
-    is forced."""
+def short(input: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the call decides what a product in this dtype takes (preference.SHORT_PRODUCT). Compiled code has no
+    calls, and exported code must not ask for sizes."""
+    if dtype != torch.float32 or torch.compiler.is_compiling():
+        return False
+    return input.numel() * (weight.shape[0] if weight.ndim == 2 else 1) < preference.SHORT_PRODUCT
+
+
+def prefers_torch(input: Tensor, weight: Tensor, activation: str | None = None) -> bool:
+    """Whether torch's own function is the choice for such an input: its product is preferred, or all there is, or the
+    shorter way to a short product; False where a backend is forced."""
     if forced_backend() is not None:
         return False
-    device, dtype, one_row = input.device.type, input.dtype, input.numel() == input.shape[-1]
+    device, dtype = input.device.type, input.dtype
     if dtype != torch.float64 and autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
+    if activation is None and short(input, weight, dtype):
+        return True
+    one_row = input.ndim < 2 or input.numel() == input.shape[-1]
 
     def problem() -> LinearProblem:
-        return LinearProblem(device, dtype, 1 if one_row else 2, weight.shape[-1], 1, weight.dtype, False, None)
+        return LinearProblem(device, dtype, 1 if one_row else 2, 1, 1, weight.dtype, False, None)
 
     if torch.compiler.is_compiling():
         return OP.resolve(problem()).backend == "reference"
