@@ -1,7 +1,8 @@
 """`fastattn bench`: the kernels beside torch's, right first and then fast.
 
 cases (what is run) -> contenders (who runs) -> trial (the calls and the truth) -> gate (the accuracy law) ->
-measure (times and memory) -> runner (rows) -> report (the table and the JSON). See docs/benchmarks.md.
+measure (times and memory) -> runner (rows) -> report (the table and the JSON); models: rows of whole models. See
+docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -133,16 +134,14 @@ def _ops(args: argparse.Namespace, settings: Any, wanted: tuple[str, ...] | None
 
 def _models(args: argparse.Namespace, settings: Any) -> Any:
     """The same for whole models."""
-    from fastattn.bench import train_step, transformers
+    from fastattn.bench import models, train_step, transformers
 
     if args.shape or args.contenders:
         raise ValueError(f"--shape and --contenders are not for {args.op}; --workload chooses a model")
+    section: Any = {TRAIN_STEP: train_step, TRANSFORMERS: transformers}[args.op]
     dtypes = args.dtype.split(",") if args.dtype else None
-    if args.op == TRAIN_STEP:
-        selected = train_step.select(quick=args.quick, names=args.workload, dtypes=dtypes)
-        return lambda: train_step.run_steps(selected, settings), train_step.block, train_step.as_json
-    models = transformers.select(quick=args.quick, names=args.workload, dtypes=dtypes)
-    return lambda: transformers.run_models(models, settings), transformers.block, transformers.as_json
+    selected = models.select(args.op, section.WORKLOADS, quick=args.quick, names=args.workload, dtypes=dtypes)
+    return lambda: models.run(args.op, selected, settings, section.prepare), models.block, section.as_json
 
 
 def _allocators(args: argparse.Namespace) -> tuple[str, ...]:

@@ -122,7 +122,7 @@ def _errors(errors: dict[str, Error]) -> str:
 def summary(rows: Sequence[Any]) -> dict[str, Any]:
     """How many rows are ahead, by how much at least and on average, and where the gate was red.
 
-    rows: of runner.py or train_step.py.
+    rows: of runner.py or models.py.
     """
     timed = [(row, row.speedup) for row in rows if row.speedup is not None]
     behind = [row.name for row, _ in timed if not row.ahead]

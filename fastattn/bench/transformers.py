@@ -7,22 +7,19 @@ all steps, and sentence embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastattn import ceilings
-from fastattn.bench import measure, train_step
+from fastattn.bench import models, train_step
 from fastattn.bench.contenders import OURS, TORCH
-from fastattn.bench.runner import Settings, allocator_in_use
+from fastattn.bench.models import DTYPES, Contest, Entry
 from fastattn.models.gpt import GPTConfig
 
-NAME = "transformers"
 SKIPPING = "skipping"
-DTYPES = train_step.DTYPES
 #: Largest relative distance of a sentence's embedding, of norm 1, from torch's.
 LIMITS = {"fp32": 1e-4, "bf16": 2e-2}
 
@@ -68,51 +65,6 @@ def _lengths(workload: Workload) -> Tensor:
     lengths = torch.randint(workload.length // 8, workload.length + 1, (workload.batch,), generator=generator)
     lengths[0] = workload.length
     return lengths
-
-
-@dataclass
-class Entry:
-    """One contender. losses: of every training step it made. embeddings: (batch, width) of the last encoding."""
-
-    times: measure.Times | None = None
-    losses: list[float] = field(default_factory=list)
-    norms: list[float] = field(default_factory=list)
-    embeddings: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class ModelRow:
-    """A workload in one dtype. ceiling: operations per second of the machine, None without native kernels."""
-
-    workload: Workload
-    dtype: str
-    allocator: str
-    ceiling: float | None
-    entries: dict[str, Entry]
-    violations: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        return f"{NAME} {self.workload.name} {self.dtype} ({self.allocator} allocator)"
-
-    def gain(self, name: str) -> float | None:
-        """torch's time over the contender's."""
-        times, theirs = self.entries[name].times, self.entries[TORCH].times
-        return None if times is None or theirs is None or self.violations else theirs.median / times.median
-
-    @property
-    def speedup(self) -> float | None:
-        """Of the fastest of ours."""
-        gains = [gain for name in self.entries if name != TORCH and (gain := self.gain(name)) is not None]
-        return max(gains, default=None)
-
-    @property
-    def ahead(self) -> bool:
-        return self.speedup is not None and self.speedup > 1.0
-
-    def utilisation(self, name: str) -> float | None:
-        times = self.entries[name].times
-        return None if times is None or self.ceiling is None else self.workload.flops / times.median / self.ceiling
 
 
 def _gpt2(workload: Workload, implementation: str) -> Any:
@@ -203,8 +155,7 @@ def _contenders(workload: Workload) -> dict[str, Callable[[], Any]]:
 def differences(entries: dict[str, Entry], workload: Workload, dtype: str) -> tuple[str, ...]:
     """What is wrong with the contenders' losses or embeddings, in words."""
     if workload.kind == "training":
-        sides = {name: train_step.Entry(losses=e.losses, norms=e.norms) for name, e in entries.items()}
-        return train_step.differences(sides, dtype)
+        return train_step.differences(entries, dtype)
     theirs, found = entries[TORCH].embeddings, []
     assert theirs is not None
     for name, entry in entries.items():
@@ -215,84 +166,13 @@ def differences(entries: dict[str, Entry], workload: Workload, dtype: str) -> tu
     return tuple(found)
 
 
-def select(*, quick: bool, names: Sequence[str], dtypes: Sequence[str] | None) -> list[tuple[Workload, str]]:
-    """(workload, dtype) pairs; ValueError for names and dtypes that there are not."""
-    for dtype in dtypes or ():
-        if dtype not in DTYPES:
-            raise ValueError(f"--dtype {dtype}: {NAME} has {', '.join(DTYPES)}")
-    chosen = [w for w in WORKLOADS if (any(n in w.name for n in names) if names else w.quick or not quick)]
-    if not chosen:
-        raise ValueError(f"--workload: {NAME} has {', '.join(w.name for w in WORKLOADS)}")
-    return [(workload, dtype) for workload in chosen for dtype in dtypes or DTYPES]
-
-
-def run_models(selected: Sequence[tuple[Workload, str]], settings: Settings) -> Iterator[ModelRow]:
-    """A row for each pair, as they are done. Sets torch's number of threads while it runs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(settings.threads)
-    try:
-        for workload, dtype in selected:
-            yield _run(workload, dtype, settings)
-    finally:
-        torch.set_num_threads(before)
-
-
-def _run(workload: Workload, dtype: str, settings: Settings) -> ModelRow:
+def prepare(workload: Workload, dtype: str) -> Contest:
+    """All contenders of a workload."""
     side = Training if workload.kind == "training" else Encoding
     makers = _contenders(workload)
     entries = {name: Entry() for name in makers}
     calls = {name: side(workload, dtype, make(), entries[name]).run for name, make in makers.items()}
-    for call in calls.values():  # allocates; the gate is this call before the times and all of them after
-        call()
-    violations = differences(entries, workload, dtype)
-    if not violations:
-        _, clock = measure.clock_for(settings.threads)
-        times = measure.interleave(calls, clock, settings.min_seconds, settings.min_samples)
-        for name, entry in entries.items():
-            entry.times = times[name]
-        violations = differences(entries, workload, dtype)
-    ceiling = ceilings.arithmetic(DTYPES[dtype], settings.threads)
-    return ModelRow(workload, dtype, allocator_in_use(), ceiling, entries, violations)
+    return Contest(entries, calls, lambda: differences(entries, workload, dtype))
 
 
-def block(row: ModelRow) -> str:
-    """A row as a small table."""
-    lines = ["", row.name]
-    lines += [f"  FAILED {violation}" for violation in row.violations]
-    lines.append(f"  {'':10}{'median ms':>11}{'p20':>10}{'p80':>10}{'n':>4}{'tokens/s':>10}{'ceiling':>9}{'gain':>8}")
-    for name, entry in row.entries.items():
-        if entry.times is None:
-            continue
-        low, high = (1e3 * measure.quantile(entry.times.seconds, q) for q in (0.2, 0.8))
-        share, gain = row.utilisation(name), row.gain(name)
-        lines.append(
-            f"  {name:10}{1e3 * entry.times.median:11.1f}{low:10.1f}{high:10.1f}{len(entry.times.seconds):4}"
-            + f"{row.workload.tokens / entry.times.median:10.0f}"
-            + (f"{'-':>9}" if share is None else f"{100 * share:8.1f}%")
-            + (f"{'-':>8}" if gain is None else f"{gain:8.2f}")
-        )
-    return "\n".join(lines)
-
-
-def as_json(row: ModelRow) -> dict[str, Any]:
-    """A row of the document: docs/benchmarks.md."""
-    return {
-        "op": NAME,
-        "workload": row.workload.name,
-        "dtype": row.dtype,
-        "allocator": row.allocator,
-        "violations": list(row.violations),
-        "flops": row.workload.flops,
-        "tokens": row.workload.tokens,
-        "speedup": row.speedup,
-        "ahead": row.ahead,
-        "contenders": {
-            name: {
-                **({} if entry.times is None else entry.times.summary()),
-                "gain": row.gain(name),
-                "ceiling_share": row.utilisation(name),
-                "losses": list(entry.losses),
-            }
-            for name, entry in row.entries.items()
-        },
-    }
+as_json = models.as_json

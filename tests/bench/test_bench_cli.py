@@ -17,13 +17,6 @@ OPS = tuple(cases.suites())
 TINY = ("--shape", "1,2,24,8", "--contenders", "eager", "--min-time", "0")
 
 
-def bench(capsys, *arguments):
-    """(exit code, lines on stdout, document on the last one)."""
-    code = main(["bench", *arguments])
-    lines = capsys.readouterr().out.splitlines()
-    return code, lines[:-1], json.loads(lines[-1])
-
-
 def error_line(capsys, *arguments):
     try:
         code = main(["bench", *arguments])
@@ -36,10 +29,10 @@ def error_line(capsys, *arguments):
     return captured.err
 
 
-def test_attention(capsys, tmp_path):
+def test_attention(bench, tmp_path):
     out = tmp_path / "results.json"
     threads = torch.get_num_threads()
-    code, lines, found = bench(capsys, "attention", *TINY, "--threads", "1", "--out", str(out))
+    code, lines, found = bench("attention", *TINY, "--threads", "1", "--out", str(out))
     assert code == 0
     assert torch.get_num_threads() == threads
     assert json.loads(out.read_text()) == found
@@ -82,8 +75,8 @@ def test_attention(capsys, tmp_path):
     assert "8 of 8 rows within the law" in text
 
 
-def test_shares_of_the_ceiling(capsys, skip_without_native):
-    _, _, found = bench(capsys, "attention", *TINY, "--dtype", "fp32", "--threads", "1")
+def test_shares_of_the_ceiling(bench, skip_without_native):
+    _, _, found = bench("attention", *TINY, "--dtype", "fp32", "--threads", "1")
     assert found["ceilings"]["isa"] == backends.cpu_isa()
     for row in found["rows"]:
         roof, ours = row["roof"], row["contenders"]["fastattn"]
@@ -96,9 +89,9 @@ ROWS_AND_COLUMNS = ("layer_norm", "rms_norm", "softmax", "log_softmax", "cross_e
 
 
 @pytest.mark.parametrize("op", ROWS_AND_COLUMNS)
-def test_other_ops(capsys, op):
+def test_other_ops(bench, op):
     arguments = (op, "--shape", "6,40", "--contenders", "torch", "--min-time", "0", "--dtype", "bf16")
-    code, _, found = bench(capsys, *arguments)
+    code, _, found = bench(*arguments)
     assert code == 0
     assert [row["direction"] for row in found["rows"]] == ["forward", "forward+backward"]
     assert all(set(row["contenders"]) == {"fastattn", "torch"} for row in found["rows"])
@@ -108,7 +101,7 @@ def test_ops_are_found_by_existing():
     assert set(OPS) == {name for name, suite in testing.suites().items() if suite.workloads} >= set(ROWS_AND_COLUMNS)
 
 
-def test_all_ops_make_one_document(capsys, monkeypatch):
+def test_all_ops_make_one_document(bench, monkeypatch):
     monkeypatch.setattr(cases, "select", lambda op, **_: [cases.BenchCase(cases.suite_of(op), first(op), "fp32")])
 
     def first(op):
@@ -116,27 +109,27 @@ def test_all_ops_make_one_document(capsys, monkeypatch):
 
     monkeypatch.setattr(cases, "suites", lambda: {op: cases.suite_of(op) for op in ("attention", *ROWS_AND_COLUMNS)})
     monkeypatch.setattr(cases, "suite_of", testing.suites().__getitem__)
-    code, _, found = bench(capsys, "all", "--min-time", "0", "--quick", "--contenders", "torch")
+    code, _, found = bench("all", "--min-time", "0", "--quick", "--contenders", "torch")
     assert code == 0
     assert found["op"] == "all"
     assert [row["op"] for row in found["rows"][::2]] == ["attention", *ROWS_AND_COLUMNS]
 
 
-def test_more_peers_are_contenders(capsys, monkeypatch):
+def test_more_peers_are_contenders(bench, monkeypatch):
     peers = (("formula", lambda input, dim: input.exp() / input.exp().sum(dim, keepdim=True)),)
     suite = replace(cases.suite_of("softmax"), peers=peers)
     monkeypatch.setattr(cases, "suite_of", lambda op: suite)
     arguments = ("softmax", "--shape", "6,40", "--contenders", "formula", "--min-time", "0", "--dtype", "fp32")
-    code, _, found = bench(capsys, *arguments)
+    code, _, found = bench(*arguments)
     assert code == 0
     assert all(set(row["contenders"]) == {"fastattn", "torch", "formula"} for row in found["rows"])
 
 
-def test_an_op_without_gradients_runs_forward_only(capsys, monkeypatch):
+def test_an_op_without_gradients_runs_forward_only(bench, monkeypatch):
     suite = replace(cases.suite_of("softmax"), differentiable=())
     monkeypatch.setattr(cases, "suite_of", lambda op: suite)
     arguments = ("softmax", "--shape", "6,40", "--contenders", "torch", "--min-time", "0", "--dtype", "fp32")
-    _, _, found = bench(capsys, *arguments)
+    _, _, found = bench(*arguments)
     assert [row["direction"] for row in found["rows"]] == ["forward"]
 
 
@@ -161,12 +154,12 @@ def wrong(monkeypatch, function):
     monkeypatch.setattr(contenders, "choices", lambda suite: choices(suite) | {OURS: lambda: Contender(OURS, function)})
 
 
-def test_both_allocators(capsys, monkeypatch):
+def test_both_allocators(bench, capsys, monkeypatch):
     """The default first: malloc cannot be untuned."""
     monkeypatch.setitem(allocator._last, "tuning", None)
     monkeypatch.setattr(fastattn._C, "tune_allocator", lambda: (True, "as asked"))
     arguments = ("softmax", "--shape", "6,40", "--contenders", "torch", "--min-time", "0", "--dtype", "fp32")
-    code, lines, found = bench(capsys, *arguments, "--allocator", "both")
+    code, lines, found = bench(*arguments, "--allocator", "both")
     assert code == 0
     assert [row["allocator"] for row in found["rows"]] == ["default", "default", "tuned", "tuned"]
     assert found["allocator"]["tuned"]
@@ -175,18 +168,18 @@ def test_both_allocators(capsys, monkeypatch):
     assert "this process's allocator is tuned already" in capsys.readouterr().err
 
 
-def test_an_allocator_that_cannot_be_tuned_is_not_called_tuned(capsys, monkeypatch):
+def test_an_allocator_that_cannot_be_tuned_is_not_called_tuned(bench, monkeypatch):
     monkeypatch.setitem(allocator._last, "tuning", None)
     monkeypatch.setattr(fastattn._C, "tune_allocator", lambda: (False, "malloc is somebody's"))
     arguments = ("softmax", "--shape", "6,40", "--contenders", "torch", "--min-time", "0", "--dtype", "fp32")
-    _, lines, found = bench(capsys, *arguments, "--allocator", "tuned")
+    _, lines, found = bench(*arguments, "--allocator", "tuned")
     assert {row["allocator"] for row in found["rows"]} == {"default"}
     assert "allocator: malloc is somebody's" in lines
 
 
-def test_scaling_over_one_thread(capsys):
+def test_scaling_over_one_thread(bench):
     arguments = ("softmax", "--shape", "6,40", "--contenders", "compile", "--min-time", "0", "--dtype", "fp32")
-    _, lines, found = bench(capsys, *arguments, "--threads", "2", "--scaling")
+    _, lines, found = bench(*arguments, "--threads", "2", "--scaling")
     for row in found["rows"]:
         for name in ("fastattn", "torch"):
             entry = row["contenders"][name]
@@ -195,7 +188,7 @@ def test_scaling_over_one_thread(capsys):
     assert sum("2 threads over one: fastattn" in line for line in lines) == 2
 
 
-def test_a_slow_machine_makes_an_invalid_run(capsys, monkeypatch, skip_without_native):
+def test_a_slow_machine_makes_an_invalid_run(bench, monkeypatch, skip_without_native):
     isa = backends.cpu_isa()
     vendor, family, model = machine.cpu_identity()
     this = (vendor, family, range(model, model + 1))
@@ -203,16 +196,16 @@ def test_a_slow_machine_makes_an_invalid_run(capsys, monkeypatch, skip_without_n
         known = ceilings.KnownCpu("This one", *this, {isa: (rate, None)})
         monkeypatch.setattr(ceilings, "KNOWN_CPUS", (known,))
         arguments = ("softmax", "--shape", "6,40", "--contenders", "torch", "--min-time", "0", "--dtype", "fp32")
-        _, lines, found = bench(capsys, *arguments)
+        _, lines, found = bench(*arguments)
         assert found["validity"]["valid"] is valid
         assert any(("INVALID run" in line) is not valid for line in lines)
     monkeypatch.setattr(ceilings, "KNOWN_CPUS", ())
     assert ceilings.validity(1).valid is None
 
 
-def test_results_into_a_folder_are_named_by_machine_op_threads_and_date(capsys, tmp_path):
+def test_results_into_a_folder_are_named_by_machine_op_threads_and_date(bench, tmp_path):
     arguments = ("log_softmax", "--shape", "6,40", "--contenders", "torch", "--min-time", "0", "--dtype", "fp32")
-    _, _, found = bench(capsys, *arguments, "--threads", "1", "--out", str(tmp_path))
+    _, _, found = bench(*arguments, "--threads", "1", "--out", str(tmp_path))
     (path,) = tmp_path.iterdir()
     assert re.fullmatch(rf"[a-z0-9.-]+-log-softmax-1-thread-{found['date'][:10]}\.json", path.name), path.name
     assert json.loads(path.read_text()) == found
@@ -234,9 +227,9 @@ def test_results_are_named_by_the_design_where_it_is_known(monkeypatch, identity
     assert report.file_name("softmax", 1).startswith(f"{cpu}-softmax-1-thread-")
 
 
-def test_a_wrong_kernel_is_not_timed(capsys, monkeypatch):
+def test_a_wrong_kernel_is_not_timed(bench, monkeypatch):
     wrong(monkeypatch, lambda **call: torch.nn.functional.scaled_dot_product_attention(**call) * 1.001)
-    code, lines, found = bench(capsys, "attention", *TINY, "--dtype", "fp32")
+    code, lines, found = bench("attention", *TINY, "--dtype", "fp32")
     assert code == 1
     assert len(found["summary"]["failed"]) == found["summary"]["rows"] == 4
     assert found["summary"]["ahead"] == 0
@@ -249,30 +242,30 @@ def test_a_wrong_kernel_is_not_timed(capsys, monkeypatch):
     assert sum("FAILED output: norm error" in line for line in lines) == 4
 
 
-def test_a_kernel_that_raises_fails_its_row(capsys, monkeypatch):
+def test_a_kernel_that_raises_fails_its_row(bench, monkeypatch):
     def broken(**call):
         raise RuntimeError("no such luck\nand more")
 
     wrong(monkeypatch, broken)
-    code, _, found = bench(capsys, "attention", *TINY, "--dtype", "fp32")
+    code, _, found = bench("attention", *TINY, "--dtype", "fp32")
     assert code == 1
     assert all(row["violations"] == ["raised: no such luck"] for row in found["rows"])
 
 
-def test_a_kernel_that_is_right_without_gradients_only(capsys, monkeypatch):
+def test_a_kernel_that_is_right_without_gradients_only(bench, monkeypatch):
     def half_right(**call):
         output = torch.nn.functional.scaled_dot_product_attention(**call)
         return output * 1.001 if torch.is_grad_enabled() else output
 
     wrong(monkeypatch, half_right)
-    code, _, found = bench(capsys, "attention", *TINY, "--dtype", "fp32")
+    code, _, found = bench("attention", *TINY, "--dtype", "fp32")
     assert code == 1
     assert [bool(row["violations"]) for row in found["rows"]] == [False, True] * 2
 
 
-def test_a_peer_that_cannot_is_said_to(capsys, monkeypatch):
+def test_a_peer_that_cannot_is_said_to(bench, monkeypatch):
     monkeypatch.setattr(runner, "_physical_memory", lambda: 100_000)
-    code, lines, found = bench(capsys, "attention", "--shape", "1,1,200,2", *TINY[2:], "--dtype", "fp32")
+    code, lines, found = bench("attention", "--shape", "1,1,200,2", *TINY[2:], "--dtype", "fp32")
     assert code == 0
     assert found["rows"][0]["contenders"]["eager"] == {"unavailable": "needs about 0 GiB"}
     assert found["rows"][0]["best_peer"] == TORCH
@@ -280,9 +273,9 @@ def test_a_peer_that_cannot_is_said_to(capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_compiled_contenders(capsys):
+def test_compiled_contenders(bench):
     arguments = ("attention", "--shape", "1,2,64,32", "--contenders", "compile,flex", "--min-time", "0")
-    code, _, found = bench(capsys, *arguments)
+    code, _, found = bench(*arguments)
     assert code == 0
     for row in found["rows"]:
         assert "median_s" in row["contenders"]["compile"]

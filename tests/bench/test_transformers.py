@@ -1,6 +1,6 @@
 """`fastattn bench transformers`: models with sdpa and on our kernels, the same losses and embeddings."""
 
-import json
+import functools
 
 import pytest
 import torch
@@ -22,14 +22,14 @@ def tiny(monkeypatch):
     monkeypatch.setattr(transformers, "WORKLOADS", TINY)
 
 
-def run(capsys, *arguments):
-    code = main(["bench", "transformers", "--threads", "1", "--min-time", "0", "--allocator", "tuned", *arguments])
-    lines = capsys.readouterr().out.splitlines()
-    return code, lines[:-1], json.loads(lines[-1])
+@pytest.fixture
+def run(bench):
+    """Call with more arguments of `fastattn bench transformers`."""
+    return functools.partial(bench, "transformers", "--threads", "1", "--min-time", "0", "--allocator", "tuned")
 
 
-def test_both_kinds_in_both_dtypes(capsys):
-    code, lines, found = run(capsys)
+def test_both_kinds_in_both_dtypes(run):
+    code, lines, found = run()
     assert code == 0
     assert [(row["workload"], row["dtype"]) for row in found["rows"]] == [
         (workload.name, dtype) for workload in TINY for dtype in ("fp32", "bf16")
