@@ -34,16 +34,17 @@ _state = {"active": False}
 
 def _reason(*tensors: Tensor | None) -> str | None:
     """Why a call is torch's, whatever the function; None: it may be ours."""
+    if not _state["active"]:
+        return "accelerate() is over"
     reason = refusal(*tensors)
     if reason is None and not torch.compiler.is_compiling() and _transforms_active():
         return "inside of a transform of torch.func, whose rules for torch's functions are the faster ones"
     return reason
 
 
-def _served(name: str, reason: Callable[[], str | None], ours: Callable[[], Any], native: Callable[[Any], Any]) -> Any:
-    """ours(), or native(torch's function) for a reason against it, which is counted, or where accelerate() is over."""
+def _served(name: str, why: str | None, ours: Callable[[], Any], native: Callable[[Any], Any]) -> Any:
+    """ours(), or, where there is a reason why not or ours refuses the values, native(torch's function), counted."""
     if _state["active"]:
-        why = reason()
         if why is None:
             try:
                 output = ours()
@@ -62,16 +63,12 @@ def scaled_dot_product_attention(
 ) -> Any:  # fmt: skip
     """torch.nn.functional.scaled_dot_product_attention."""
     arguments = (query, key, value, attn_mask, dropout_p, is_causal)
-
-    def reason() -> str | None:
-        if query.is_nested:
-            return None
-        why = _reason(query, key, value, attn_mask)
-        return _wide(query, value) if why is None and dispatch.forced_backend() is None else why
-
+    why = None if query.is_nested else _reason(query, key, value, attn_mask)
+    if why is None and not query.is_nested and dispatch.forced_backend() is None:
+        why = _wide(query, value)
     return _served(
         "scaled_dot_product_attention",
-        reason,
+        why,
         lambda: ops.scaled_dot_product_attention(*arguments, scale, enable_gqa),
         lambda native: native(*arguments, scale=scale, enable_gqa=enable_gqa),
     )
@@ -97,7 +94,7 @@ def layer_norm(
     """torch.nn.functional.layer_norm."""
     return _served(
         "layer_norm",
-        lambda: _reason(input, weight, bias),
+        _reason(input, weight, bias),
         lambda: ops.layer_norm(widened(input), normalized_shape, weight, bias, eps),
         lambda native: native(input, normalized_shape, weight, bias, eps),
     )
@@ -105,16 +102,12 @@ def layer_norm(
 
 def rms_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Any:
     """torch.nn.functional.rms_norm."""
-
-    def reason() -> str | None:
-        why = _reason(input, weight)
-        if why is None and weight is not None and weight.dtype != input.dtype:
-            why = f"the result of {input.dtype} with a weight of {weight.dtype} is torch's to choose"
-        return why
-
+    why = _reason(input, weight)
+    if why is None and weight is not None and weight.dtype != input.dtype:
+        why = f"the result of {input.dtype} with a weight of {weight.dtype} is torch's to choose"
     return _served(
         "rms_norm",
-        reason,
+        why,
         lambda: ops.rms_norm(widened(input), normalized_shape, weight, eps),
         lambda native: native(input, normalized_shape, weight, eps),
     )
@@ -133,7 +126,7 @@ def log_softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dty
 def _softmax(name: str, ours: Any, input: Tensor, dim: int | None, stacklevel: int, dtype: torch.dtype | None) -> Any:
     return _served(
         name,
-        lambda: _reason(input) if dim is not None else "without a dim: torch chooses one",
+        _reason(input) if dim is not None else "without a dim: torch chooses one",
         lambda: ours(widened(input), dim, dtype=dtype),
         # Torch's warning is of the caller's line: four calls stand between.
         lambda native: native(input, dim, stacklevel + 4, dtype),
@@ -148,7 +141,7 @@ def cross_entropy(
     old = size_average is not None or reduce is not None
     return _served(
         "cross_entropy",
-        lambda: "size_average and reduce are torch's" if old else _reason(input, target, weight),
+        "size_average and reduce are torch's" if old else _reason(input, target, weight),
         lambda: ops.cross_entropy(
             widened(input), target, weight, ignore_index=ignore_index, reduction=reduction,
             label_smoothing=label_smoothing,
@@ -163,7 +156,7 @@ def gelu(input: Tensor, *, approximate: str = "none") -> Any:
     """torch.nn.functional.gelu."""
     return _served(
         "gelu",
-        lambda: _reason(input),
+        _reason(input),
         lambda: ops.gelu(input, approximate),
         lambda native: native(input, approximate=approximate),
     )
@@ -171,16 +164,12 @@ def gelu(input: Tensor, *, approximate: str = "none") -> Any:
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """torch.nn.functional.linear."""
-
-    def reason() -> str | None:
-        why = _reason(input, weight, bias)
-        if why is None and prefers_torch(input, weight):
-            why = "torch's product is the faster one (fastattn.preference)"
-        return why
-
+    why = _reason(input, weight, bias)
+    if why is None and prefers_torch(input, weight):
+        why = "torch's product is the faster one (fastattn.preference)"
     return _served(
         "linear",
-        reason,
+        why,
         lambda: ops.linear(input, weight, bias),
         lambda native: native(input, weight, bias),
     )
