@@ -17,3 +17,9 @@ def bench(capsys):
         return code, lines[:-1], json.loads(lines[-1])
 
     return run
+
+
+@pytest.fixture
+def bench_briefly(bench):
+    """The same, of as few calls as there can be."""
+    return lambda op, *arguments: bench(op, "--threads", "1", "--min-time", "0", "--allocator", "tuned", *arguments)

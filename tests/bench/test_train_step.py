@@ -1,7 +1,5 @@
 """`fastattn bench train-step`: one model, two namespaces, the same losses."""
 
-import functools
-
 import pytest
 import torch
 
@@ -18,14 +16,8 @@ def tiny(monkeypatch):
     monkeypatch.setattr(train_step, "WORKLOADS", (TINY,))
 
 
-@pytest.fixture
-def run(bench):
-    """Call with more arguments of `fastattn bench train-step`."""
-    return functools.partial(bench, "train-step", "--threads", "1", "--min-time", "0", "--allocator", "tuned")
-
-
-def test_both_dtypes(run):
-    code, lines, found = run()
+def test_both_dtypes(bench_briefly):
+    code, lines, found = bench_briefly("train-step")
     assert code == 0
     assert found["op"] == "train-step"
     assert [(row["workload"], row["dtype"]) for row in found["rows"]] == [("tiny 2x16", "fp32"), ("tiny 2x16", "bf16")]
@@ -55,14 +47,14 @@ def test_flops_are_those_of_the_matrix_products():
     assert scores == full_scores * 6 / 7 * 17 / 32  # recomputed products are not counted
 
 
-def test_other_losses_fail_and_are_not_timed(run, monkeypatch):
+def test_other_losses_fail_and_are_not_timed(bench_briefly, monkeypatch):
     def wrong(model, *arguments):
         loss, norm = training_step(model, *arguments)
         return loss * (1.001 if model.config.kernels == "fastattn" else 1.0), norm
 
     training_step = train_step.training_step
     monkeypatch.setattr(train_step, "training_step", wrong)
-    code, lines, found = run("--dtype", "fp32")
+    code, lines, found = bench_briefly("train-step", "--dtype", "fp32")
     assert code == 1
     (row,) = found["rows"]
     assert "losses of step 1" in row["violations"][0]

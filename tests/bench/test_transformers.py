@@ -1,7 +1,5 @@
 """`fastattn bench transformers`: models with sdpa and on our kernels, the same losses and embeddings."""
 
-import functools
-
 import pytest
 import torch
 
@@ -22,14 +20,8 @@ def tiny(monkeypatch):
     monkeypatch.setattr(transformers, "WORKLOADS", TINY)
 
 
-@pytest.fixture
-def run(bench):
-    """Call with more arguments of `fastattn bench transformers`."""
-    return functools.partial(bench, "transformers", "--threads", "1", "--min-time", "0", "--allocator", "tuned")
-
-
-def test_both_kinds_in_both_dtypes(run):
-    code, lines, found = run()
+def test_both_kinds_in_both_dtypes(bench_briefly):
+    code, lines, found = bench_briefly("transformers")
     assert code == 0
     assert [(row["workload"], row["dtype"]) for row in found["rows"]] == [
         (workload.name, dtype) for workload in TINY for dtype in ("fp32", "bf16")
