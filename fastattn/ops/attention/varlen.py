@@ -210,7 +210,7 @@ def _check(
 
 def _check_options(
     query: Tensor, sequences: int, scale: float, window: tuple[int, int], softcap: float, slopes: Tensor | None,
-    sinks: Tensor | None, dropout_p: float, seed: int | Tensor | None, block_table: Any, num_splits: Any,
+    sinks: Tensor | None, dropout_p: float, block_table: Any, num_splits: Any,
 ) -> None:  # fmt: skip
     if block_table is not None:
         raise ValueError(f"{NAME}: block_table is for caches: see fastattn.flash_attn.flash_attn_with_kvcache")
@@ -220,10 +220,8 @@ def _check_options(
         )
     if not -MAX_SCALE <= scale <= MAX_SCALE:
         raise ValueError(f"{NAME}: scale must be finite (in float32), got {scale}")
-    if window != NO_WINDOW:
-        check_window(NAME, window)
-    if softcap != 0.0:
-        check_softcap(NAME, softcap)
+    check_window(NAME, window)
+    check_softcap(NAME, softcap)
     heads = query.shape[1]
     if slopes is not None:
         check_heads(NAME, "alibi_slopes", slopes, query, ((heads,), (sequences, heads)))
@@ -231,7 +229,6 @@ def _check_options(
         check_heads(NAME, "sinks", sinks, query, ((heads,),))
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{NAME}: dropout_p must be in [0, 1], got {dropout_p}")
-    philox_mask.check_seed(NAME, seed)
 
 
 def _problem(
@@ -313,12 +310,11 @@ def attention_varlen(
 
     def problem() -> VarlenProblem:
         _check(query, key, value, cu_seq_q, cu_seq_k, seqused_k, enable_gqa)
+        _check_options(query, cu_seq_q.shape[0] - 1, scale, *call, block_table, num_splits)
         return _problem(query, key, value, cu_seq_q, *call)
 
-    _check_options(
-        query, cu_seq_q.shape[0] - 1 if isinstance(cu_seq_q, Tensor) and cu_seq_q.ndim == 1 else 0, scale, *call, seed,
-        block_table, num_splits,
-    )  # fmt: skip
+    if seed is not None:
+        philox_mask.check_seed(NAME, seed)
     if torch.compiler.is_compiling():
         compute = OP.resolve(problem(), backend).public
     else:
@@ -326,7 +322,8 @@ def attention_varlen(
         described = [(t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t for t in others]
         signature = (
             query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype, query.device, key.device,
-            value.device, *described, enable_gqa, tuple(window_size), softcap > 0.0, dropout_p > 0.0,
+            value.device, *described, enable_gqa, window_size if type(window_size) is tuple else repr(window_size),
+            scale, softcap, dropout_p, block_table, num_splits,
         )  # fmt: skip
         compute = OP.resolve_cached(signature, problem, backend).run
     philox = philox_mask.state_of(seed, query.device) if dropout_p > 0.0 else None
@@ -365,10 +362,9 @@ def _prepare(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value))
     _check(query, key, value, cu_seq_q, cu_seq_k, seqused_k, enable_gqa)
+    philox_mask.check_seed(NAME, seed)
     call = (window_size, softcap, alibi_slopes, sinks, dropout_p)
-    _check_options(
-        query, cu_seq_q.shape[0] - 1, 1.0 if scale is None else scale, *call, seed, block_table, num_splits
-    )  # fmt: skip
+    _check_options(query, cu_seq_q.shape[0] - 1, 1.0 if scale is None else scale, *call, block_table, num_splits)
     return OP, _problem(query, key, value, cu_seq_q, *call)
 
 
