@@ -32,8 +32,9 @@ VERSION = "0.0.35"
 _BIASES = tuple(
     name
     for name, member in vars(attn_bias).items()
-    if isinstance(member, type) and (issubclass(member, (AttentionBias, attn_bias._SeqLenInfo)))
+    if isinstance(member, type) and issubclass(member, AttentionBias) and not name.startswith("_")
 )
+_LENGTHS = ("_SeqLenInfo", "_PaddedSeqLenInfo", "_GappySeqInfo")
 _FUNCTIONS = {
     "memory_efficient_attention": memory_efficient_attention,
     "memory_efficient_attention_forward": memory_efficient_attention_forward,
@@ -41,8 +42,8 @@ _FUNCTIONS = {
 
 
 def _fmha() -> dict[str, Any]:
-    biases = public(attn_bias, *(name for name in _BIASES if not name.startswith("_")))
-    return {**_FUNCTIONS, **biases, "attn_bias": importlib.import_module("xformers.ops.fmha.attn_bias")}
+    biases = importlib.import_module("xformers.ops.fmha.attn_bias")
+    return {**_FUNCTIONS, **public(attn_bias, *_BIASES), "attn_bias": biases}
 
 
 def _ops() -> dict[str, Any]:
@@ -64,7 +65,7 @@ _STAND_IN = StandIn(
         "": dict,
         "ops": _ops,
         "ops.fmha": _fmha,
-        "ops.fmha.attn_bias": lambda: public(attn_bias, *_BIASES),
+        "ops.fmha.attn_bias": lambda: public(attn_bias, *_BIASES, *_LENGTHS),
     },
 )
 install, uninstall = _STAND_IN.install, _STAND_IN.uninstall

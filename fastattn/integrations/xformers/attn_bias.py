@@ -29,6 +29,9 @@ class AttentionBias:
 
     bottom_right: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        """Where subclasses that are dataclasses refuse what they hold."""
+
     @property
     def window(self) -> tuple[int, int]:
         """(left, right)"""
@@ -60,24 +63,48 @@ class AttentionBias:
         return self.seen(queries, keys, device)
 
 
-def _positive(size: int) -> int:
-    if size <= 0:
-        raise ValueError(f"window_size must be at least 1, got {size}")
-    return size
+class _Causal(AttentionBias):
+    """Nothing behind the query's position is seen."""
+
+    @property
+    def window(self) -> tuple[int, int]:
+        return -1, 0
+
+
+class _LastKeys(AttentionBias):
+    """The last _window_size keys up to the query's position are seen."""
+
+    _window_size: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self._window_size <= 0:
+            raise ValueError(f"window_size must be at least 1, got {self._window_size}")
+
+    @property
+    def window(self) -> tuple[int, int]:
+        return self._window_size - 1, 0
+
+
+class _Local(AttentionBias):
+    """window_left keys before the query's position and window_right behind it are seen."""
+
+    window_left: int
+    window_right: int
+
+    @property
+    def window(self) -> tuple[int, int]:
+        return self.window_left, self.window_right
 
 
 # ---- of the whole matrix ----
 
 
-class LowerTriangularMask(AttentionBias):
+class LowerTriangularMask(_Causal):
     """Causal, aligned top left."""
 
     def __init__(self, device: Device = None) -> None:
         """device: without a meaning."""
-
-    @property
-    def window(self) -> tuple[int, int]:
-        return -1, 0
 
     def add_bias(self, bias: Tensor) -> LowerTriangularMaskWithTensorBias:
         """Causal, with a tensor added to the scores."""
@@ -97,14 +124,10 @@ class LowerTriangularMaskWithTensorBias(LowerTriangularMask):
         return super().materialize(shape, dtype, device) + self._bias.to(dtype=dtype, device=device)
 
 
-class LowerTriangularFromBottomRightMask(AttentionBias):
+class LowerTriangularFromBottomRightMask(_Causal):
     """Causal, aligned bottom right: the last query sees the last key."""
 
     bottom_right = True
-
-    @property
-    def window(self) -> tuple[int, int]:
-        return -1, 0
 
     def make_local_attention(self, window_size: int) -> LowerTriangularFromBottomRightLocalAttentionMask:
         """Of the last window_size keys only."""
@@ -112,21 +135,14 @@ class LowerTriangularFromBottomRightMask(AttentionBias):
 
 
 @dataclass
-class LowerTriangularFromBottomRightLocalAttentionMask(LowerTriangularFromBottomRightMask):
+class LowerTriangularFromBottomRightLocalAttentionMask(_LastKeys, LowerTriangularFromBottomRightMask):
     """Causal, aligned bottom right, of the last _window_size keys, the query's own among them."""
 
     _window_size: int
 
-    def __post_init__(self) -> None:
-        _positive(self._window_size)
-
-    @property
-    def window(self) -> tuple[int, int]:
-        return self._window_size - 1, 0
-
 
 @dataclass
-class LocalAttentionFromBottomRightMask(AttentionBias):
+class LocalAttentionFromBottomRightMask(_Local):
     """window_left keys before the query's position and window_right behind it, aligned bottom right."""
 
     window_left: int
@@ -135,14 +151,11 @@ class LocalAttentionFromBottomRightMask(AttentionBias):
     bottom_right = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.window_left < 0 or self.window_right < 0:
             raise ValueError(
                 f"window_left and window_right must be at least 0, got {self.window_left} and {self.window_right}"
             )
-
-    @property
-    def window(self) -> tuple[int, int]:
-        return self.window_left, self.window_right
 
 
 # ---- how a dimension is cut into sequences ----
@@ -260,15 +273,19 @@ def _numbers(values: list[int], device: Device) -> Tensor:
 # ---- of each block ----
 
 
-class BlockDiagonalBias(AttentionBias):
-    """Base of those where queries of block i see keys of block i only; of tensors whose batch size is 1."""
+@dataclass
+class _OfBlocks(AttentionBias):
+    """Queries of block i see keys of block i only; of tensors whose batch size is 1."""
 
     q_seqinfo: _SeqLenInfo
-    k_seqinfo: _SeqLenInfo
+    k_seqinfo: Any
 
     def to(self, device: Any) -> Any:
-        moved: Any = self
-        return replace(moved, q_seqinfo=self.q_seqinfo.to(device), k_seqinfo=self.k_seqinfo.to(device))
+        return replace(self, q_seqinfo=self.q_seqinfo.to(device), k_seqinfo=self.k_seqinfo.to(device))
+
+
+class BlockDiagonalBias(_OfBlocks):
+    """Base of those whose blocks of keys lie one behind the other."""
 
     def _matrix(self, queries: int, keys: int, device: Device) -> Tensor:
         ends = self.q_seqinfo.seqstart_py[-1], self.k_seqinfo.seqstart_py[-1]
@@ -294,8 +311,6 @@ def _rows(tensors: Sequence[Tensor]) -> Tensor:
 class BlockDiagonalMask(BlockDiagonalBias):
     """Every block sees all of itself."""
 
-    q_seqinfo: _SeqLenInfo
-    k_seqinfo: _SeqLenInfo
     _batch_sizes: Sequence[int] | None = None
 
     @classmethod
@@ -362,58 +377,36 @@ class BlockDiagonalMask(BlockDiagonalBias):
 
 
 @dataclass
-class BlockDiagonalCausalMask(BlockDiagonalMask):
+class BlockDiagonalCausalMask(_Causal, BlockDiagonalMask):
     """Every block is causal, aligned top left."""
-
-    @property
-    def window(self) -> tuple[int, int]:
-        return -1, 0
 
 
 @dataclass
-class BlockDiagonalCausalFromBottomRightMask(BlockDiagonalMask):
+class BlockDiagonalCausalFromBottomRightMask(_Causal, BlockDiagonalMask):
     """Every block is causal, aligned bottom right; no block may have fewer keys than queries."""
 
     bottom_right = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         pairs = zip(self.q_seqinfo.intervals(), self.k_seqinfo.intervals(), strict=True)
         for i, ((q0, q1), (k0, k1)) in enumerate(pairs):
             if k1 - k0 < q1 - q0:
                 raise ValueError(f"block {i} has {q1 - q0} queries and {k1 - k0} keys: there must be as many keys")
 
-    @property
-    def window(self) -> tuple[int, int]:
-        return -1, 0
-
 
 @dataclass
-class BlockDiagonalCausalLocalAttentionMask(BlockDiagonalCausalMask):
+class BlockDiagonalCausalLocalAttentionMask(_LastKeys, BlockDiagonalCausalMask):
     """Every block is causal, aligned top left, of the last _window_size keys."""
 
     _window_size: int = 0
 
-    def __post_init__(self) -> None:
-        _positive(self._window_size)
-
-    @property
-    def window(self) -> tuple[int, int]:
-        return self._window_size - 1, 0
-
 
 @dataclass
-class BlockDiagonalCausalLocalAttentionFromBottomRightMask(BlockDiagonalCausalFromBottomRightMask):
+class BlockDiagonalCausalLocalAttentionFromBottomRightMask(_LastKeys, BlockDiagonalCausalFromBottomRightMask):
     """Every block is causal, aligned bottom right, of the last _window_size keys."""
 
     _window_size: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _positive(self._window_size)
-
-    @property
-    def window(self) -> tuple[int, int]:
-        return self._window_size - 1, 0
 
 
 # ---- of blocks with room behind their keys; all are aligned to the last key in use ----
@@ -422,9 +415,6 @@ class BlockDiagonalCausalLocalAttentionFromBottomRightMask(BlockDiagonalCausalFr
 @dataclass
 class BlockDiagonalPaddedKeysMask(BlockDiagonalBias):
     """Every block sees those of its keys that are in use; all blocks have room for equally many."""
-
-    q_seqinfo: _SeqLenInfo
-    k_seqinfo: Any
 
     bottom_right = True
 
@@ -456,26 +446,18 @@ class BlockDiagonalPaddedKeysMask(BlockDiagonalBias):
 
 
 @dataclass
-class BlockDiagonalCausalWithOffsetPaddedKeysMask(BlockDiagonalPaddedKeysMask):
+class BlockDiagonalCausalWithOffsetPaddedKeysMask(_Causal, BlockDiagonalPaddedKeysMask):
     """And causal."""
 
     causal_diagonal: Any = None
 
-    @property
-    def window(self) -> tuple[int, int]:
-        return -1, 0
-
 
 @dataclass
-class BlockDiagonalLocalAttentionPaddedKeysMask(BlockDiagonalPaddedKeysMask):
+class BlockDiagonalLocalAttentionPaddedKeysMask(_Local, BlockDiagonalPaddedKeysMask):
     """And window_left keys before, window_right behind the query's position."""
 
     window_left: int
     window_right: int
-
-    @property
-    def window(self) -> tuple[int, int]:
-        return self.window_left, self.window_right
 
     @classmethod
     def from_seqlens_local(
@@ -485,17 +467,10 @@ class BlockDiagonalLocalAttentionPaddedKeysMask(BlockDiagonalPaddedKeysMask):
 
 
 @dataclass
-class BlockDiagonalCausalLocalAttentionPaddedKeysMask(BlockDiagonalPaddedKeysMask):
+class BlockDiagonalCausalLocalAttentionPaddedKeysMask(_LastKeys, BlockDiagonalPaddedKeysMask):
     """And causal, of the last _window_size keys."""
 
     _window_size: int
-
-    def __post_init__(self) -> None:
-        _positive(self._window_size)
-
-    @property
-    def window(self) -> tuple[int, int]:
-        return self._window_size - 1, 0
 
     @classmethod
     def from_seqlens_local(
@@ -507,9 +482,6 @@ class BlockDiagonalCausalLocalAttentionPaddedKeysMask(BlockDiagonalPaddedKeysMas
 @dataclass
 class BlockDiagonalGappyKeysMask(BlockDiagonalBias):
     """Every block sees those of its keys that are in use; blocks of keys start anywhere."""
-
-    q_seqinfo: _SeqLenInfo
-    k_seqinfo: Any
 
     bottom_right = True
 
@@ -526,33 +498,24 @@ class BlockDiagonalGappyKeysMask(BlockDiagonalBias):
 
 
 @dataclass
-class BlockDiagonalCausalWithOffsetGappyKeysMask(BlockDiagonalGappyKeysMask):
+class BlockDiagonalCausalWithOffsetGappyKeysMask(_Causal, BlockDiagonalGappyKeysMask):
     """And causal."""
-
-    @property
-    def window(self) -> tuple[int, int]:
-        return -1, 0
 
 
 @dataclass
-class PagedBlockDiagonalPaddedKeysMask(AttentionBias):
+class PagedBlockDiagonalPaddedKeysMask(_OfBlocks):
     """Every block sees those of its keys that are in use, which lie in pages.
 
     Key j of block i is in row block_tables[i, j // page_size] * page_size + j % page_size of key and value.
     """
 
-    q_seqinfo: _SeqLenInfo
-    k_seqinfo: Any
     block_tables: Tensor
     page_size: int
 
     bottom_right = True
 
     def to(self, device: Any) -> Any:
-        return replace(
-            self, q_seqinfo=self.q_seqinfo.to(device), k_seqinfo=self.k_seqinfo.to(device),
-            block_tables=self.block_tables.to(device),
-        )  # fmt: skip
+        return replace(super().to(device), block_tables=self.block_tables.to(device))
 
     @classmethod
     def from_seqlens(
@@ -573,9 +536,5 @@ class PagedBlockDiagonalPaddedKeysMask(AttentionBias):
 
 
 @dataclass
-class PagedBlockDiagonalCausalWithOffsetPaddedKeysMask(PagedBlockDiagonalPaddedKeysMask):
+class PagedBlockDiagonalCausalWithOffsetPaddedKeysMask(_Causal, PagedBlockDiagonalPaddedKeysMask):
     """And causal."""
-
-    @property
-    def window(self) -> tuple[int, int]:
-        return -1, 0

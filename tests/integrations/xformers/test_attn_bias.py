@@ -1,5 +1,7 @@
 """The attn_bias classes: their matrices as xformers documents them, what they make of each other, what they refuse."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -37,6 +39,46 @@ def test_fields_are_xformers():
     assert info.seqstart.dtype == torch.int32 and info.seqstart.tolist() == info.seqstart_py == [0, 3, 3, 8]
     assert (info.max_seqlen, info.min_seqlen) == (5, 0)
     assert list(info.intervals()) == [(0, 3), (3, 3), (3, 8)]
+
+
+#: What code that asks isinstance relies on: the class of xformers above each, AttentionBias where there is none; and
+#: the arguments of __init__, in their order.
+BLOCKS, PAGES = ["q_seqinfo", "k_seqinfo"], ["q_seqinfo", "k_seqinfo", "block_tables", "page_size"]
+CLASSES = {
+    "LowerTriangularMask": (None, ["device"]),
+    "LowerTriangularMaskWithTensorBias": ("LowerTriangularMask", ["bias"]),
+    "LowerTriangularFromBottomRightMask": (None, []),
+    "LowerTriangularFromBottomRightLocalAttentionMask": ("LowerTriangularFromBottomRightMask", ["_window_size"]),
+    "LocalAttentionFromBottomRightMask": (None, ["window_left", "window_right"]),
+    "BlockDiagonalMask": (None, [*BLOCKS, "_batch_sizes"]),
+    "BlockDiagonalCausalMask": ("BlockDiagonalMask", [*BLOCKS, "_batch_sizes"]),
+    "BlockDiagonalCausalFromBottomRightMask": ("BlockDiagonalMask", [*BLOCKS, "_batch_sizes"]),
+    "BlockDiagonalCausalLocalAttentionMask": ("BlockDiagonalCausalMask", [*BLOCKS, "_batch_sizes", "_window_size"]),
+    "BlockDiagonalCausalLocalAttentionFromBottomRightMask": (
+        "BlockDiagonalCausalFromBottomRightMask", [*BLOCKS, "_batch_sizes", "_window_size"]),
+    "BlockDiagonalPaddedKeysMask": (None, BLOCKS),
+    "BlockDiagonalCausalWithOffsetPaddedKeysMask": ("BlockDiagonalPaddedKeysMask", [*BLOCKS, "causal_diagonal"]),
+    "BlockDiagonalLocalAttentionPaddedKeysMask": (
+        "BlockDiagonalPaddedKeysMask", [*BLOCKS, "window_left", "window_right"]),
+    "BlockDiagonalCausalLocalAttentionPaddedKeysMask": ("BlockDiagonalPaddedKeysMask", [*BLOCKS, "_window_size"]),
+    "BlockDiagonalGappyKeysMask": (None, BLOCKS),
+    "BlockDiagonalCausalWithOffsetGappyKeysMask": ("BlockDiagonalGappyKeysMask", BLOCKS),
+    "PagedBlockDiagonalPaddedKeysMask": (None, PAGES),
+    "PagedBlockDiagonalCausalWithOffsetPaddedKeysMask": ("PagedBlockDiagonalPaddedKeysMask", PAGES),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_classes_are_related_and_made_as_xformers(name):
+    parent, arguments = CLASSES[name]
+    kind = getattr(biases, name)
+    assert list(inspect.signature(kind).parameters) == arguments
+    above = {name}
+    while parent is not None:
+        above.add(parent)
+        parent = CLASSES[parent][0]
+    assert {other for other in CLASSES if issubclass(kind, getattr(biases, other))} == above
+    assert issubclass(kind, biases.AttentionBias)
 
 
 @pytest.mark.parametrize(
