@@ -14,8 +14,15 @@ import torch
 
 from fastattn.integrations.stand_in import StandIn, public
 from fastattn.integrations.xformers import attn_bias
-from fastattn.integrations.xformers.attention import memory_efficient_attention, memory_efficient_attention_forward
+from fastattn.integrations.xformers.attention import (
+    memory_efficient_attention,
+    memory_efficient_attention_backward,
+    memory_efficient_attention_forward,
+    memory_efficient_attention_forward_requires_grad,
+    memory_efficient_attention_partial,
+)
 from fastattn.integrations.xformers.attn_bias import AttentionBias, LowerTriangularMask
+from fastattn.integrations.xformers.merging import merge_attentions
 
 __all__ = [
     "AttentionBias",
@@ -23,7 +30,11 @@ __all__ = [
     "attn_bias",
     "install",
     "memory_efficient_attention",
+    "memory_efficient_attention_backward",
     "memory_efficient_attention_forward",
+    "memory_efficient_attention_forward_requires_grad",
+    "memory_efficient_attention_partial",
+    "merge_attentions",
     "uninstall",
 ]
 
@@ -37,13 +48,19 @@ _BIASES = tuple(
 _LENGTHS = ("_SeqLenInfo", "_PaddedSeqLenInfo", "_GappySeqInfo")
 _FUNCTIONS = {
     "memory_efficient_attention": memory_efficient_attention,
+    "memory_efficient_attention_backward": memory_efficient_attention_backward,
     "memory_efficient_attention_forward": memory_efficient_attention_forward,
+    "memory_efficient_attention_forward_requires_grad": memory_efficient_attention_forward_requires_grad,
+}
+_OF_PARTS = {
+    "memory_efficient_attention_partial": memory_efficient_attention_partial,
+    "merge_attentions": merge_attentions,
 }
 
 
 def _fmha() -> dict[str, Any]:
     biases = importlib.import_module("xformers.ops.fmha.attn_bias")
-    return {**_FUNCTIONS, **public(attn_bias, *_BIASES), "attn_bias": biases}
+    return {**_FUNCTIONS, **_OF_PARTS, **public(attn_bias, *_BIASES), "attn_bias": biases}
 
 
 def _ops() -> dict[str, Any]:

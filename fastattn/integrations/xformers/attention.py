@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastattn.flash_attn.passes import dense_passes, packed_passes
 from fastattn.flash_attn.varlen import gathered_pages
 from fastattn.integrations.xformers.attn_bias import (
     AttentionBias,
@@ -15,6 +18,7 @@ from fastattn.integrations.xformers.attn_bias import (
     PagedBlockDiagonalPaddedKeysMask,
 )
 from fastattn.ops.attention import attention_varlen, scaled_dot_product_attention
+from fastattn.ops.attention.options import NO_WINDOW, AuxRequest
 
 NAME = "memory_efficient_attention"
 
@@ -48,20 +52,7 @@ def memory_efficient_attention(
     Returns: (B, Mq, H, Kv), (B, Mq, Kv) or (B, Mq, G, H, Kv). Queries that see no key get zeros.
     Raises: ValueError for shapes, dtypes, devices or values that do not fit; RuntimeError for pages that do not exist.
     """
-    shape = (*query.shape[:-1], value.shape[-1])
-    q, k, v = _heads(query, key, value)
-    call: dict[str, Any] = {"scale": scale, "dropout_p": p, "enable_gqa": q.shape[2] != k.shape[2], "backend": backend}
-    if isinstance(attn_bias, (BlockDiagonalBias, PagedBlockDiagonalPaddedKeysMask)):
-        output = _blocks(q, k, v, attn_bias, call)
-    else:
-        mask, window, alignment = _dense(attn_bias, query.ndim)
-        causal = window == (-1, 0)
-        output = scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, is_causal=causal,
-            window=(-1, -1) if causal else window, causal_alignment=alignment, **call,
-        ).transpose(1, 2)  # fmt: skip
-    output = output.reshape(shape)
-    return output if output_dtype is None else output.to(output_dtype)
+    return _attended(query, key, value, attn_bias, p, scale, output_dtype, backend)[0]
 
 
 def memory_efficient_attention_forward(
@@ -77,7 +68,219 @@ def memory_efficient_attention_forward(
 ) -> Tensor:
     """memory_efficient_attention without gradients."""
     with torch.no_grad():
-        return memory_efficient_attention(query, key, value, attn_bias, p, scale, op=op, output_dtype=output_dtype)
+        return _attended(query, key, value, attn_bias, p, scale, output_dtype)[0]
+
+
+def memory_efficient_attention_forward_requires_grad(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_bias: Tensor | AttentionBias | None = None,
+    p: float = 0.0,
+    scale: float | None = None,
+    *,
+    op: Any = None,
+    output_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The forward alone, for memory_efficient_attention_backward: (output, lse), nothing recorded.
+
+    lse: the log-sum-exp of the scores with the bias, natural log, float32 (float64 for float64), -inf where a query
+    sees no key: (B, H, Mq), (B, 1, Mq) of one head, (B, G, H, Mq) of groups; never padded.
+    Raises NotImplementedError for dropout, others as memory_efficient_attention.
+    """
+    _refuse_dropout("memory_efficient_attention_forward_requires_grad", p)
+    with torch.no_grad():
+        return _attended(query, key, value, attn_bias, p, scale, output_dtype)
+
+
+def memory_efficient_attention_backward(
+    grad: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_bias: Tensor | AttentionBias | None = None,
+    p: float = 0.0,
+    scale: float | None = None,
+    *,
+    op: Any = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward alone: gradients of query, key and value.
+
+    grad, output, lse: the gradient of the output, and what memory_efficient_attention_forward_requires_grad returned;
+    or output and lse over more keys, merged by merge_attentions, of which these keys are a part. A tensor bias gets no
+    gradient here. Keys that are expanded along the heads of a group get a gradient for each of them.
+    Raises NotImplementedError for dropout, ValueError for shapes that do not fit.
+    """
+    _refuse_dropout("memory_efficient_attention_backward", p)
+    _check_results(grad, output, lse, query, value)
+    with torch.enable_grad():
+        # What lies between these and what kernels take is undone by autograd. Contiguous: heads of their own.
+        detached = [t.detach().contiguous() if t.ndim == 5 else t.detach() for t in (query, key, value)]
+        q, k, v = (t.requires_grad_() for t in detached)
+        parts = _parts(q, k, v, attn_bias)
+    batch, queries, heads = query.shape[0], query.shape[1], math.prod(query.shape[2:-1])
+    grad, output = (t.to(query.dtype).reshape(batch, queries, heads, t.shape[-1]) for t in (grad, output))
+    lse = lse.reshape(batch, heads, queries)
+    ends: list[Tensor] = []
+    grads: list[Tensor] = []
+    with torch.no_grad():
+        for part, rows in zip(parts, _rows_of(parts), strict=True):
+            ends += (part.query, part.key, part.value)
+            grads += part.gradients(grad[:, rows], output[:, rows], lse[:, :, rows], scale)
+    d_query, d_key, d_value = torch.autograd.grad(ends, (q, k, v), grads)
+    return d_query, d_key, d_value
+
+
+def memory_efficient_attention_partial(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_bias: Tensor | AttentionBias | None = None,
+    p: float = 0.0,
+    scale: float | None = None,
+    *,
+    op: Any = None,
+    output_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention to some of the keys, for merge_attentions: (output, lse), both differentiable.
+
+    lse and errors: as memory_efficient_attention_forward_requires_grad.
+    """
+    _refuse_dropout("memory_efficient_attention_partial", p)
+    return _attended(query, key, value, attn_bias, p, scale, output_dtype)
+
+
+class _Dense(NamedTuple):
+    """Attention of whole matrices, (B, heads, M, K)."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    window: tuple[int, int]
+    bottom_right: bool
+
+    @property
+    def queries(self) -> int:
+        return self.query.shape[2]
+
+    @property
+    def positions(self) -> tuple[bool, tuple[int, int]]:
+        """(is_causal, window)"""
+        return (True, NO_WINDOW) if self.window == (-1, 0) else (False, self.window)
+
+    def results(self, p: float, scale: float | None, backend: str | None) -> tuple[Tensor, Tensor]:
+        """(B, M, heads, Kv) and lse (B, heads, M)."""
+        causal, window = self.positions
+        output, lse = scaled_dot_product_attention(
+            self.query, self.key, self.value, self.mask, p, causal, scale, self.query.shape[1] != self.key.shape[1],
+            causal_alignment="bottom_right" if self.bottom_right else "top_left", return_lse=True, window=window,
+            backend=backend,
+        )  # fmt: skip
+        return output.transpose(1, 2), lse
+
+    def gradients(self, grad: Tensor, output: Tensor, lse: Tensor, scale: float | None) -> Sequence[Tensor]:
+        """Of query, key and value."""
+        causal, window = self.positions
+        mask = None if self.mask is None else self.mask.detach()[(None,) * (4 - self.mask.ndim)]
+        passes = dense_passes(
+            self.query, self.key, self.value, mask, scale, 0.0, causal, self.bottom_right, window
+        )  # fmt: skip
+        return passes.backward(grad.transpose(1, 2), output.transpose(1, 2), lse, None)
+
+
+class _Packed(NamedTuple):
+    """Attention of packed sequences, (T, heads, K), aligned bottom right."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bounds_q: Tensor
+    bounds_k: Tensor
+    used: Tensor | None
+    max_q: int
+    max_k: int
+    window: tuple[int, int]
+
+    @property
+    def queries(self) -> int:
+        return self.query.shape[0]
+
+    def results(self, p: float, scale: float | None, backend: str | None) -> tuple[Tensor, Tensor]:
+        """(1, T, heads, Kv) and lse (1, heads, T)."""
+        output, lse = attention_varlen(
+            self.query, self.key, self.value, self.bounds_q, self.bounds_k, self.max_q, self.max_k,
+            return_aux=AuxRequest(True), scale=scale, window_size=self.window, seqused_k=self.used, dropout_p=p,
+            enable_gqa=self.query.shape[1] != self.key.shape[1], backend=backend,
+        )  # fmt: skip
+        return output.unsqueeze(0), lse.unsqueeze(0)
+
+    def gradients(self, grad: Tensor, output: Tensor, lse: Tensor, scale: float | None) -> Sequence[Tensor]:
+        """Of query, key and value."""
+        passes = packed_passes(
+            self.query, self.key, self.value, self.bounds_q, self.bounds_k, self.used, self.max_q, self.max_k, scale,
+            0.0, self.window,
+        )  # fmt: skip
+        return passes.backward(grad[0], output[0], lse[0], None)
+
+
+def _attended(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_bias: Any,
+    p: float,
+    scale: float | None,
+    output_dtype: torch.dtype | None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(output, lse) in the shapes of the arguments."""
+    results = [part.results(p, scale, backend) for part in _parts(query, key, value, attn_bias)]
+    output, lse = results[0]
+    if len(results) > 1:
+        output, lse = torch.cat([o for o, _ in results], 1), torch.cat([s for _, s in results], -1)
+    output = output.reshape(*query.shape[:-1], value.shape[-1])
+    if query.ndim == 5:
+        lse = lse.unflatten(1, query.shape[2:4])
+    return output if output_dtype is None else output.to(output_dtype), lse
+
+
+def _parts(query: Tensor, key: Tensor, value: Tensor, attn_bias: Any) -> Sequence[_Dense | _Packed]:
+    """The calls of our attention that this is: one, or one for each block, whose queries lie one behind the other."""
+    q, k, v = _heads(query, key, value)
+    if isinstance(attn_bias, (BlockDiagonalBias, PagedBlockDiagonalPaddedKeysMask)):
+        return _blocks(q, k, v, attn_bias)
+    mask, window, bottom_right = _dense(attn_bias, query.ndim)
+    return [_Dense(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, window, bottom_right)]
+
+
+def _rows_of(parts: Sequence[_Dense | _Packed]) -> list[slice]:
+    """Where the queries of each lie."""
+    found, start = [], 0
+    for part in parts:
+        found.append(slice(start, start + part.queries))
+        start += part.queries
+    return found
+
+
+def _refuse_dropout(name: str, p: float) -> None:
+    if p != 0.0:
+        raise NotImplementedError(f"{name}: there is no dropout here; memory_efficient_attention has it")
+
+
+def _check_results(grad: Tensor, output: Tensor, lse: Tensor, query: Tensor, value: Tensor) -> None:
+    shape = (*query.shape[:-1], value.shape[-1])
+    for name, tensor in (("grad", grad), ("output", output)):
+        if tensor.shape != shape:
+            raise ValueError(f"memory_efficient_attention_backward: {name} must be {shape}, got {tuple(tensor.shape)}")
+    heads = query.shape[2:-1] if query.ndim > 3 else (1,)
+    if lse.shape != (query.shape[0], *heads, query.shape[1]):
+        raise ValueError(
+            f"memory_efficient_attention_backward: lse must be {(query.shape[0], *heads, query.shape[1])}, got"
+            f" {tuple(lse.shape)}"
+        )
 
 
 def _heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,14 +307,14 @@ def _heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, T
     return query.flatten(2, 3), key.flatten(2, 3), value.flatten(2, 3)
 
 
-def _dense(attn_bias: Any, dims: int) -> tuple[Tensor | None, tuple[int, int], str]:
-    """(mask, window, alignment) of what is said of the whole matrix."""
-    window, alignment, tensor = (-1, -1), "top_left", attn_bias
+def _dense(attn_bias: Any, dims: int) -> tuple[Tensor | None, tuple[int, int], bool]:
+    """(mask, window, bottom_right) of what is said of the whole matrix."""
+    window, bottom_right, tensor = NO_WINDOW, False, attn_bias
     if isinstance(attn_bias, AttentionBias):
-        window, alignment = attn_bias.window, "bottom_right" if attn_bias.bottom_right else "top_left"
+        window, bottom_right = attn_bias.window, attn_bias.bottom_right
         tensor = attn_bias._bias if isinstance(attn_bias, LowerTriangularMaskWithTensorBias) else None
     if tensor is None:
-        return None, window, alignment
+        return None, window, bottom_right
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ValueError(f"{NAME}: attn_bias must be an AttentionBias or a floating tensor, which is added, got {kind}")
@@ -119,11 +322,12 @@ def _dense(attn_bias: Any, dims: int) -> tuple[Tensor | None, tuple[int, int], s
         tensor = tensor.unsqueeze(1)
     elif dims == 5 and tensor.ndim == 5:
         tensor = tensor.flatten(1, 2)
-    return tensor, window, alignment
+    return tensor, window, bottom_right
 
 
-def _blocks(q: Tensor, k: Tensor, v: Tensor, bias: Any, call: dict[str, Any]) -> Tensor:
-    """(1, total, H, Kv)"""
+def _blocks(q: Tensor, k: Tensor, v: Tensor, bias: Any) -> Sequence[_Dense | _Packed]:
+    """Packed sequences; or blocks one by one where they have more queries than keys and are aligned top left, which
+    packed sequences are not."""
     if not q.shape[0] == k.shape[0] == v.shape[0] == 1:
         raise ValueError(f"{NAME}: with {type(bias).__name__} the batch size must be 1, got {q.shape[0]}")
     queries, keys = bias.q_seqinfo, bias.k_seqinfo
@@ -140,28 +344,15 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, bias: Any, call: dict[str, Any]) ->
             raise ValueError(f"{NAME}: {type(bias).__name__} is of {keys.seqstart_py[-1]} keys, got {k.shape[1]}")
         if used is not None:
             room = keys.room
-        elif not bias.bottom_right and bias.window != (-1, -1):
+        elif not bias.bottom_right and bias.window != NO_WINDOW:
             # Top left is bottom right where both are of one length: keys behind the last query are not seen anyway.
             pairs = list(zip(queries.intervals(), keys.intervals(), strict=True))
             if any(q1 - q0 > k1 - k0 for (q0, q1), (k0, k1) in pairs):
-                return _one_by_one(q, k, v, bias, pairs, call)
+                q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+                return [
+                    _Dense(q[:, :, q0:q1], k[:, :, k0:k1], v[:, :, k0:k1], None, bias.window, False)
+                    for (q0, q1), (k0, k1) in pairs
+                ]
             if queries is not keys:
                 used = queries.seqstart.diff()
-    output: Tensor = attention_varlen(
-        q[0], *rows, queries.seqstart, bounds, queries.max_seqlen, room, window_size=bias.window, seqused_k=used, **call
-    )
-    return output.unsqueeze(0)
-
-
-def _one_by_one(
-    q: Tensor, k: Tensor, v: Tensor, bias: Any, pairs: list[tuple[tuple[int, int], tuple[int, int]]],
-    call: dict[str, Any],
-) -> Tensor:  # fmt: skip
-    """Blocks of more queries than keys, aligned top left, which packed sequences are not."""
-    return torch.cat([
-        scaled_dot_product_attention(
-            q[:, q0:q1].transpose(1, 2), k[:, k0:k1].transpose(1, 2), v[:, k0:k1].transpose(1, 2), window=bias.window,
-            **call,
-        ).transpose(1, 2)
-        for (q0, q1), (k0, k1) in pairs
-    ], 1)  # fmt: skip
+    return [_Packed(q[0], *rows, queries.seqstart, bounds, used, queries.max_seqlen, room, bias.window)]

@@ -1,21 +1,32 @@
 """memory_efficient_attention: every bias against its own matrix, every layout, gradients, bad input."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from fastattn import philox, testing
 from fastattn.cases import Case, Suite
 from fastattn.integrations.xformers import attn_bias as biases
-from fastattn.integrations.xformers import memory_efficient_attention, memory_efficient_attention_forward
+from fastattn.integrations.xformers import (
+    memory_efficient_attention,
+    memory_efficient_attention_backward,
+    memory_efficient_attention_forward,
+    memory_efficient_attention_forward_requires_grad,
+    memory_efficient_attention_partial,
+    merge_attentions,
+)
+from fastattn.numerics import accumulation_dtype
 from fastattn.ops.attention.samples import UNFUSED_PEER
 
 
-def formula(query, key, value, attn_bias=None, scale=None, bias=None, keep=None, p=0.0):
-    """softmax(scale * Q K^T + bias) V in the dtype of the query; a tensor bias is what `attn_bias` holds."""
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+def definition(query, key, value, attn_bias=None, scale=None, bias=None, keep=None, p=0.0):
+    """(softmax(scale * Q K^T + bias) V, lse) in the dtype of the query; a tensor bias is what `attn_bias` holds."""
+    shape, scale = (*query.shape[:-1], value.shape[-1]), query.shape[-1] ** -0.5 if scale is None else scale
+    query, key, value = (t.reshape(*t.shape[:2], -1, t.shape[-1]) for t in (query, key, value))
     scores = torch.einsum("bihd,bjhd->bhij", query, key) * scale
     if bias is not None:
-        scores = scores + bias
+        scores = scores + (bias.reshape(bias.shape[0], -1, *bias.shape[-2:]) if bias.ndim in (3, 5) else bias)
     if isinstance(attn_bias, biases.AttentionBias):
         seen = attn_bias.materialize(scores.shape[-2:], torch.float64) == 0
         scores = scores.masked_fill(~seen, -torch.inf)
@@ -23,7 +34,12 @@ def formula(query, key, value, attn_bias=None, scale=None, bias=None, keep=None,
     weights = torch.softmax(scores.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0)
     if keep is not None:
         weights = weights * keep / (1 - p)
-    return torch.einsum("bhij,bjhd->bihd", weights, value)
+    lse = scores.detach().to(accumulation_dtype(query.dtype)).logsumexp(-1)
+    return torch.einsum("bhij,bjhd->bihd", weights, value).reshape(shape), lse
+
+
+def formula(*args, **kwargs):
+    return definition(*args, **kwargs)[0]
 
 
 def table(sequences, pages):
@@ -88,18 +104,47 @@ def test_every_bias(case, dtype, skip_without_native):
     testing.check(memory_efficient_attention, SUITE, case, dtype=dtype)
 
 
-def lawful(call, exact, *leaves):
-    """The result and all gradients of `call`, against those of `exact`, which is called in both dtypes."""
-    output = call(*leaves)
-    grad = torch.randn_like(output)
-    found = [output, *torch.autograd.grad(output, leaves, grad)]
-    others = []
-    for dtype in (output.dtype, torch.float64):
-        inputs = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves]
-        result = exact(*inputs)
-        others.append([result, *torch.autograd.grad(result, inputs, grad.to(dtype))])
-    for result, peer, truth in zip(found, *others, strict=True):
-        testing.assert_lawful(result, peer, truth)
+class Passes(torch.autograd.Function):
+    """Both passes as callers with an autograd of their own have them: (output, lse)."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, attn_bias, scale):
+        output, lse = memory_efficient_attention_forward_requires_grad(query, key, value, attn_bias, scale=scale)
+        ctx.save_for_backward(output, lse, query, key, value)
+        ctx.call = {"attn_bias": attn_bias, "scale": scale}
+        ctx.mark_non_differentiable(lse)
+        return output, lse
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        return *memory_efficient_attention_backward(grad, *ctx.saved_tensors, **ctx.call), None, None
+
+
+def passes(query, key, value, attn_bias=None, scale=None):
+    return Passes.apply(query, key, value, attn_bias, scale)
+
+
+PASSES = dataclasses.replace(
+    SUITE, name="both passes", function=passes, peer=definition, truth=definition, results=("output", "lse")
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", PASSES.cases, ids=lambda case: case.name)
+def test_passes_of_every_bias(case, dtype, skip_without_native):
+    testing.check(passes, PASSES, case, dtype=dtype)
+
+
+@pytest.fixture
+def lawful(hold_to):
+    """Call with (call, exact, leaves): the result and all gradients keep the law beside those of `exact`."""
+
+    def check(call, exact, *leaves):
+        output = call(*leaves)
+        grad = torch.randn_like(output)
+        hold_to(exact, leaves, [output, *torch.autograd.grad(output, leaves, grad)], grad)
+
+    return check
 
 
 def drawn(*shapes):
@@ -108,7 +153,7 @@ def drawn(*shapes):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_tensors_have_gradients(causal):
+def test_tensors_have_gradients(causal, lawful):
     shape = (2, 9, 3, 16)
     leaves = drawn(shape, shape, shape, (2, 3, 9, 9))
     triangle = biases.LowerTriangularMask()
@@ -118,67 +163,136 @@ def test_tensors_have_gradients(causal):
 
     lawful(call, lambda q, k, v, b: formula(q, k, v, triangle if causal else None, bias=b), *leaves)
     both = triangle.add_bias(leaves[3]).materialize((2, 3, 9, 9))
-    torch.testing.assert_close(both, leaves[3] + triangle.materialize((2, 3, 9, 9)))
+    assert torch.equal(both, leaves[3] + triangle.materialize((2, 3, 9, 9)))
 
 
-def test_one_head():
+def test_one_head(lawful):
     """(B, M, K), with a bias of three dimensions."""
     leaves = drawn((2, 9, 16), (2, 11, 16), (2, 11, 8), (2, 9, 11))
-
-    def exact(q, k, v, bias):
-        return formula(q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2), bias=bias.unsqueeze(1)).squeeze(2)
-
-    lawful(memory_efficient_attention, exact, *leaves)
+    lawful(memory_efficient_attention, lambda q, k, v, bias: formula(q, k, v, bias=bias), *leaves)
 
 
-@pytest.mark.parametrize("expanded", [False, True])
-def test_groups(expanded):
+def expanded(tensor):
+    return tensor.expand(-1, -1, -1, 4, -1)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_groups(heads, lawful):
     """(B, M, G, H, K); expanded keys are read once and get the gradient of all."""
-    heads = 1 if expanded else 4
     leaves = drawn((2, 9, 2, 4, 16), (2, 11, 2, heads, 16), (2, 11, 2, heads, 16), (2, 2, 4, 9, 11))
-
-    def call(q, k, v, bias):
-        k, v = (t.expand(-1, -1, -1, 4, -1) for t in (k, v))
-        return memory_efficient_attention(q, k, v, bias)
-
-    def exact(q, k, v, bias):
-        k, v = (t.expand(-1, -1, -1, 4, -1).flatten(2, 3) for t in (k, v))
-        return formula(q.flatten(2, 3), k, v, bias=bias.flatten(1, 2)).unflatten(2, (2, 4))
-
-    lawful(call, exact, *leaves)
+    lawful(
+        lambda q, k, v, bias: memory_efficient_attention(q, expanded(k), expanded(v), bias),
+        lambda q, k, v, bias: formula(q, expanded(k), expanded(v), bias=bias), *leaves,
+    )  # fmt: skip
 
 
-def test_groups_in_blocks():
-    q, k, v = drawn((1, 15, 2, 4, 16), (1, 19, 2, 1, 16), (1, 19, 2, 1, 16))
-    output = memory_efficient_attention(q, k.expand(-1, -1, -1, 4, -1), v.expand(-1, -1, -1, 4, -1), BLOCKS)
-    k, v = (t.expand(-1, -1, -1, 4, -1).flatten(2, 3) for t in (k, v))
-    torch.testing.assert_close(output.flatten(2, 3), formula(q.flatten(2, 3), k, v, BLOCKS))
+def test_groups_in_blocks(lawful):
+    leaves = drawn((1, 15, 2, 4, 16), (1, 19, 2, 1, 16), (1, 19, 2, 1, 16))
+    for function in (memory_efficient_attention, lambda *args: passes(*args)[0]):
+        lawful(
+            lambda q, k, v, function=function: function(q, expanded(k), expanded(v), BLOCKS),
+            lambda q, k, v: formula(q, expanded(k), expanded(v), BLOCKS), *leaves,
+        )  # fmt: skip
 
 
-def test_dropout_and_dtypes():
+@pytest.mark.parametrize(
+    ("shapes", "bias", "of_lse"),
+    [
+        (((2, 9, 16), (2, 11, 16), (2, 11, 8)), (2, 9, 11), (2, 1, 9)),
+        (((2, 9, 3, 16), (2, 11, 3, 16), (2, 11, 3, 8)), (9, 11), (2, 3, 9)),
+        (((2, 9, 2, 4, 16), (2, 11, 2, 4, 16), (2, 11, 2, 4, 8)), None, (2, 2, 4, 9)),
+        (((1, 15, 2, 4, 16), (1, 19, 2, 4, 16), (1, 19, 2, 4, 8)), BLOCKS, (1, 2, 4, 15)),
+    ],
+)
+def test_passes_of_every_layout(shapes, bias, of_lse, lawful):
+    """Tensor biases that broadcast, and where lse lies."""
+    leaves = drawn(*shapes)
+    bias = torch.randn(bias) if isinstance(bias, tuple) else bias
+    held = {"bias": bias} if isinstance(bias, torch.Tensor) else {"attn_bias": bias}
+    lawful(lambda q, k, v: passes(q, k, v, bias)[0], lambda q, k, v: formula(q, k, v, **held), *leaves)
+    assert passes(*leaves, bias)[1].shape == of_lse
+
+
+def padded_blocks(room, lengths):
+    return biases.BlockDiagonalPaddedKeysMask.from_seqlens([6, 5, 4], room, lengths, device="cpu")
+
+
+#: What the queries see of the keys in each of two parts, and how many keys there are.
+PARTS = {
+    "halves": ((None, 8), (None, 11)),
+    "a triangle and the rest": ((biases.LowerTriangularMask(), 8), (None, 11)),
+    "queries that see nothing of one part, or of both": (
+        (padded_blocks(8, [8, 0, 0]), 24), (padded_blocks(4, [3, 4, 0]), 12)),
+}  # fmt: skip
+
+
+def hidden(attn_bias, keys):
+    """0 and -inf, (15, keys)"""
+    return torch.zeros(15, keys) if attn_bias is None else attn_bias.materialize((15, keys))
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("groups", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_the_keys(name, dtype, groups, recorded, skip_without_native, hold_to):
+    """Merged outputs, lse and gradients are those of all keys: recorded, or by passes that know the merged results."""
+    torch.manual_seed(2)
+    heads = (2, 4) if groups else (3,)
+    (bias, keys), (other, more) = PARTS[name]
+    rows = (15, keys, keys, more, more)
+    leaves = [torch.randn(1, n, *heads, 16).to(dtype).requires_grad_() for n in rows]
+    q, k, v, k2, v2 = leaves
+    parts = ((k, v, bias), (k2, v2, other))
+    output, lse = merge_attentions(*zip(*(memory_efficient_attention_partial(q, *part) for part in parts), strict=True))
+    grad = torch.randn_like(output)
+    if recorded:
+        grads = torch.autograd.grad(output, leaves, grad)
+    else:
+        (dq, *d), (dq2, *d2) = (memory_efficient_attention_backward(grad, output, lse, q, *part) for part in parts)
+        grads = (dq + dq2, *d, *d2)
+
+    def whole(q, k, v, k2, v2):
+        mask = torch.cat((hidden(bias, keys), hidden(other, more)), 1).to(q.dtype)
+        return definition(q, torch.cat((k, k2), 1), torch.cat((v, v2), 1), bias=mask)
+
+    hold_to(lambda *tensors: whole(*tensors)[0], leaves, [output, *grads], grad)
+    hold_to(lambda *tensors: whole(*tensors)[1].reshape(lse.shape), leaves, [lse])
+
+
+def test_parts_are_lists_or_one_tensor():
+    outputs, lses = torch.randn(3, 2, 5, 4, 8).bfloat16(), torch.randn(3, 2, 4, 5)
+    output, lse = merge_attentions(outputs, lses)
+    assert output.dtype == torch.bfloat16 and lse.dtype == torch.float32
+    for found, expected in zip(merge_attentions(outputs.unbind(), list(lses)), (output, lse), strict=True):
+        assert torch.equal(found, expected)
+    wide, nothing = merge_attentions(outputs, lses, write_lse=False, output_dtype=torch.float32)
+    assert nothing is None and wide.dtype == torch.float32 and torch.equal(wide.bfloat16(), output)
+
+
+def test_dropout_and_dtypes(hold_to):
     q, k, v = drawn((2, 9, 3, 16), (2, 11, 3, 16), (2, 11, 3, 16))
     torch.manual_seed(4)
     output = memory_efficient_attention(q, k, v, p=0.3)
     torch.manual_seed(4)
     keep = philox.keep_mask(philox.draw(torch.device("cpu")), 0.3, 2, 3, 9, 11)
-    torch.testing.assert_close(output, formula(q, k, v, keep=keep, p=0.3))
+    hold_to(lambda *tensors: formula(*tensors, keep=keep, p=0.3), (q, k, v), [output])
     assert memory_efficient_attention(q, k, v, output_dtype=torch.float64).dtype == torch.float64
     assert not memory_efficient_attention_forward(q, k, v, biases.LowerTriangularMask()).requires_grad
 
 
-def test_lists_of_tensors():
+def test_lists_of_tensors(hold_to):
     parts = [torch.randn(2, 5, 3, 8), torch.randn(1, 7, 3, 8), torch.randn(3, 1, 3, 8)]
     mask, rows = biases.BlockDiagonalCausalMask.from_tensor_list(parts)
     assert rows.shape == (1, 20, 3, 8)
+    triangle = biases.LowerTriangularMask()
     for part, result in zip(parts, mask.split(memory_efficient_attention(rows, rows, rows, mask)), strict=True):
-        torch.testing.assert_close(
-            result, memory_efficient_attention(part, part, part, biases.LowerTriangularMask()))  # fmt: skip
+        hold_to(lambda part: formula(part, part, part, triangle), [part], [result])
     keys = [torch.randn(2, 3, 3, 8), torch.randn(1, 9, 3, 8), torch.randn(3, 2, 3, 8)]
     mask, q, k, v = biases.BlockDiagonalMask.from_tensor_lists_qkv(parts, keys, keys)
-    for part, key, result in zip(
-        parts, keys, mask.split_queries(memory_efficient_attention(q, k, v, mask)), strict=True
-    ):
-        torch.testing.assert_close(result, memory_efficient_attention(part, key, key))
+    results = mask.split_queries(memory_efficient_attention(q, k, v, mask))
+    for part, key, result in zip(parts, keys, results, strict=True):
+        hold_to(lambda part, key: formula(part, key, key), [part, key], [result])
     assert [t.shape for t in mask.split_kv(k)] == [t.shape for t in keys]
     with pytest.raises(ValueError, match="use split_queries or split_kv"):
         mask.split(q)
@@ -223,3 +337,43 @@ REFUSED = [
 def test_refused(tensors, call, message):
     with pytest.raises(ValueError, match=message):
         memory_efficient_attention(*tensors, **call)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [memory_efficient_attention_forward_requires_grad, memory_efficient_attention_partial],
+    ids=lambda f: f.__name__,
+)
+def test_passes_have_no_dropout(function):
+    with pytest.raises(NotImplementedError, match=f"{function.__name__}: there is no dropout here"):
+        function(ROWS, ROWS, ROWS, p=0.1)
+    with pytest.raises(NotImplementedError, match="memory_efficient_attention_backward: there is no dropout here"):
+        memory_efficient_attention_backward(ROWS, ROWS, rows(1, 3, 15), ROWS, ROWS, ROWS, p=0.1)
+
+
+@pytest.mark.parametrize(
+    ("grad", "output", "lse", "message"),
+    [
+        (rows(1, 15, 3, 8), ROWS, rows(1, 3, 15), r"grad must be \(1, 15, 3, 16\), got \(1, 15, 3, 8\)"),
+        (ROWS, rows(1, 15, 48), rows(1, 3, 15), r"output must be \(1, 15, 3, 16\), got \(1, 15, 48\)"),
+        (ROWS, ROWS, rows(1, 3, 16), r"lse must be \(1, 3, 15\), got \(1, 3, 16\)"),
+    ],
+)
+def test_results_that_do_not_fit(grad, output, lse, message):
+    with pytest.raises(ValueError, match=message):
+        memory_efficient_attention_backward(grad, output, lse, ROWS, ROWS, ROWS)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "lses", "message"),
+    [
+        ([], [], "at least one, got 0 outputs and 0 lse"),
+        ([ROWS], [rows(1, 3, 15)] * 2, "an lse for each output, and at least one, got 1 outputs and 2 lse"),
+        ([ROWS], [rows(1, 15, 3)], r"got \(1, 15, 3, 16\) and \(1, 15, 3\)"),
+        ([ROWS, rows(1, 15, 3, 8)], [rows(1, 3, 15)] * 2, r"got \(1, 15, 3, 8\) and \(1, 3, 15\) beside"),
+        ([rows(1, 15, 16)], [rows(1, 1, 15)], r"must all be one \(B, M, H, Kv\) or"),
+    ],
+)
+def test_parts_that_do_not_fit(outputs, lses, message):
+    with pytest.raises(ValueError, match=message):
+        merge_attentions(outputs, lses)

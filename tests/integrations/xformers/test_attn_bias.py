@@ -138,6 +138,8 @@ def test_installed():
 
         assert xformers.__version__ == integration.VERSION
         assert xops.memory_efficient_attention is integration.memory_efficient_attention
+        assert xops.memory_efficient_attention_backward is fmha.memory_efficient_attention_backward
+        assert fmha.merge_attentions is integration.merge_attentions
         assert xops.LowerTriangularMask is biases.LowerTriangularMask is fmha.LowerTriangularMask
         assert fmha.attn_bias.BlockDiagonalMask is BlockDiagonalMask is biases.BlockDiagonalMask
         assert LowerTriangularFromBottomRightMask is biases.LowerTriangularFromBottomRightMask
