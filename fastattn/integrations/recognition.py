@@ -1,8 +1,9 @@
 """Modules that are none of torch's and compute what our kernels compute: norms, GELUs, Conv1D, SwiGLU layers.
 
 A class is never taken for what its name says. The name only says what to try: the module's own forward runs on a small
-random input, with small random parameters in a copy of it, and what comes out must be what the formula gives. So a
-library need not be imported to be recognised, and a class that computes something else is left alone.
+random input, with small random parameters in a copy of it, and what comes out must keep the accuracy law beside the
+formula: in float64 it is the truth, in float32 it is torch's result. So a library need not be imported to be
+recognised, and a class that computes something else is left alone.
 
 What was found is a Form: the mixin that serves it, and the options that the mixin needs to know.
 """
@@ -10,6 +11,7 @@ What was found is a Form: the mixin that serves it, and the options that the mix
 from __future__ import annotations
 
 import copy
+import functools
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,11 +24,14 @@ from torch import Tensor, nn
 
 from fastattn import ops
 from fastattn.nn.served import Served, hooked, refusal
+from fastattn.numerics import error, violation
 from fastattn.ops.linear.op import prefers_torch
 
 ROWS, WIDTH = 3, 8
 #: Modules without a number of their own for it have it in their forward.
 USUAL_EPS = (1e-5, 1e-6, 1e-12)
+#: Of the rows that norms are tried on: about the root of every usual eps, and far above it.
+SCALES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e4)
 
 
 @dataclass(frozen=True)
@@ -45,50 +50,44 @@ class Unrecognised(Exception):
 
 
 class _NormForward(Served):
-    """fastattn_weight, _bias: names of parameters, None without; _eps: an attribute's name, or the number; _offset:
-    what is added to the weight; _result: whose dtype the result has."""
+    """fastattn_norm: what computes it; _affine: its parameters' names, None for one that is not there; _eps: an
+    attribute's name, or the number; _offset: what is added to the weight; _result: whose dtype the result has."""
 
-    fastattn_weight: str | None
-    fastattn_bias: str | None
+    fastattn_norm: Callable[..., Tensor]
+    fastattn_affine: tuple[str | None, ...]
     fastattn_eps: str | float
     fastattn_offset: float
     fastattn_result: str
 
-    def _norm(self, x: Tensor, weight: Any, bias: Any, eps: float) -> Tensor:
-        raise NotImplementedError
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        weight = None if self.fastattn_weight is None else getattr(self, self.fastattn_weight)
-        bias = None if self.fastattn_bias is None else getattr(self, self.fastattn_bias)
+        affine = [None if name is None else getattr(self, name) for name in self.fastattn_affine]
         reason: str | None = "called with more than one tensor"
         if len(args) == 1 and not kwargs:
-            reason = refusal(args[0], weight, bias)
+            reason = refusal(args[0], *affine)
         if reason is not None:
             self._left_to_torch(reason)
             return super().forward(*args, **kwargs)
-        (x,) = args
+        (x,), weight = args, affine[0]
         eps = getattr(self, self.fastattn_eps) if isinstance(self.fastattn_eps, str) else self.fastattn_eps
         dtype = x.dtype
         if weight is not None and weight.dtype != dtype and self.fastattn_result != "input":
             promoted = torch.promote_types(dtype, weight.dtype)
             dtype = promoted if self.fastattn_result == "promoted" else weight.dtype
             x = x.to(promoted)
-        return self._norm(x, weight, bias, eps).to(dtype)
+        normed = self.fastattn_norm(x, x.shape[-1:], *affine, eps, weight_offset=self.fastattn_offset)
+        return normed.to(dtype)
 
 
 class RecognisedRMSNorm(_NormForward):
     """An RMSNorm over the last dimension on fastattn.rms_norm."""
 
-    def _norm(self, x: Tensor, weight: Any, bias: Any, eps: float) -> Tensor:
-        return ops.rms_norm(x, x.shape[-1:], weight, eps, weight_offset=self.fastattn_offset)
+    fastattn_norm = staticmethod(ops.rms_norm)
 
 
 class RecognisedLayerNorm(_NormForward):
     """A LayerNorm over the last dimension on fastattn.layer_norm."""
 
-    def _norm(self, x: Tensor, weight: Any, bias: Any, eps: float) -> Tensor:
-        normed: Tensor = ops.layer_norm(x, x.shape[-1:], weight, bias, eps, weight_offset=self.fastattn_offset)
-        return normed
+    fastattn_norm = staticmethod(ops.layer_norm)
 
 
 class RecognisedGELU(Served):
@@ -193,8 +192,26 @@ def _drawn(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu")
 
 
-def _agree(result: Tensor, expected: Tensor) -> bool:
-    return result.shape == expected.shape and torch.allclose(result.double(), expected, rtol=1e-4, atol=1e-5)
+def _agree(result: Tensor, formula: Callable[..., Tensor], *inputs: Tensor | None) -> bool:
+    """Whether a result is the formula's of these float32 inputs, by the accuracy law."""
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        peer, truth = formula(*inputs), formula(*(None if tensor is None else tensor.double() for tensor in inputs))
+    if result.shape != peer.shape or result.dtype != peer.dtype:
+        return False
+    return violation(error(result, truth), error(peer, truth), result.dtype) is None
+
+
+def _elementwise(module: nn.Module, formula: Callable[[Tensor], Tensor]) -> bool:
+    """Whether the module computes this formula of each element.
+
+    In parts, since the law is relative to the largest number: near zero, where the curve is, and far out, where there
+    may be limits that are not the formula's.
+    """
+    for limit in (1e-2, 1.0, 8.0, 100.0, 1e4):
+        x = torch.linspace(-limit, limit, 257, dtype=torch.float32, device="cpu")
+        if not _agree(_computed(module, {}, x), formula, x):
+            return False
+    return True
 
 
 def _names(module: nn.Module) -> list[str]:
@@ -215,14 +232,15 @@ def _norm_form(module: nn.Module) -> Form:
     width = next(iter(shapes))[0] if shapes else WIDTH
     attributes = {"normalized_shape": (width,)} if not shapes and hasattr(module, "normalized_shape") else {}
     parameters = {name: _drawn(width, seed=i) for i, name in enumerate(names)}
-    # Rows that eps matters to, and rows that a mean is in.
-    x = _drawn(ROWS, width, seed=7) * torch.tensor([[1e-3], [1.0], [1e4]], device="cpu")
-    x[1] += 0.5
+    # Rows that every usual eps is large and small for, and that a mean is in.
+    x = _drawn(len(SCALES), width, seed=7).add_(0.5).mul_(torch.tensor(SCALES, device="cpu").unsqueeze(-1))
     result = _computed(module, parameters, x, **attributes)
     for mixin, offset, eps in _candidates(module, weight is not None, bias is not None):
         number = getattr(module, eps) if isinstance(eps, str) else eps
-        if _agree(result, _normed(mixin, x.double(), parameters, weight, bias, offset, number)):
-            options = {"weight": weight, "bias": bias, "eps": eps, "offset": offset}
+        affine = (weight, bias) if mixin is RecognisedLayerNorm else (weight,)
+        given = (None if name is None else parameters[name] for name in affine)
+        if _agree(result, functools.partial(FORMULAS[mixin], eps=number, offset=offset), x, *given):
+            options = {"affine": affine, "eps": eps, "offset": offset}
             options["result"] = _result_rule(module, parameters, x, weight, **attributes)
             return Form(mixin, tuple((f"fastattn_{key}", value) for key, value in options.items()))
     raise Unrecognised("it computes neither RMSNorm nor LayerNorm over the last dimension")
@@ -236,20 +254,18 @@ def _candidates(module: nn.Module, weight: bool, bias: bool) -> Iterator[tuple[t
                 yield mixin, offset, eps
 
 
-def _normed(
-    mixin: type,
-    x: Tensor,
-    parameters: dict[str, Tensor],
-    weight: str | None,
-    bias: str | None,
-    offset: float,
-    eps: float,
-) -> Tensor:
-    if mixin is RecognisedLayerNorm:
-        x = x - x.mean(-1, keepdim=True)
+def _rms_norm(x: Tensor, weight: Tensor | None, *, eps: float, offset: float) -> Tensor:
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    x = x if weight is None else x * (parameters[weight].double() + offset)
-    return x if bias is None else x + parameters[bias].double()
+    return x if weight is None else x * (weight + offset)
+
+
+def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, offset: float) -> Tensor:
+    x = _rms_norm(x - x.mean(-1, keepdim=True), weight, eps=eps, offset=offset)
+    return x if bias is None else x + bias
+
+
+#: What they compute, in plain torch.
+FORMULAS: dict[type, Callable[..., Tensor]] = {RecognisedRMSNorm: _rms_norm, RecognisedLayerNorm: _layer_norm}
 
 
 def _result_rule(
@@ -274,14 +290,10 @@ def _result_rule(
 def _gelu_form(module: nn.Module) -> Form:
     if _names(module):
         raise Unrecognised("it has parameters")
-    # Far out there may be limits that are not GELU's.
-    x = torch.linspace(-8.0, 8.0, 257, dtype=torch.float32, device="cpu")
-    x = torch.cat((x, torch.tensor([-1e4, -100.0, -20.0, 20.0, 100.0, 1e4], device="cpu")))
-    result = _computed(module, {}, x)
     for approximate in ("none", "tanh"):
-        expected = F.gelu(x.double(), approximate=approximate)
-        if torch.allclose(result.double(), expected, rtol=1e-6, atol=2e-6):
-            if _computed(module, {}, x.bfloat16()).dtype != torch.bfloat16:
+        if _elementwise(module, functools.partial(F.gelu, approximate=approximate)):
+            x = torch.zeros(ROWS, dtype=torch.bfloat16, device="cpu")
+            if _computed(module, {}, x).dtype != torch.bfloat16:
                 raise Unrecognised("its result has another dtype than its input")
             return Form(RecognisedGELU, (("fastattn_approximate", approximate),))
     raise Unrecognised("it computes neither of torch's GELUs")
@@ -293,7 +305,7 @@ def _conv1d_form(module: nn.Module) -> Form:
     parameters = {"weight": _drawn(WIDTH, 5, seed=0), "bias": _drawn(5, seed=1)}
     x = _drawn(2, ROWS, WIDTH, seed=2)
     result = _computed(module, parameters, x, nx=WIDTH, nf=5)
-    if not _agree(result, x.double() @ parameters["weight"].double() + parameters["bias"].double()):
+    if not _agree(result, lambda x, weight, bias: x @ weight + bias, x, parameters["weight"], parameters["bias"]):
         raise Unrecognised("it does not compute x @ weight + bias")
     return Form(RecognisedConv1D)
 
@@ -311,9 +323,8 @@ def _gated_form(module: nn.Module) -> Form | None:
         if len(rest) != 1 or not {*gate, down} < module._modules.keys():
             continue
         act: Any = module._modules[rest[0]]
-        x = torch.linspace(-8.0, 8.0, 257, dtype=torch.float32, device="cpu")
         try:
-            if not _agree(_computed(act, {}, x), F.silu(x.double())):
+            if not _elementwise(act, F.silu):
                 return None
             small = {name: _product(WIDTH, 2 * 5 // len(gate), seed) for seed, name in enumerate(gate)}
             small |= {down: _product(5, WIDTH, 2), rest[0]: act}
@@ -321,14 +332,17 @@ def _gated_form(module: nn.Module) -> Form | None:
             result = _computed(module, {}, x, _modules=small)
         except Unrecognised:
             return None
-        # In float64, which autocast leaves alone.
-        weights = {name: small[name].weight.detach().double() for name in (*gate, down)}
-        products = torch.cat([x.double() @ weights[name].t() for name in gate], -1)
-        expected = (F.silu(products[:, :5]) * products[:, 5:]) @ weights[down].t()
+        weights = [small[name].weight.detach() for name in (*gate, down)]
         options = {"gate": gate, "down": down, "act": rest[0], "silu": type(act)}
-        if _agree(result, expected):
+        if _agree(result, _swiglu, x, *weights):
             return Form(RecognisedSwiGLU, tuple((f"fastattn_{key}", value) for key, value in options.items()))
     return None
+
+
+def _swiglu(x: Tensor, *weights: Tensor) -> Tensor:
+    *gates, down = weights
+    gate, up = torch.cat([x @ weight.t() for weight in gates], -1).chunk(2, -1)
+    return (F.silu(gate) * up) @ down.t()
 
 
 def _product(width: int, outputs: int, seed: int) -> Any:

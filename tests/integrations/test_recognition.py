@@ -16,10 +16,6 @@ from fastattn.integrations import patching
 E, H = 16, 4
 
 
-def classes(model):
-    return [type(module) for module in model.modules()]
-
-
 class LlamaRMSNorm(nn.Module):
     """Rounds before the weight: the result is promoted."""
 
@@ -93,7 +89,7 @@ FOREIGN = {
 @pytest.mark.parametrize("kind", FOREIGN, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32),
                                     (torch.float32, torch.bfloat16)], ids=str)  # fmt: skip
-def test_classes_that_compute_what_ours_do(kind, dtypes):
+def test_classes_that_compute_what_ours_do(kind, dtypes, law):
     """In every combination of an input's and a weight's dtype the result has the dtype that it had."""
     torch.manual_seed(0)
     of_input, of_weight = dtypes
@@ -103,20 +99,13 @@ def test_classes_that_compute_what_ours_do(kind, dtypes):
     model.to(of_weight)
     if kind is Conv1D and of_input != of_weight:
         return  # the original refuses that
-    x = torch.randn(5, E).to(of_input).requires_grad_()
-    expected = model(x)
-    expected.sum().backward()
-    wanted, x.grad = x.grad, None
+    hold = law(model, torch.randn(5, E).to(of_input))
     report = fastattn.patch(model)
     assert [entry.what for entry in report.replaced] == [f"fastattn's {FOREIGN[kind]}"]
     reset_served()
     with fastattn.use_backend("cpu"):
-        found = model(x)
-    found.sum().backward()
-    assert set(served()) == {"cpu"} and found.dtype == expected.dtype
-    low = torch.bfloat16 in dtypes
-    torch.testing.assert_close(found, expected, rtol=2e-2 if low else 1e-5, atol=2e-2 if low else 1e-5)
-    torch.testing.assert_close(x.grad, wanted, rtol=5e-2 if low else 1e-4, atol=5e-2 if low else 1e-5)
+        hold()
+    assert set(served()) == {"cpu"}
     fastattn.unpatch(model)
     assert type(model) is kind
 
@@ -148,6 +137,9 @@ def test_recognising_runs_neither_hooks_nor_random_numbers():
     weight, random = model.weight.clone(), torch.get_rng_state()
     fastattn.patch(model)
     assert calls == [] and torch.equal(model.weight, weight) and torch.equal(torch.get_rng_state(), random)
+
+
+# ---- what is not ours ----
 
 
 class QuickGELUActivation(nn.Module):
@@ -185,9 +177,88 @@ class BufferNorm(LlamaRMSNorm):
         self.register_buffer("mean", torch.zeros(E))
 
 
+class WrongEpsNorm(LlamaRMSNorm):
+    """Its eps is not the number that it shows."""
+
+    factor = 10.0
+
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.factor * self.variance_epsilon)
+
+
+class SmallerEpsNorm(WrongEpsNorm):
+    factor = 0.1
+
+
+class OutsideEpsNorm(LlamaRMSNorm):
+    def forward(self, x):
+        return self.weight * x / (x.square().mean(-1, keepdim=True).sqrt() + self.variance_epsilon)
+
+
+class UnbiasedNorm(LlamaRMSNorm):
+    """Its variance is of n - 1 numbers."""
+
+    def forward(self, x):
+        centered = x - x.mean(-1, keepdim=True)
+        return self.weight * centered * torch.rsqrt(x.var(-1, keepdim=True) + self.variance_epsilon)
+
+
+class UnusedBiasNorm(LlamaRMSNorm):
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(E))
+
+    def forward(self, x):
+        return F.layer_norm(x, x.shape[-1:], self.weight, None, self.variance_epsilon)
+
+
+class HalfOffsetNorm(LlamaRMSNorm):
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], 0.5 + self.weight, self.variance_epsilon)
+
+
+class RoundingNorm(LlamaRMSNorm):
+    """All of it, in bfloat16."""
+
+    def forward(self, x):
+        return F.rms_norm(x.bfloat16(), x.shape[-1:], self.weight.bfloat16(), self.variance_epsilon).to(x.dtype)
+
+
+class BetweenGELU(nn.Module):
+    """As far from one of torch's as from the other."""
+
+    def forward(self, x):
+        return (F.gelu(x) + F.gelu(x, approximate="tanh")) / 2
+
+
+class ShortTanhGELU(nn.Module):
+    """A digit of its constant is missing."""
+
+    def forward(self, x):
+        return 0.5 * x * (1.0 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.0447 * x**3)))
+
+
+class ClippedGELU(nn.Module):
+    def forward(self, x):
+        return F.gelu(x).clamp(max=1e3)
+
+
+class Conv1d(Conv1D):
+    """Without its bias."""
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+NORMS = (
+    WrongEpsNorm, SmallerEpsNorm, OutsideEpsNorm, UnbiasedNorm, UnusedBiasNorm, HalfOffsetNorm, RoundingNorm,
+    GroupedNorm,
+)  # fmt: skip
+GELUS = (BetweenGELU, ShortTanhGELU, ClippedGELU, QuickGELUActivation)
 NOT_OURS = {
-    QuickGELUActivation: "it computes neither of torch's GELUs",
-    GroupedNorm: "it computes neither RMSNorm nor LayerNorm over the last dimension",
+    **dict.fromkeys(NORMS, "it computes neither RMSNorm nor LayerNorm over the last dimension"),
+    **dict.fromkeys(GELUS, "it computes neither of torch's GELUs"),
+    Conv1d: "it does not compute x @ weight + bias",
     CountingNorm: "its forward changes the module or its input",
     GatedNorm: "its forward does not take a tensor: TypeError",
     HeadsNorm: "its parameters are no vector and a bias: weight of shapes",
@@ -225,50 +296,46 @@ class PackedMLP(nn.Module):
         return self.down_proj(up * self.activation_fn(gate))
 
 
+class NearlySiLU(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.0001 * x)
+
+
 class SwappedMLP(GatedMLP):
     def forward(self, x):
         return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
 
 
-def mlp_gradients(model, x):
-    model.zero_grad()
-    output = model(x)
-    output.square().sum().backward()
-    return [output, *(parameter.grad.clone() for parameter in model.parameters())]
-
-
 @pytest.mark.parametrize("kind", [GatedMLP, PackedMLP])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_gated_layers(kind, autocast):
+def test_gated_layers(kind, autocast, law, classes):
     torch.manual_seed(0)
     model, x = kind(), torch.randn(3, E)
     kinds = classes(model)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        expected = mlp_gradients(model, x)
+        hold = law(model, x)
         report = fastattn.patch(model)
         explanation = fastattn.explain(model, x)
-        found = mlp_gradients(model, x)
+        hold()
     assert report.replaced[0] == patching.Entry("", kind.__name__, "fastattn's SwiGLU") and report.others == {}
     assert [row.kernel for row in explanation.rows if row.op == "swiglu"] == ["cpu"]
-    assert found[0].dtype == expected[0].dtype
-    tolerance = 0.05 if autocast else 1e-5
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     assert torch.equal(copy.deepcopy(model)(x), model(x))
     assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), model(x))
+    if not autocast:
+        hold(torch.compile(model, backend="aot_eager", fullgraph=True))
     fastattn.unpatch(model)
     assert classes(model) == kinds
 
 
-def test_gated_layers_call_their_parts():
+def test_gated_layers_call_their_parts(law):
+    torch.manual_seed(0)
     model, x, calls = GatedMLP(), torch.randn(3, E), []
-    expected = model(x)
+    expected, hold = model(x), law(model, x)
     fastattn.patch(model)
     model.up_proj.register_forward_hook(lambda *args: calls.append("up"))
     assert fastattn.explain(model, x).left == () and calls == ["up"]
     model.act_fn.register_forward_hook(lambda *args: calls.append("act"))
-    torch.testing.assert_close(model(x), expected)
+    hold()
     assert sorted(calls) == ["act", "up", "up"]
     model.act_fn = nn.ReLU()
     assert "its activation has hooks or was replaced" in str(fastattn.explain(model, x))
@@ -278,13 +345,16 @@ def test_gated_layers_call_their_parts():
     assert model(x.double()).dtype == torch.float64
 
 
-@pytest.mark.parametrize("make", [SwappedMLP, lambda: GatedMLP(nn.GELU), lambda: GatedMLP(nn.ReLU)])
-def test_layers_that_are_not_swiglu_only_have_their_parts_replaced(make):
-    model, x = make(), torch.randn(3, E)
-    expected = model(x)
+@pytest.mark.parametrize(
+    "make", [SwappedMLP, lambda: GatedMLP(nn.GELU), lambda: GatedMLP(nn.ReLU), lambda: GatedMLP(NearlySiLU)]
+)
+def test_layers_that_are_not_swiglu_only_have_their_parts_replaced(make, law):
+    torch.manual_seed(0)
+    model = make()
+    hold = law(model, torch.randn(3, E))
     report = fastattn.patch(model, strict=True)
     assert "" not in {entry.path for entry in report.replaced} and len(report.replaced) >= 3
-    torch.testing.assert_close(model(x), expected)
+    hold()
 
 
 class FastNorm(nn.LayerNorm):
@@ -294,13 +364,14 @@ class FastNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
-def test_overrides_that_are_known_are_asked_what_they_compute(monkeypatch):
-    model, x = FastNorm(E), torch.randn(3, E)
-    expected = model(x)
+def test_overrides_that_are_known_are_asked_what_they_compute(monkeypatch, law):
+    torch.manual_seed(0)
+    model = FastNorm(E)
+    hold = law(model, torch.randn(3, E))
     assert fastattn.patch(model).left[0].what == "a subclass of LayerNorm with a forward of its own"
     monkeypatch.setattr(patching, "KNOWN_OVERRIDES", {f"{FastNorm.__module__}.FastNorm"})
     assert fastattn.patch(model).replaced[0].what == "fastattn's LayerNorm"
-    torch.testing.assert_close(model(x), expected)
+    hold()
     fastattn.unpatch(model)
     assert type(model) is FastNorm
 
@@ -318,17 +389,18 @@ TRANSFORMERS = {
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
-def test_norms_of_transformers(name):
+def test_norms_of_transformers(name, law):
     pytest.importorskip("transformers")
+    torch.manual_seed(0)
     kind, offset, result = TRANSFORMERS[name]
     model = getattr(importlib.import_module(f"transformers.models.{name}.modeling_{name}"), kind)(E)
     for parameter in model.parameters():
         nn.init.normal_(parameter)
     x = torch.randn(5, E)
-    expected = model(x)
+    hold = law(model, x)
     assert fastattn.patch(model).replaced
     assert (model.fastattn_offset, model.fastattn_result) == (offset, result)
-    torch.testing.assert_close(model(x), expected)
+    hold()
     assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
 
 
