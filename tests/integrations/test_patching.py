@@ -32,14 +32,14 @@ class Block(nn.Module):
         self.encoder = nn.TransformerEncoderLayer(E, H, 2 * E, 0.0, batch_first=True)
         self.decoder = nn.TransformerDecoderLayer(E, H, 2 * E, 0.0, batch_first=True)
         self.log_softmax, self.softmax = nn.LogSoftmax(-1), nn.Softmax(-1)
-        self.loss = nn.CrossEntropyLoss()
+        self.loss = nn.CrossEntropyLoss(reduction="none")
         self.embedding = nn.Embedding(10, E)
 
     def forward(self, ids):
         x = self.norm(self.embedding(ids))
         x = x + self.attention(x, x, x, need_weights=False)[0]
         x = self.decoder(self.encoder(x + self.mlp(self.rms(x))), x)
-        return self.loss(self.log_softmax(x).flatten(0, 1), ids.flatten()) + self.softmax(x).square().sum()
+        return self.loss(self.log_softmax(x).flatten(0, 1), ids.flatten()) + self.softmax(x).square().sum(-1).flatten()
 
 
 def block():
@@ -50,10 +50,6 @@ def block():
 IDS = torch.arange(20).reshape(2, 10) % 10
 
 
-def classes(model):
-    return [type(module) for module in model.modules()]
-
-
 def state(model):
     """All that a module holds: hooks and attributes included."""
     return [(path, sorted(module.__dict__), module.training) for path, module in model.named_modules()]
@@ -61,13 +57,13 @@ def state(model):
 
 def gradients(model):
     model.zero_grad()
-    model(IDS).backward()
+    model(IDS).sum().backward()
     return [p.grad.clone() for p in model.parameters()]
 
 
-def test_everything_is_replaced_and_computes_the_same():
+def test_everything_is_replaced_and_computes_the_same(law):
     model = block()
-    expected, wanted = model(IDS), gradients(model)
+    hold = law(model, IDS)
     keys, before = list(model.state_dict()), state(model)
     parameters = list(model.parameters())
     report = fastattn.patch(model)
@@ -81,14 +77,13 @@ def test_everything_is_replaced_and_computes_the_same():
     assert list(model.state_dict()) == keys and state(model) == before
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     reset_served()
-    torch.testing.assert_close(model(IDS), expected)
+    hold()
     assert set(served()) == {"cpu"}
-    torch.testing.assert_close(gradients(model), wanted, rtol=1e-4, atol=1e-5)
     assert isinstance(model.norm, nn.LayerNorm) and type(model.norm).__name__ == "LayerNorm"
     assert repr(model.norm) == repr(nn.LayerNorm(E))
 
 
-def test_round_trip_is_bit_identical():
+def test_round_trip_is_bit_identical(classes):
     model = block()
     before, kinds, expected, wanted = state(model), classes(model), model(IDS), gradients(model)
     bits = {key: value.clone() for key, value in model.state_dict().items()}
@@ -102,7 +97,7 @@ def test_round_trip_is_bit_identical():
     assert fastattn.unpatch(model) == 0
 
 
-def test_patching_twice_is_harmless():
+def test_patching_twice_is_harmless(classes):
     model = block()
     first = fastattn.patch(model)
     kinds = classes(model)
@@ -206,7 +201,7 @@ def test_what_is_left_is_said(name):
 
 
 @pytest.mark.parametrize("name", LEFT)
-def test_strict_raises_and_changes_nothing(name):
+def test_strict_raises_and_changes_nothing(name, classes):
     make, why = LEFT[name]
     model = nn.Sequential(nn.LayerNorm(4), make())
     kinds = classes(model)
@@ -241,7 +236,7 @@ def test_strict_modules_raise_in_calls_that_they_cannot_serve():
     assert type(model) is nn.LayerNorm
 
 
-def test_nothing_is_left_half_patched(monkeypatch):
+def test_nothing_is_left_half_patched(monkeypatch, classes):
     class Stubborn(nn.Linear):
         def __setattr__(self, name, value):
             if name == "__class__":
@@ -273,7 +268,7 @@ def test_hooks_are_kept_and_called():
     assert calls == ["after", "before"] * 2
 
 
-def test_copies_are_patched_and_independent():
+def test_copies_are_patched_and_independent(classes):
     model = block()
     fastattn.patch(model)
     twin = copy.deepcopy(model)
@@ -288,7 +283,7 @@ def test_copies_are_patched_and_independent():
 
 
 @pytest.mark.parametrize("protocol", [1, 2, 5])
-def test_pickled(protocol):
+def test_pickled(protocol, classes):
     model = block()
     fastattn.patch(model)
     twin = pickle.loads(pickle.dumps(model, protocol))
@@ -314,7 +309,7 @@ def test_pickled_for_another_process(tmp_path):
     subprocess.run([sys.executable, "-c", code, tmp_path / "model.pt"], check=True, timeout=120)
 
 
-def test_state_dict_goes_in_and_out():
+def test_state_dict_goes_in_and_out(law):
     model, other = block(), block()
     fastattn.patch(model)
     buffer = io.BytesIO()
@@ -322,20 +317,20 @@ def test_state_dict_goes_in_and_out():
     buffer.seek(0)
     other.load_state_dict(torch.load(buffer, weights_only=True))
     model.load_state_dict(other.state_dict())
-    torch.testing.assert_close(model(IDS), other(IDS))
+    law(other, IDS)(model)
 
 
 def test_optimizers_go_on():
     model = block()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    first = model(IDS)
+    first = model(IDS).sum()
     fastattn.patch(model)
     for _ in range(3):
         optimizer.zero_grad()
-        loss = model(IDS)
+        loss = model(IDS).sum()
         loss.backward()
         optimizer.step()
-    assert model(IDS) < first
+    assert model(IDS).sum() < first
 
 
 def test_shared_modules_and_parameters_stay_shared():
@@ -345,11 +340,11 @@ def test_shared_modules_and_parameters_stay_shared():
     assert len(fastattn.patch(model).replaced) == 2 and model[0] is model[2] is norm
 
 
-def test_compiled_models_are_recompiled():
+def test_compiled_models_are_recompiled(law):
     model = nn.Sequential(nn.LayerNorm(E), nn.GELU())
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     x = torch.randn(2, E)
-    expected = compiled(x)
+    expected, hold = compiled(x), law(model, x)
     fastattn.patch(model)
     graphs = []
 
@@ -357,21 +352,19 @@ def test_compiled_models_are_recompiled():
         graphs.append({str(node.target) for node in graph.graph.nodes})
         return graph.forward
 
-    torch.testing.assert_close(torch.compile(model, backend=backend, fullgraph=True)(x), expected)
+    hold(torch.compile(model, backend=backend, fullgraph=True))
     assert any("fastattn.layer_norm.cpu" in name for name in graphs[0])
-    torch.testing.assert_close(compiled(x), expected)
+    hold(compiled)
     fastattn.unpatch(model)
     assert torch.equal(compiled(x), expected)
 
 
-def test_autocast():
+def test_autocast(law):
     model = block()
     with torch.autocast("cpu", torch.bfloat16):
-        expected = model(IDS)
+        hold = law(model, IDS)
         fastattn.patch(model)
-        found = model(IDS)
-    assert found.dtype == expected.dtype
-    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+        hold()
 
 
 def test_a_model_on_the_meta_device_is_patched_before_it_has_memory():
@@ -381,7 +374,7 @@ def test_a_model_on_the_meta_device_is_patched_before_it_has_memory():
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         nn.init.normal_(parameter)
-    assert model(IDS).isfinite()
+    assert model(IDS).isfinite().all()
 
 
 # ---- parametrizations ----
@@ -394,9 +387,11 @@ def weight_norm_pair():
 
 @pytest.mark.parametrize("first", ["patched", "parametrized"])
 @pytest.mark.parametrize("undone", ["parametrization", "patch"])
-def test_parametrizations(first, undone):
+def test_parametrizations(first, undone, law):
     model, x = weight_norm_pair(), torch.randn(3, 4)
-    plain = model(x)
+    plain, twin = law(model, x), copy.deepcopy(model)
+    parametrizations.weight_norm(twin[0])
+    normed = law(twin, x)
     if first == "patched":
         fastattn.patch(model)
         parametrizations.weight_norm(model[0])
@@ -407,19 +402,19 @@ def test_parametrizations(first, undone):
         fastattn.patch(model)
         assert type(twin[0]) is parametrized
     assert isinstance(model[0], Served) and parametrize.is_parametrized(model[0])
-    torch.testing.assert_close(model(x), plain)
+    normed(model)
     assert torch.equal(copy.deepcopy(model)(x), model(x))
     if undone == "patch":
         assert fastattn.unpatch(model) == 2
         assert not isinstance(model[0], Served) and parametrize.is_parametrized(model[0])
         assert first == "patched" or type(model[0]) is parametrized
-        torch.testing.assert_close(model(x), plain)
+        normed(model)
         parametrize.remove_parametrizations(model[0], "weight")
         assert type(model[0]) is nn.Linear
     else:
         parametrize.remove_parametrizations(model[0], "weight")
         assert isinstance(model[0], Served) and not parametrize.is_parametrized(model[0])
-        torch.testing.assert_close(model(x), plain)
+        plain()
         fastattn.unpatch(model)
         assert type(model[0]) is nn.Linear
 
@@ -444,10 +439,10 @@ def built(tree):
 
 @hypothesis.given(tree=trees, strict=strategies.booleans(), seed=strategies.integers(0, 99))
 @hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
-def test_any_tree_of_modules(tree, strict, seed):
+def test_any_tree_of_modules(classes, law, tree, strict, seed):
     torch.manual_seed(seed)
     model, x = built(tree), torch.randn(2, 3, E)
-    kinds, held, expected = classes(model), state(model), model(x)
+    kinds, held, expected, hold = classes(model), state(model), model(x), law(model, x)
     try:
         report = fastattn.patch(model, strict=strict)
     except BackendUnsupported:
@@ -455,6 +450,6 @@ def test_any_tree_of_modules(tree, strict, seed):
         assert classes(model) == kinds
         return
     assert not (strict and report.left)
-    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    hold()
     assert fastattn.unpatch(model) == len(report.replaced)
     assert classes(model) == kinds and state(model) == held and torch.equal(model(x), expected)

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install fastattn[test]")
 
@@ -208,27 +207,6 @@ def inputs_of(name, side):
     return {"input_ids": ids, "attention_mask": keep}, keep.bool()
 
 
-class EverythingDouble(TorchFunctionMode):
-    """Where models ask for float32 in the midst of things (softmax, norms, rotary tables) they get float64."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is torch.Tensor.float:
-            func = torch.Tensor.double
-        double = {torch.float32: torch.float64}
-        args = [double.get(a, a) if isinstance(a, torch.dtype) else a for a in args]
-        kwargs = {k: double.get(a, a) if isinstance(a, torch.dtype) else a for k, a in kwargs.items()}
-        return func(*args, **kwargs)
-
-    def __enter__(self):
-        torch.set_default_dtype(torch.float64)
-        return super().__enter__()
-
-    def __exit__(self, *raised):
-        torch.set_default_dtype(torch.float32)
-        return super().__exit__(*raised)
-
-
 def doubled(values):
     return {k: v.double() if v.is_floating_point() else v for k, v in values.items()}
 
@@ -245,26 +223,24 @@ def results(model, arguments, counts):
     return output.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def hold_to_eager(eager, ours, arguments, counts):
-    """Outputs and all gradients keep the law."""
-    output, gradients = results(ours, arguments, counts)
-    peer, peers = results(eager, arguments, counts)
-    with EverythingDouble():
-        exact = copy.deepcopy(eager).double()
-        truth, truths = results(exact, doubled(arguments), counts)
-    testing.assert_lawful(output, peer, truth)
-    assert gradients.keys() == peers.keys()
-    # Each parameter counts as much as any other; those whose gradient is zero by structure (of biases of keys) do not.
-    sizes = {n: g.norm() for n, g in truths.items()}
-    largest = max(sizes.values())
-    kept = [n for n in truths if sizes[n] > 1e-9 * largest]
-    joined = [torch.cat([(g[n].double() / sizes[n]).flatten() for n in kept]) for g in (gradients, peers, truths)]
-    testing.assert_lawful(joined[0].float(), joined[1].float(), joined[2])
+@pytest.fixture
+def hold_to_eager(everything_double, hold_gradients):
+    """Call with (eager, ours, arguments, counts): outputs and all gradients keep the law."""
+
+    def check(eager, ours, arguments, counts):
+        output, gradients = results(ours, arguments, counts)
+        peer, peers = results(eager, arguments, counts)
+        with everything_double():
+            truth, truths = results(copy.deepcopy(eager).double(), doubled(arguments), counts)
+        testing.assert_lawful(output, peer, truth)
+        hold_gradients(gradients, peers, truths)
+
+    return check
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("name", ALL)
-def test_outputs_and_all_gradients_are_eager_attentions(name, side, calls):
+def test_outputs_and_all_gradients_are_eager_attentions(name, side, calls, hold_to_eager):
     eager, ours = pair(name)
     arguments, counts = inputs_of(name, side)
     hold_to_eager(eager, ours, arguments, counts)
@@ -274,7 +250,7 @@ def test_outputs_and_all_gradients_are_eager_attentions(name, side, calls):
 
 
 @pytest.mark.parametrize("name", CAUSAL)
-def test_without_padding(name, calls):
+def test_without_padding(name, calls, hold_to_eager):
     eager, ours = pair(name)
     hold_to_eager(eager, ours, {"input_ids": tokens(2, 11)}, None)
     assert all(isinstance(mask, BandMask) and (mask.ids is None or name == "llama4_text") for _, _, mask in calls)
@@ -336,7 +312,7 @@ def test_models_with_attention_of_their_own_run_eager(name):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma2"])
-def test_packed_sequences_by_position_ids(name, calls):
+def test_packed_sequences_by_position_ids(name, calls, hold_to_eager):
     if MAJOR < 5:
         pytest.skip("Transformers looks for packed sequences in position_ids from 5.0 in all of these")
     eager, ours = pair(name)
@@ -434,7 +410,7 @@ def test_compiled_steps_of_a_static_cache():
     assert counter.frame_count <= 3  # the prompt, a step, and a step whose lengths are known to change
 
 
-def test_under_autocast():
+def test_under_autocast(everything_double):
     eager, ours = pair("llama")
     ids, keep = padded("left")
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -443,7 +419,7 @@ def test_under_autocast():
             ours.generate(ids, attention_mask=keep, max_new_tokens=4, do_sample=False),
             eager.generate(ids, attention_mask=keep, max_new_tokens=4, do_sample=False),
         )
-    with EverythingDouble(), torch.no_grad():
+    with everything_double(), torch.no_grad():
         truth = copy.deepcopy(eager).double()(ids, attention_mask=keep).logits
     where = keep.bool()
     testing.assert_lawful(found[where], peer[where], truth[where])
@@ -515,7 +491,7 @@ def test_trainer(tmp_path, calls):
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("name", [*CAUSAL, *names("encoder")])
-def test_padding_is_skipped(name, side, calls):
+def test_padding_is_skipped(name, side, calls, hold_to_eager):
     """Outputs and gradients of the tokens, by the law; the layers computed nothing else."""
     eager, ours = pair(name)
     arguments, counts = inputs_of(name, side)
