@@ -37,30 +37,54 @@ def converted(values, dtype):
     return {k: one(v) for k, v in values.items()} if isinstance(values, dict) else [one(v) for v in values]
 
 
+def sides(ours, theirs, dtype):
+    """(module, inputs' dtype) of ours, which gets torch's state, of torch's and of the truth: torch's in float64."""
+    ours.load_state_dict(theirs.state_dict())
+    ours, theirs = ours.to(dtype), theirs.to(dtype)
+    return (ours, dtype), (theirs, dtype), (copy.deepcopy(theirs).double(), torch.float64)
+
+
+def lawful(name, result, peer, truth):
+    assert (result is None) == (peer is None), name
+    if result is not None:
+        try:
+            testing.assert_lawful(result.detach(), peer.detach(), truth.detach())
+        except testing.ConformanceError as error:
+            raise testing.ConformanceError(f"{name}: {error}") from error
+
+
 @pytest.fixture
 def hold_to_torch():
     """Call with (ours, torch's module, inputs, arguments, dtype): same state, and results that keep the law."""
 
     def check(ours, theirs, inputs, arguments=None, dtype=torch.float32):
-        ours.load_state_dict(theirs.state_dict())
         found = []
-        for module, kind in ((ours, dtype), (theirs, dtype), (copy.deepcopy(theirs), torch.float64)):
-            module = module.to(kind)
-            pairs = list(inputs) + list((arguments or {}).values())
-            values = converted(pairs, kind)
-            given = dict(zip((arguments or {}), values[len(inputs) :], strict=True))
-            found.append(run(module, values[: len(inputs)], given, 7))
+        values = converted(list(inputs) + list((arguments or {}).values()), dtype)
+        for module, kind in sides(ours, theirs, dtype):
+            given = converted(values, kind)
+            named = dict(zip((arguments or {}), given[len(inputs) :], strict=True))
+            found.append(run(module, given[: len(inputs)], named, 7))
         (outputs, gradients), (their_outputs, their_gradients), (truths, true_gradients) = found
-        for mine, other, truth in zip(outputs, their_outputs, truths, strict=True):
-            testing.assert_lawful(mine.detach(), other.detach(), truth.detach())
+        for i, results in enumerate(zip(outputs, their_outputs, truths, strict=True)):
+            lawful(f"output {i}", *results)
         assert gradients.keys() == their_gradients.keys()
         for name, gradient in gradients.items():
-            other = their_gradients[name]
-            assert (gradient is None) == (other is None), name
-            if gradient is not None:
-                try:
-                    testing.assert_lawful(gradient, other, true_gradients[name])
-                except testing.ConformanceError as error:
-                    raise testing.ConformanceError(f"gradient of {name}: {error}") from error
+            lawful(f"gradient of {name}", gradient, their_gradients[name], true_gradients[name])
+
+    return check
+
+
+@pytest.fixture
+def hold_calls():
+    """Call with (call, ours, torch's module, *inputs): same state, and what call(module, *inputs) returns, a tensor or
+    several, keeps the law in float32."""
+
+    def check(call, ours, theirs, *inputs):
+        found = []
+        for module, dtype in sides(ours, theirs, torch.float32):
+            results = call(module, *converted(inputs, dtype))
+            found.append([results] if isinstance(results, torch.Tensor) else results)
+        for i, results in enumerate(zip(*found, strict=True)):
+            lawful(f"result {i}", *results)
 
     return check

@@ -33,7 +33,7 @@ def test_linear(hold_to_torch, cpu_preferred, bias, dtype, shape):
     assert ("cpu" in served()) == (shape != (24,))
 
 
-def test_torchs_product_is_used_where_it_is_preferred(cpu_preferred, monkeypatch):
+def test_torchs_product_is_used_where_it_is_preferred(cpu_preferred, monkeypatch, hold_calls):
     ours, theirs = fastattn.nn.Linear(24, 40), nn.Linear(24, 40)
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(7, 24)
@@ -44,9 +44,8 @@ def test_torchs_product_is_used_where_it_is_preferred(cpu_preferred, monkeypatch
     monkeypatch.setattr(preference, "SHORT_PRODUCT", 7 * 24 * 40 + 1)
     assert torch.equal(ours(x), theirs(x)) and served() == {"cpu": 1}
     with fastattn.use_backend("cpu"):
-        mine = ours(x)
+        hold_calls(nn.Module.__call__, ours, theirs, x)
     assert served() == {"cpu": 2}
-    fastattn.testing.assert_lawful(mine.detach(), theirs(x).detach(), theirs.double()(x.double()).detach())
 
 
 def test_short_products_are_torchs_in_float32_and_without_an_activation(cpu_preferred, monkeypatch):
@@ -66,15 +65,11 @@ def test_strict_modules_raise_for_short_products_too():
         model(torch.randn(2, 4, dtype=torch.float64))
 
 
-def test_autocast_rounds_as_torchs(cpu_preferred):
-    ours, theirs = fastattn.nn.Linear(24, 40), nn.Linear(24, 40)
-    ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(7, 24)
+def test_autocast_rounds_as_torchs(cpu_preferred, hold_calls):
     reset_served()
-    with torch.autocast("cpu", torch.bfloat16):
-        mine, other = ours(x), theirs(x)
+    with torch.autocast("cpu", torch.bfloat16):  # which leaves float64 alone
+        hold_calls(nn.Module.__call__, fastattn.nn.Linear(24, 40), nn.Linear(24, 40), torch.randn(7, 24))
     assert served() == {"cpu": 1}
-    fastattn.testing.assert_lawful(mine.detach(), other.detach(), theirs.double()(x.double()).detach())
 
 
 def test_others_are_torchs(cpu_preferred):
@@ -94,7 +89,7 @@ def test_others_are_torchs(cpu_preferred):
 def test_compiled_in_one_graph(cpu_preferred):
     ours = fastattn.nn.Linear(24, 40)
     x = torch.randn(7, 24)
-    torch.testing.assert_close(torch.compile(ours, fullgraph=True, backend="aot_eager")(x), ours(x))
+    assert torch.equal(torch.compile(ours, fullgraph=True, backend="aot_eager")(x), ours(x))
 
 
 def test_exported_with_any_number_of_rows():
@@ -103,4 +98,4 @@ def test_exported_with_any_number_of_rows():
     rows = torch.export.Dim("rows", min=2, max=1024)
     program = torch.export.export(model, (torch.randn(4, 256),), dynamic_shapes={"input": {0: rows}})
     x = torch.randn(900, 256)
-    torch.testing.assert_close(program.module()(x), model(x))
+    assert torch.equal(program.module()(x), model(x))
