@@ -91,6 +91,21 @@ def law():
 
 
 @pytest.fixture(scope="session")
+def hold_runs():
+    """Call with (run, ours, theirs): the tensor that run(model) returns keeps the law, whatever it does with the model.
+    The truth is the run of a copy of theirs in float64."""
+
+    def hold(run, ours, theirs):
+        exact = copy.deepcopy(theirs).double()
+        found, peer = run(ours), run(theirs)
+        with EverythingDouble():
+            truth = run(exact)
+        testing.assert_lawful(found.detach(), peer.detach(), truth.detach())
+
+    return hold
+
+
+@pytest.fixture(scope="session")
 def classes():
     """Call with a model: the classes of its modules."""
     return lambda model: [type(module) for module in model.modules()]

@@ -1,5 +1,6 @@
 """Apex's norms: results, gradients and dtypes, memory_efficient beside not, what is saved, and the stand-in."""
 
+import functools
 import importlib.util
 
 import pytest
@@ -16,6 +17,9 @@ def layer_norm(input, weight=None, bias=None, normalized_shape=(), eps=1e-6, **_
 
 def rms_norm(input, weight=None, normalized_shape=(), eps=1e-6, **_):
     return torch.nn.functional.rms_norm(input, normalized_shape, weight, eps)
+
+
+FORMULAS = {"LayerNorm": layer_norm, "RMSNorm": rms_norm}
 
 
 def case(name, *shape, dims=1, weight=True, bias=True, **call):
@@ -70,21 +74,16 @@ def test_functions(suite, case, dtype, skip_without_native):
 
 @pytest.mark.parametrize("efficient", [False, True])
 @pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
-def test_modules(name, efficient):
+def test_modules(name, efficient, hold_to):
     module = getattr(apex, f"Fused{name}")(32, memory_efficient=efficient)
-    peer = getattr(torch.nn, name)(32, eps=1e-5)
-    assert module.state_dict().keys() == peer.state_dict().keys() and module.eps == 1e-5
+    assert module.state_dict().keys() == getattr(torch.nn, name)(32).state_dict().keys() and module.eps == 1e-5
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.uniform_(0.5, 1.5)
-    peer.load_state_dict(module.state_dict())
     x = torch.randn(4, 32, requires_grad=True)
-    results = [m(x) for m in (module, peer)]
-    torch.testing.assert_close(*results)
-    grads = [torch.autograd.grad((r * x.detach()).sum(), [x, *m.parameters()])
-             for r, m in zip(results, (module, peer), strict=True)]  # fmt: skip
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b)
+    leaves, output, grad = [x, *module.parameters()], module(x), torch.randn(4, 32)
+    exact = functools.partial(FORMULAS[name], normalized_shape=(32,), eps=1e-5)
+    hold_to(exact, leaves, [output, *torch.autograd.grad(output, leaves, grad)], grad)
     plain = getattr(apex, f"Fused{name}")([4, 32], elementwise_affine=False)
     assert not list(plain.parameters()) and plain(x).shape == x.shape
     assert "eps=1e-05" in repr(plain)
@@ -99,8 +98,8 @@ def test_dtypes(name, efficient):
         plain = getattr(apex, f"Fused{name}")(32, memory_efficient=efficient).to(of_weight)
         mixed = getattr(apex, f"MixedFused{name}")(32, memory_efficient=efficient).to(of_weight)
         assert plain(x).dtype == of_input and mixed(x).dtype == of_weight
-        exact = getattr(torch.nn, name)(32, eps=1e-5)(x.float())
-        torch.testing.assert_close(mixed(x), exact.to(of_weight))
+        peer, truth = (FORMULAS[name](t.detach(), normalized_shape=(32,), eps=1e-5) for t in (x.float(), x.double()))
+        testing.assert_lawful(mixed(x).detach(), peer.to(of_weight), truth)
         for module in (plain, mixed):
             grads = torch.autograd.grad(module(x).sum(), [x, module.weight])
             assert [g.dtype for g in grads] == [of_input, of_weight]
@@ -135,14 +134,15 @@ def test_weights_of_nothing_divide_nothing():
 
 
 @pytest.mark.parametrize("efficient", [False, True])
-def test_compiled_and_transformed(efficient):
+def test_compiled_and_transformed(efficient, hold_to):
     torch._dynamo.reset()
     module = apex.FusedLayerNorm(16, memory_efficient=efficient)
     x = torch.randn(3, 16, requires_grad=True)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), module(x))
-    torch.testing.assert_close(
-        torch.func.grad(lambda t: module(t).pow(3).sum())(x), torch.autograd.grad(module(x).pow(3).sum(), x)[0]
+    found = torch.func.grad(lambda t: module(t).pow(3).sum())(x)
+    hold_to(
+        lambda t: torch.autograd.grad(layer_norm(t, normalized_shape=(16,), eps=1e-5).pow(3).sum(), t)[0], [x], [found]
     )
 
 

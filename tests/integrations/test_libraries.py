@@ -42,46 +42,56 @@ def ids(seed, *shape):
     return torch.randint(3, 61, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def losses_of_both(train):
-    """train(model) -> losses, of our model (patched, too) and of eager attention."""
-    ours = gpt2("fastattn")
-    fastattn.patch(ours)
-    found, expected = train(ours), train(gpt2("eager"))
-    assert len(found) == len(expected) >= 3
-    assert found == pytest.approx(expected, rel=1e-4)
+@pytest.fixture
+def hold_training(hold_runs):
+    """Call with (train, prepare): answers of the model that train(model) returns keep the law, ours, patched too,
+    beside eager attention. prepare(model): what is trained."""
+
+    def hold(train, prepare=lambda model: model):
+        def run(model):
+            before = answer(model)
+            trained = train(model)
+            assert (answer(trained) - before).norm() > 1e-2 * before.norm()
+            return answer(trained)
+
+        ours = gpt2("fastattn")
+        fastattn.patch(ours)
+        hold_runs(run, prepare(ours), prepare(gpt2("eager")))
+
+    return hold
 
 
-def test_peft_lora():
+def answer(model):
+    with torch.no_grad():
+        return model(ids(9, 4, 12)).logits
+
+
+def test_peft_lora(hold_training):
     peft = library("peft")
 
-    def train(model):
+    def adapted(model):
         torch.manual_seed(1)
-        adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True))
-        optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
-        losses = []
+        return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True))
+
+    def train(model):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         for step in range(4):
             batch = ids(step, 2, 12)
-            loss = adapted(batch, labels=batch).loss
-            loss.backward()
+            model(batch, labels=batch).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(loss.item())
-        merged = adapted.merge_and_unload()
-        with torch.no_grad():
-            losses.append(merged(ids(9, 2, 12), labels=ids(9, 2, 12)).loss.item())
-        return losses
+        return model.merge_and_unload()
 
-    losses_of_both(train)
+    hold_training(train, adapted)
 
 
-def test_accelerate():
+def test_accelerate(hold_training):
     accelerate = library("accelerate")
 
     def train(model):
         accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
         data = torch.utils.data.DataLoader(ids(1, 12, 12), batch_size=2)
         model, optimizer, data = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3), data)
-        losses = []
         for batch in data:
             with accelerator.accumulate(model):
                 loss = model(batch, labels=batch).loss
@@ -89,38 +99,34 @@ def test_accelerate():
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-            losses.append(loss.item())
-        return losses
+        return model
 
-    losses_of_both(train)
+    hold_training(train)
 
 
-def test_lightning(tmp_path):
+def test_lightning(tmp_path, hold_training):
     lightning = library("lightning")
 
     class Module(lightning.LightningModule):
         def __init__(self, model):
             super().__init__()
-            self.model, self.losses = model, []
+            self.model = model
 
         def training_step(self, batch, _):
-            loss = self.model(batch, labels=batch).loss
-            self.losses.append(loss.item())
-            return loss
+            return self.model(batch, labels=batch).loss
 
         def configure_optimizers(self):
             return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
     def train(model):
-        module = Module(model)
         trainer = lightning.Trainer(
             max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, default_root_dir=tmp_path,
         )  # fmt: skip
-        trainer.fit(module, torch.utils.data.DataLoader(ids(1, 8, 12), batch_size=2))
-        return module.losses
+        trainer.fit(Module(model), torch.utils.data.DataLoader(ids(1, 8, 12), batch_size=2))
+        return model
 
-    losses_of_both(train)
+    hold_training(train)
 
 
 def test_sentence_transformers(tmp_path, registered):
