@@ -2,37 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastattn import philox
+from fastattn.flash_attn.arguments import cap_of, drawn, limits, scale_of, unpacked
 from fastattn.ops.attention import reference, scaled_dot_product_attention
-
-
-def unpacked(name: str, packed: Tensor, what: str, parts: int, dims: int) -> tuple[Tensor, ...]:
-    """The tensors that were packed along the third dimension from the end; ValueError where there are not `parts`."""
-    if packed.ndim != dims or packed.shape[-3] != parts:
-        shape = ", ".join(("B", "S", str(parts), "H", "D") if dims == 5 else ("T", str(parts), "H", "D"))
-        raise ValueError(f"{name}: {what} must be ({shape}), got {tuple(packed.shape)}")
-    return packed.unbind(-3)
-
-
-def limits(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
-    """The window of a call: causal is a right of 0."""
-    left, right = window_size
-    return left, 0 if causal else right
-
-
-def scale_of(q: Tensor, softmax_scale: float | None) -> float:
-    return 1.0 / math.sqrt(max(q.shape[-1], 1)) if softmax_scale is None else float(softmax_scale)
-
-
-def cap_of(softcap: float) -> float:
-    """flash-attention's "nothing" is every number that is not above 0; NaN stays, and is refused."""
-    return 0.0 if softcap <= 0.0 else softcap
 
 
 def flash_attn_func(
@@ -80,7 +56,7 @@ def flash_attn_func(
     # Where both alignments are one, the plain one has the shorter way.
     square = not torch.compiler.is_compiling() and q.shape[1] == k.shape[1]
     query, key, value = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    seed = philox.draw(q.device) if return_attn_probs and dropout_p > 0.0 else None
+    seed = drawn(dropout_p, q.device) if return_attn_probs else None
     result = scaled_dot_product_attention(
         query, key, value, None, dropout_p, causal, softmax_scale, q.shape[2] != k.shape[2],
         causal_alignment="top_left" if square else "bottom_right", return_lse=return_attn_probs, seed=seed,

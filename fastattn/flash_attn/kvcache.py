@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.flash_attn.dense import cap_of
+from fastattn.flash_attn.arguments import cap_of
 from fastattn.ops.decode.append import append_to_cache
 from fastattn.ops.decode.op import Call, check_dtypes
 from fastattn.ops.decode.places import check_length

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn import philox
 from fastattn.dispatch import Bound, Op, Problem
-from fastattn.flash_attn.dense import cap_of, limits, scale_of
+from fastattn.flash_attn.arguments import cap_of, drawn, limits, scale_of
 from fastattn.flash_attn.varlen import gathered_pages
 from fastattn.numerics import accumulation_dtype
 from fastattn.ops.attention import (
@@ -144,11 +143,6 @@ def packed_passes(
 def unit(tensor: Tensor) -> Tensor:
     """As kernels take it: with a last stride of 1."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def drawn(dropout_p: float, device: torch.device) -> Tensor | None:
-    """The state of a call's dropout; None without."""
-    return philox.draw(device) if dropout_p > 0.0 else None
 
 
 def _state_or_zeros(state: Tensor | None, q: Tensor) -> Tensor:

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import philox
-from fastattn.flash_attn.dense import cap_of, limits, scale_of, unpacked
+from fastattn.flash_attn.arguments import cap_of, drawn, limits, scale_of, unpacked
 from fastattn.ops.attention import attention_varlen, varlen_reference
 from fastattn.ops.attention.options import AuxRequest
 
@@ -62,7 +61,7 @@ def flash_attn_varlen_func(
         _check_bounds(cu_seqlens_k, block_table)
         lengths = cu_seqlens_k[1:] - cu_seqlens_k[:-1]
         k, v, cu_seqlens_k, used, room = gathered_pages(NAME, k, v, lengths, max_seqlen_k, block_table)
-    seed = philox.draw(q.device) if return_attn_probs and dropout_p > 0.0 else None
+    seed = drawn(dropout_p, q.device) if return_attn_probs else None
     result = attention_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, room, return_aux=AuxRequest(return_attn_probs),
         scale=softmax_scale, window_size=window, enable_gqa=True, seqused_k=used, softcap=cap,

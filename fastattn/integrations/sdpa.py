@@ -25,8 +25,8 @@ import torch.nn.attention
 from torch import Tensor
 
 from fastattn import dispatch
-from fastattn.flash_attn.dense import limits
-from fastattn.flash_attn.passes import Passes, dense_passes, drawn, packed_passes
+from fastattn.flash_attn.arguments import drawn, limits
+from fastattn.flash_attn.passes import Passes, dense_passes, packed_passes
 from fastattn.flash_attn.varlen import gathered_pages
 from fastattn.integrations import left_to_torch
 from fastattn.ops.attention import OP, VARLEN_OP, scaled_dot_product_attention
