@@ -18,25 +18,17 @@ def stirred(module):
     return module
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"bias": False}, {"elementwise_affine": False}, {"eps": 0.3},
+@pytest.mark.parametrize(("name", "options"), [
+    ("LayerNorm", {}), ("LayerNorm", {"bias": False}), ("LayerNorm", {"elementwise_affine": False}),
+    ("LayerNorm", {"eps": 0.3}), ("RMSNorm", {}), ("RMSNorm", {"elementwise_affine": False}), ("RMSNorm", {"eps": 0.3}),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("shape", [(24,), 24, (3, 8)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_layer_norm(hold_to_torch, options, shape, dtype):
+def test_norms(hold_to_torch, name, options, shape, dtype):
     x = torch.randn(5, *((shape,) if isinstance(shape, int) else shape), generator=torch.Generator().manual_seed(0))
+    ours, theirs = (getattr(of, name)(shape, **options) for of in (fastattn.nn, nn))
     reset_served()
-    hold_to_torch(fastattn.nn.LayerNorm(shape, **options), stirred(nn.LayerNorm(shape, **options)), [x], dtype=dtype)
-    assert served() == {"cpu": 1}
-
-
-@pytest.mark.parametrize("options", [{}, {"elementwise_affine": False}, {"eps": 0.3}], ids=str)
-@pytest.mark.parametrize("shape", [24, (3, 8)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rms_norm(hold_to_torch, options, shape, dtype):
-    x = torch.randn(5, *((shape,) if isinstance(shape, int) else shape), generator=torch.Generator().manual_seed(0))
-    reset_served()
-    hold_to_torch(fastattn.nn.RMSNorm(shape, **options), stirred(nn.RMSNorm(shape, **options)), [x], dtype=dtype)
+    hold_to_torch(ours, stirred(theirs), [x], dtype=dtype)
     assert served() == {"cpu": 1}
 
 
