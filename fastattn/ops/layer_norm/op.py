@@ -7,7 +7,6 @@ add_layer_norm    s = residual + dropout(input), y = layer_norm(s): a pre-LN blo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,92 +14,22 @@ from torch import Tensor
 
 from fastattn.dispatch import Op, Problem
 from fastattn.norms import (
-    check,
-    check_residual,
+    AddNormProblem,
+    NormContract,
+    NormProblem,
     check_values,
     dims_of,
     dropout_state,
     key_of,
-    parameter_fake,
     parameters_for,
     plain_cpu,
-    rows_of,
     sides,
 )
-from fastattn.numerics import accumulation_dtype
 
-
-@dataclass(frozen=True)
-class LayerNormProblem(Problem):
-    """dtype is the input's."""
-
-    shape: tuple[int, ...]
-    normalized_ndim: int
-    weight_dtype: torch.dtype | None
-    bias_dtype: torch.dtype | None
-
-
-@dataclass(frozen=True)
-class AddLayerNormProblem(LayerNormProblem):
-    """dtype is that of the sum, of residual and of the output."""
-
-    input_dtype: torch.dtype
-    dropout: bool
-
-
-# ---- layer_norm ----
-
-
-def _forward_fake(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    normalized_ndim: int,
-    eps: float,
-    weight_offset: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    statistics = input.new_empty((rows_of(input, normalized_ndim),), dtype=accumulation_dtype(input.dtype))
-    return input.new_empty(input.shape), statistics, torch.empty_like(statistics)
-
-
-def _backward_fake(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    normalized_ndim: int,
-    weight_offset: float,
-    weight_grad: bool,
-    bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    parameters = parameter_fake(input, weight, weight_grad), parameter_fake(input, bias, bias_grad)
-    return input.new_empty(input.shape), *parameters
-
-
-def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    input, weight, bias, ctx.normalized_ndim, _, ctx.weight_offset = inputs
-    _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(input, weight, bias, mean, rstd)
-
-
-def _backward(kernel: Any, ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    if grad_output is None:
-        return None, None, None, None, None, None
-    input, weight, bias, mean, rstd = ctx.saved_tensors
-    weight_grad = weight is not None and ctx.needs_input_grad[1]
-    bias_grad = bias is not None and ctx.needs_input_grad[2]
-    grad_input, grad_weight, grad_bias = kernel(
-        grad_output, input, weight, bias, mean, rstd, ctx.normalized_ndim, ctx.weight_offset, weight_grad, bias_grad
-    )
-    return grad_input, grad_weight if weight_grad else None, grad_bias if bias_grad else None, None, None, None
-
-
-OP = Op(
+CONTRACT = NormContract(
     "layer_norm",
+    parameters=("weight", "bias"),
+    statistics=2,
     forward_schema=(
         "(Tensor input, Tensor? weight, Tensor? bias, int normalized_ndim, float eps, float weight_offset)"
         " -> (Tensor output, Tensor mean, Tensor rstd)"
@@ -110,130 +39,21 @@ OP = Op(
         " int normalized_ndim, float weight_offset, bool weight_grad, bool bias_grad)"
         " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
     ),
-    forward_fake=_forward_fake,
-    backward_fake=_backward_fake,
-    setup_context=_setup_context,
-    backward=_backward,
-    hidden=2,
-)
-
-
-# ---- add_layer_norm ----
-
-
-def _add_forward_fake(
-    input: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    philox: Tensor | None,
-    normalized_ndim: int,
-    eps: float,
-    weight_offset: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    output, mean, rstd = _forward_fake(residual, weight, bias, normalized_ndim, eps, weight_offset)
-    return output, residual.new_empty(residual.shape), mean, rstd
-
-
-def _add_backward_fake(
-    grad_output: Tensor,
-    grad_sum: Tensor | None,
-    sum: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    philox: Tensor | None,
-    normalized_ndim: int,
-    weight_offset: float,
-    dropout_p: float,
-    input_dtype: torch.dtype,
-    weight_grad: bool,
-    bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    apart = dropout_p > 0.0 or input_dtype != sum.dtype
-    grad_input = sum.new_empty(sum.shape if apart else (0,), dtype=input_dtype)
-    parameters = parameter_fake(sum, weight, weight_grad), parameter_fake(sum, bias, bias_grad)
-    return grad_input, sum.new_empty(sum.shape), *parameters
-
-
-def _add_setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    input, _, weight, bias, philox, ctx.normalized_ndim, _, ctx.weight_offset, ctx.dropout_p = inputs
-    _, total, mean, rstd = output
-    ctx.input_dtype = input.dtype
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(total, weight, bias, mean, rstd, philox)
-
-
-def _add_backward(
-    kernel: Any, ctx: Any, grad_output: Tensor | None, grad_sum: Tensor | None, *_: Any
-) -> tuple[Any, ...]:
-    total, weight, bias, mean, rstd, philox = ctx.saved_tensors
-    apart = ctx.dropout_p > 0.0 or ctx.input_dtype != total.dtype
-    if grad_output is None:
-        if grad_sum is None or not apart:
-            return grad_sum, grad_sum, *(None,) * 7
-        grad_output = torch.zeros_like(total)
-    weight_grad = weight is not None and ctx.needs_input_grad[2]
-    bias_grad = bias is not None and ctx.needs_input_grad[3]
-    grad_input, grad_residual, grad_weight, grad_bias = kernel(
-        grad_output,
-        grad_sum,
-        total,
-        weight,
-        bias,
-        mean,
-        rstd,
-        philox,
-        ctx.normalized_ndim,
-        ctx.weight_offset,
-        ctx.dropout_p,
-        ctx.input_dtype,
-        weight_grad,
-        bias_grad,
-    )
-    return (
-        grad_input if apart else grad_residual,
-        grad_residual,
-        grad_weight if weight_grad else None,
-        grad_bias if bias_grad else None,
-        *(None,) * 5,
-    )
-
-
-ADD_OP = Op(
-    "add_layer_norm",
-    forward_schema=(
+    add_forward_schema=(
         "(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, Tensor? philox, int normalized_ndim, float eps,"
         " float weight_offset, float dropout_p) -> (Tensor output, Tensor sum, Tensor mean, Tensor rstd)"
     ),
-    backward_schema=(
+    add_backward_schema=(
         "(Tensor grad_output, Tensor? grad_sum, Tensor sum, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
         " Tensor? philox, int normalized_ndim, float weight_offset, float dropout_p, ScalarType input_dtype,"
         " bool weight_grad, bool bias_grad)"
         " -> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)"
     ),
-    forward_fake=_add_forward_fake,
-    backward_fake=_add_backward_fake,
-    setup_context=_add_setup_context,
-    backward=_add_backward,
-    hidden=2,
 )
+OP, ADD_OP = CONTRACT.op, CONTRACT.add_op
 
 
 # ---- the public functions ----
-
-
-def _plain(
-    input: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor | None:
-    """The commonest call, where overhead counts; None for others."""
-    if not plain_cpu(input, shape, weight, bias):
-        return None
-    results = OP.attempt(input, weight, bias, len(shape), eps, 0.0)
-    return None if results is None else results[0]
 
 
 def layer_norm(
@@ -273,15 +93,19 @@ def layer_norm(
         results = _added("layer_norm", input, residual, shape, weight, bias, eps, 0.0, weight_offset, None, backend)
         return results if prenorm else results[0]
 
-    if backend is None and weight_offset == 0.0 and not torch.compiler.is_compiling():
-        plain = _plain(input, shape, weight, bias, eps)
-        if plain is not None:
-            return (plain, input) if prenorm else plain
+    # The commonest call, where overhead counts.
+    if (
+        backend is None and weight_offset == 0.0 and not torch.compiler.is_compiling()
+        and plain_cpu(input, shape, weight, bias)
+    ):  # fmt: skip
+        results = OP.attempt(input, weight, bias, len(shape), eps, 0.0)
+        if results is not None:
+            return (results[0], input) if prenorm else results[0]
     if weight_offset != 0.0:
         check_values("layer_norm", weight_offset)
 
-    def problem() -> LayerNormProblem:
-        return _problem(input, shape, weight, bias)
+    def problem() -> NormProblem:
+        return CONTRACT.problem(input, shape, (weight, bias))
 
     if torch.compiler.is_compiling():
         compute = OP.resolve(problem(), backend).public
@@ -355,8 +179,8 @@ def _added(
             return results[0], results[1]
     check_values(op, weight_offset, dropout_p, seed)
 
-    def problem() -> AddLayerNormProblem:
-        return _add_problem(op, input, residual, shape, weight, bias, dropout_p > 0.0)
+    def problem() -> AddNormProblem:
+        return CONTRACT.add_problem(op, input, residual, shape, (weight, bias), dropout_p > 0.0)
 
     if torch.compiler.is_compiling():
         compute = ADD_OP.resolve(problem(), backend).public
@@ -378,44 +202,6 @@ def _added(
 # ---- what dispatch would do ----
 
 
-def _problem(input: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None) -> LayerNormProblem:
-    check("layer_norm", input, shape, weight=weight, bias=bias)
-    weight, bias = parameters_for(input.dtype, weight, bias)
-    return LayerNormProblem(
-        device=input.device.type,
-        dtype=input.dtype,
-        shape=tuple(input.shape),
-        normalized_ndim=len(shape),
-        weight_dtype=None if weight is None else weight.dtype,
-        bias_dtype=None if bias is None else bias.dtype,
-    )
-
-
-def _add_problem(
-    op: str,
-    input: Tensor,
-    residual: Tensor,
-    shape: tuple[int, ...],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    dropout: bool,
-) -> AddLayerNormProblem:
-    check(op, input, shape, weight=weight, bias=bias)
-    check_residual(op, input, residual)
-    x, r = sides(input, residual)
-    weight, bias = parameters_for(r.dtype, weight, bias)
-    return AddLayerNormProblem(
-        device=input.device.type,
-        dtype=r.dtype,
-        shape=tuple(input.shape),
-        normalized_ndim=len(shape),
-        weight_dtype=None if weight is None else weight.dtype,
-        bias_dtype=None if bias is None else bias.dtype,
-        input_dtype=x.dtype,
-        dropout=dropout,
-    )
-
-
 def _prepare(
     input: Tensor,
     normalized_shape: Sequence[int] | int,
@@ -428,10 +214,7 @@ def _prepare(
     **_: Any,
 ) -> tuple[Op, Problem]:
     shape = dims_of(normalized_shape)
-    check_values("layer_norm", weight_offset)
-    if residual is None:
-        return OP, _problem(input, shape, weight, bias)
-    return ADD_OP, _add_problem("layer_norm", input, residual, shape, weight, bias, False)
+    return CONTRACT.prepared("layer_norm", input, residual, shape, (weight, bias), 0.0, weight_offset, None)
 
 
 def _add_prepare(
@@ -447,10 +230,8 @@ def _add_prepare(
     seed: int | None = None,
     **_: Any,
 ) -> tuple[Op, Problem]:
-    check_values("add_layer_norm", weight_offset, dropout_p, seed)
-    return ADD_OP, _add_problem(
-        "add_layer_norm", input, residual, dims_of(normalized_shape), weight, bias, dropout_p > 0.0
-    )
+    shape = dims_of(normalized_shape)
+    return CONTRACT.prepared("add_layer_norm", input, residual, shape, (weight, bias), dropout_p, weight_offset, seed)
 
 
 layer_norm.prepare = _prepare  # type: ignore[attr-defined]

@@ -6,12 +6,12 @@ import torch
 
 from fastattn.dispatch import Implementation
 from fastattn.gpu.norms import Norm
-from fastattn.ops.layer_norm.op import LayerNormProblem
+from fastattn.norms import NormProblem
 
 NORM = Norm("layer_norm", centred=True)
 
 
-def supports(problem: LayerNormProblem) -> str | None:
+def supports(problem: NormProblem) -> str | None:
     if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"has no kernel for {problem.dtype}: float32, bfloat16, float16"
     return None

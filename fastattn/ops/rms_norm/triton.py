@@ -7,12 +7,12 @@ from torch import Tensor
 
 from fastattn.dispatch import Implementation
 from fastattn.gpu.norms import Norm
-from fastattn.ops.rms_norm.op import RMSNormProblem
+from fastattn.norms import NormProblem
 
 NORM = Norm("rms_norm", centred=False)
 
 
-def supports(problem: RMSNormProblem) -> str | None:
+def supports(problem: NormProblem) -> str | None:
     if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"has no kernel for {problem.dtype}: float32, bfloat16, float16"
     return None
