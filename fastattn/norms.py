@@ -4,7 +4,7 @@ their contracts, in which they differ by what parameters and statistics they hav
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -338,10 +338,29 @@ def dropped(x: Tensor, philox: Tensor | None, p: float) -> Tensor:
     return x * keep * (1.0 / (1.0 - p) if p < 1.0 else 0.0)
 
 
-def dropped_branch(input: Tensor, columns: int, p: float, seed: int | None) -> Tensor:
-    """input after the dropout that `seed` fixes; `columns` are normalised together."""
-    if p == 0.0:
-        return input
-    assert seed is not None
-    rows = input.reshape(input.numel() // max(columns, 1), columns)
-    return dropped(rows, philox_mask.fixed(seed, input.device), p).reshape(input.shape)
+def of_sum(norm: Callable[..., Any]) -> Callable[..., Any]:
+    """The norm of residual + dropout(input), and the sum, by a function that takes a residual and is asked for both.
+
+    Without a seed dropout is torch's own, which is another mask of the same kind.
+    """
+
+    def added(
+        input: Tensor,
+        residual: Tensor,
+        normalized_shape: Sequence[int],
+        *args: Any,
+        dropout_p: float = 0.0,
+        seed: int | None = None,
+        **options: Any,
+    ) -> Any:
+        if dropout_p == 0.0:
+            branch = input
+        elif seed is None:
+            branch = torch.nn.functional.dropout(input, dropout_p)
+        else:
+            columns = math.prod(normalized_shape)
+            rows = input.reshape(input.numel() // max(columns, 1), columns)
+            branch = dropped(rows, philox_mask.fixed(seed, input.device), dropout_p).reshape(input.shape)
+        return norm(branch, normalized_shape, *args, residual=residual, prenorm=True, **options)
+
+    return added

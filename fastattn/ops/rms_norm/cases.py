@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from fastattn.cases import Arguments, Case, Sampler, Suite, Workload
 from fastattn.layouts import contiguous, permuted_rows, same_rows, strided_rows, transposed
-from fastattn.norms import dropped_branch
+from fastattn.norms import of_sum
 from fastattn.ops.rms_norm.op import add_rms_norm, rms_norm
 
 Draw = Callable[..., Tensor]
@@ -55,43 +54,6 @@ def peer(
         weight = (weight + weight_offset if weight_offset != 0.0 else weight).to(total.dtype)
     output = F.rms_norm(total, tuple(normalized_shape), weight, eps)
     return (output, total) if prenorm else output
-
-
-def add_definition(
-    input: Tensor,
-    residual: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    eps: float = 1e-6,
-    *,
-    dropout_p: float = 0.0,
-    weight_offset: float = 0.0,
-    seed: int | None = None,
-) -> Any:
-    """The sum and its norm written down, in the dtype of the inputs."""
-    branch = dropped_branch(input, math.prod(normalized_shape), dropout_p, seed)
-    return definition(
-        branch, normalized_shape, weight, eps, residual=residual, prenorm=True, weight_offset=weight_offset
-    )
-
-
-def add_peer(
-    input: Tensor,
-    residual: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    eps: float = 1e-6,
-    *,
-    dropout_p: float = 0.0,
-    weight_offset: float = 0.0,
-    seed: int | None = None,
-) -> Any:
-    """torch's addition and norm; without a seed its own dropout, which is another mask of the same kind."""
-    if dropout_p > 0.0 and seed is None:
-        branch = F.dropout(input, dropout_p)
-    else:
-        branch = dropped_branch(input, math.prod(normalized_shape), dropout_p, seed)
-    return peer(branch, normalized_shape, weight, eps, residual=residual, prenorm=True, weight_offset=weight_offset)
 
 
 def _build(
@@ -247,8 +209,8 @@ SUITES = (
     Suite(
         name="add_rms_norm",
         function=add_rms_norm,
-        truth=add_definition,
-        peer=add_peer,
+        truth=of_sum(definition),
+        peer=of_sum(peer),
         differentiable=("input", "weight", "residual"),
         results=("output", "sum"),
         cases=tuple(replace(case, draws=4) for case in _add_cases()),
