@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,30 +24,30 @@ class GELUForward(Served):
         return ops.gelu(input, self.approximate)
 
 
-class SoftmaxForward(Served):
+class _OverDim(Served):
+    """fastattn_function: of an input and the dimension that it is computed over."""
+
+    fastattn_function: Callable[..., Tensor]
+    dim: int | None
+
+    def forward(self, input: Tensor) -> Any:
+        reason = refusal(input) if self.dim is not None else "without a dim: torch chooses one"
+        if reason is not None:
+            self._left_to_torch(reason)
+            return super().forward(input)
+        return self.fastattn_function(widened(input), self.dim)
+
+
+class SoftmaxForward(_OverDim):
     """torch.nn.Softmax on fastattn.softmax."""
 
-    dim: int | None
-
-    def forward(self, input: Tensor) -> Any:
-        reason = refusal(input) if self.dim is not None else "without a dim: torch chooses one"
-        if reason is not None:
-            self._left_to_torch(reason)
-            return super().forward(input)
-        return ops.softmax(widened(input), self.dim)
+    fastattn_function = staticmethod(ops.softmax)
 
 
-class LogSoftmaxForward(Served):
+class LogSoftmaxForward(_OverDim):
     """torch.nn.LogSoftmax on fastattn.log_softmax."""
 
-    dim: int | None
-
-    def forward(self, input: Tensor) -> Any:
-        reason = refusal(input) if self.dim is not None else "without a dim: torch chooses one"
-        if reason is not None:
-            self._left_to_torch(reason)
-            return super().forward(input)
-        return ops.log_softmax(widened(input), self.dim)
+    fastattn_function = staticmethod(ops.log_softmax)
 
 
 class GELU(GELUForward, nn.GELU):
