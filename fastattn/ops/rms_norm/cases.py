@@ -157,28 +157,15 @@ def _add_cases() -> Iterator[Case]:
     yield Case("no rows", add((0, 16), dropout_p=0.5, seed=1))
 
 
-def workload(rows: int, columns: int, *, quick: bool = False) -> Workload:
+def workload(rows: int, columns: int, *, residual: bool = False, quick: bool = False) -> Workload:
     size = rows * columns
     return Workload(
         f"{rows}x{columns}",
-        _build((rows, columns)),
-        forward_flops=4 * size,
-        backward_flops=9 * size,
-        forward_elements=2 * size,
-        backward_elements=3 * size,
-        quick=quick,
-    )
-
-
-def add_rms_norm_workload(rows: int, columns: int, *, quick: bool = False) -> Workload:
-    size = rows * columns
-    return Workload(
-        f"{rows}x{columns}",
-        _build((rows, columns), residual=True),
-        forward_flops=5 * size,
-        backward_flops=10 * size,
-        forward_elements=4 * size,
-        backward_elements=4 * size,
+        _build((rows, columns), residual=residual),
+        forward_flops=(4 + residual) * size,
+        backward_flops=(9 + residual) * size,
+        forward_elements=(4 if residual else 2) * size,
+        backward_elements=(4 if residual else 3) * size,
         quick=quick,
     )
 
@@ -190,9 +177,11 @@ WORKLOADS = (
     workload(4096, 4096),
 )
 
-ADD_WORKLOADS = tuple(
-    add_rms_norm_workload(rows, columns, quick=rows == 4096 and columns == 768)
-    for rows, columns in ((1024, 768), (4096, 768), (8192, 1024), (4096, 4096))
+ADD_WORKLOADS = (
+    workload(1024, 768, residual=True),
+    workload(4096, 768, residual=True, quick=True),
+    workload(8192, 1024, residual=True),
+    workload(4096, 4096, residual=True),
 )
 
 SUITES = (
