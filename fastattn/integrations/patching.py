@@ -229,9 +229,10 @@ def patch(model: nn.Module, *, strict: bool = False, exclude: Iterable[str | typ
 
     Replaced are torch.nn's Linear, LayerNorm, RMSNorm, GELU, Softmax, LogSoftmax, CrossEntropyLoss, MultiheadAttention,
     TransformerEncoderLayer and TransformerDecoderLayer, subclasses that do not change what is replaced, and other
-    libraries' norms, GELUs and Conv1D that compute the same (fastattn.integrations.recognition). state_dict,
-    parameters, buffers, hooks, parametrizations and references to modules stay; isinstance, deepcopy and pickle work.
-    Calls that our kernels do not serve go to the original forward (fastattn.explain(model, ...) shows them).
+    libraries' norms, GELUs and Conv1D that compute the same (fastattn.integrations.recognition), and the cross entropy
+    in the loss_function of Transformers' models. state_dict, parameters, buffers, hooks, parametrizations and
+    references to modules stay; isinstance, deepcopy and pickle work. Calls that our kernels do not serve go to the
+    original forward (fastattn.explain(model, ...) shows them).
 
     Args:
         model: any module; itself, or whatever is in it, is replaced. Modules that are ours already are left alone.

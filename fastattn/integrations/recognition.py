@@ -1,4 +1,5 @@
-"""Modules that are none of torch's and compute what our kernels compute: norms, GELUs, Conv1D, SwiGLU layers.
+"""Modules that are none of torch's and compute what our kernels compute: norms, GELUs, Conv1D, SwiGLU layers; and
+Transformers' models, which compute a loss.
 
 A class is never taken for what its name says. The name only says what to try: the module's own forward runs on a small
 random input, with small random parameters in a copy of it, and what comes out must keep the accuracy law beside the
@@ -30,6 +31,8 @@ from fastattn.ops.linear.op import prefers_torch
 ROWS, WIDTH = 3, 8
 #: Modules without a number of their own for it have it in their forward.
 USUAL_EPS = (1e-5, 1e-6, 1e-12)
+#: The class of Transformers' models: its module and name.
+MODEL = ("transformers.modeling_utils", "PreTrainedModel")
 #: Of the rows that norms are tried on: about the root of every usual eps, and far above it.
 SCALES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e4)
 
@@ -155,6 +158,8 @@ def recognise(module: nn.Module) -> Form | None:
 
     Unrecognised: it is called like one of them, and computes something else.
     """
+    if any((base.__module__, base.__name__) == MODEL for base in type(module).__mro__):
+        return _loss_form(module)
     name = type(module).__name__
     for pattern, probe in PROBES:
         if re.search(pattern, name, re.IGNORECASE):
@@ -349,6 +354,19 @@ def _product(width: int, outputs: int, seed: int) -> Any:
     layer = nn.Linear(width, outputs, bias=False, device="meta")
     layer.weight = nn.Parameter(_drawn(outputs, width, seed=seed))
     return layer
+
+
+def _loss_form(module: nn.Module) -> Form | None:
+    """Of a model that asks for a loss."""
+    try:
+        from fastattn.integrations.transformers import loss
+    except ImportError as error:
+        raise Unrecognised(str(error)) from error
+    if not loss.asked_for(module):
+        return None
+    if loss.replaced(module):
+        raise Unrecognised("its loss_function is one of its own")
+    return Form(loss.LossFunction)
 
 
 #: (pattern of class names, what to try), in this order.
