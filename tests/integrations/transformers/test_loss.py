@@ -121,7 +121,7 @@ def test_it_stays_the_same_model(tmp_path):
         fastattn.unpatch(twin)
         assert type(twin) is bases[0]
     model.save_pretrained(tmp_path)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
     assert type(again) is bases[0] and isinstance(model, bases[0])
     fastattn.patch(again)
     assert torch.equal(again.eval()(ids, labels=ids).loss, expected)
