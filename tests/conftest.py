@@ -1,6 +1,7 @@
-"""What every test runs under: poisoned memory, quiet threads; and the table of skips at the end."""
+"""What every test runs under: poisoned memory, numbers of its own, quiet threads; and the table of skips at the end."""
 
 import os
+import zlib
 from collections import Counter
 
 # Tests share the machine's cores with each other's compilers: waiting threads must not spin. Read when torch loads.
@@ -18,6 +19,12 @@ def poisoned_memory():
     """Every uninitialised tensor is full of NaN, those that C++ ops allocate too."""
     with testing.poisoned_memory():
         yield
+
+
+@pytest.fixture(autouse=True)
+def same_numbers(request):
+    """A test draws the same numbers whatever ran before it in its process, and no two tests the same ones."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
 @pytest.fixture
