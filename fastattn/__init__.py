@@ -21,6 +21,7 @@ from fastattn.ops import (
     log_softmax,
     rms_norm,
     scaled_dot_product_attention,
+    silu,
     softmax,
     swiglu,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "patch",
     "rms_norm",
     "scaled_dot_product_attention",
+    "silu",
     "softmax",
     "swiglu",
     "tune_allocator",

@@ -13,7 +13,8 @@ PACKAGE = ROOT / "fastattn"
 FLOORS = {
     "env": 0, "numerics": 0, "philox": 0, "ceilings": 0, "machine": 0, "allocator": 0, "cases": 0, "version": 0,
     "_C": 0, "layouts": 0, "documents": 0, "gpu": 0,
-    "backends": 1, "dispatch": 1, "preference": 1, "norms": 1, "losses": 1,
+    "backends": 1, "dispatch": 1, "preference": 1, "norms": 1, "losses": 1, "activations": 1,
+    "activation_cases": 1,
     "ops": 2,
     "testing": 3, "flash_attn": 3, "nn": 3, "distributed": 3,
     "models": 4, "integrations": 4,

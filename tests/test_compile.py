@@ -33,7 +33,8 @@ COMPILED = {
         "to float32", "dim 1 of 4", "no dims", "mask of heads", "bool mask, dim 1", "causal bottom_right scale mask",
     ),
     "log_softmax": ("33 columns", "transposed, dim 0", "bool mask", "causal top_left 33x70"),
-    "gelu": ("none 33 columns", "tanh float32 bias", "tanh transposed bias"),
+    "gelu": ("none 33 columns", "tanh float32 bias", "sigmoid transposed bias"),
+    "silu": ("33 columns", "float32 bias", "transposed bias"),
     "swiglu": ("33 columns, packed", "transposed"),
     "cross_entropy": (
         "mean smoothing weight ignoring 3", "probabilities none smoothing weight", "3 dims mean", "one dim",

@@ -78,6 +78,8 @@ def calls(dtype=torch.float32):
         ),
         "gelu": (lambda x, b: fastattn.gelu(x, bias=b), (draw(4, 10), draw(10))),
         "gelu tanh": (lambda x: fastattn.gelu(x, "tanh"), (draw(4, 10),)),
+        "gelu sigmoid": (lambda x: fastattn.gelu(x, "sigmoid"), (draw(4, 10),)),
+        "silu": (lambda x, b: fastattn.silu(x, bias=b), (draw(4, 10), draw(10))),
         "swiglu": (fastattn.swiglu, (draw(4, 10), draw(4, 10))),
         "cross_entropy": (lambda x: fastattn.cross_entropy(x, target, label_smoothing=0.1), (draw(4, 10),)),
         "linear_cross_entropy": (
@@ -311,6 +313,7 @@ def larger_calls():
         ),
         "softmax of columns": (lambda x: fastattn.softmax(x, 0), (x,)),
         "gelu": (lambda x, w: fastattn.gelu(x, bias=w), (x, w)),
+        "silu": (lambda x, w: fastattn.silu(x, bias=w), (x, w)),
         "swiglu": (lambda x: fastattn.swiglu(*x.chunk(2, -1)), (x,)),
         "cross_entropy": (lambda x: fastattn.cross_entropy(x, target), (logits,)),
     }
@@ -390,6 +393,7 @@ def exactly(argument):
         "cross_entropy",
         "softmax",
         "gelu",
+        "silu",
         "swiglu",
     ],
 )
@@ -427,6 +431,7 @@ AUTOCAST = {
     "softmax": (lambda x: fastattn.softmax(x, -1), lambda x: F.softmax(x, -1)),
     "log_softmax": (lambda x: fastattn.log_softmax(x, -1), lambda x: F.log_softmax(x, -1)),
     "gelu": (lambda x: fastattn.gelu(x), lambda x: F.gelu(x)),
+    "silu": (lambda x: fastattn.silu(x), lambda x: F.silu(x)),
     "swiglu": (lambda x: fastattn.swiglu(x, x), lambda x: F.silu(x) * x),
     "linear_cross_entropy": (
         lambda x: fastattn.linear_cross_entropy(x[0, 0], x[0, 1], torch.arange(5)),

@@ -2,6 +2,7 @@
 // NaN stays NaN; at infinities they are what the formulas give: silu(-inf) is -inf * 0.
 #pragma once
 #include "math.h"
+#include "types.h"
 
 namespace fastattn::FASTATTN_ISA {
 namespace {
@@ -78,20 +79,44 @@ FASTATTN_INLINE F32 gelu_derivative(F32 x) {
   return fma(x * s.slope, inner, s.value);
 }
 
-// SiLU, or swish: x * sigmoid(x).
+// Swish (Ramachandran et al. 2017): x * sigmoid(beta x). SiLU with 1; GELU by a sigmoid (Hendrycks and Gimpel 2016,
+// section 2) with 1.702.
+constexpr float kSilu = 1.f;
+constexpr float kGeluSigmoid = 1.702f;
+
 template <bool Fine>
-FASTATTN_INLINE F32 silu(F32 x) {
-  if constexpr (Fine) return x / (splat(1.f) + exp(min(splat(100.f), zero() - x)));
-  return x / (splat(1.f) + exp2<3>(min(splat(200.f), x * splat(-kLog2e))));
+FASTATTN_INLINE F32 swish(F32 x, float beta) {
+  if constexpr (Fine) return x / (splat(1.f) + exp(min(splat(100.f), x * splat(-beta))));
+  return x / (splat(1.f) + exp2<3>(min(splat(200.f), x * splat(-beta * kLog2e))));
 }
-struct SiluWithDerivative {
+struct WithDerivative {
   F32 value, derivative;
 };
 template <bool Fine>
-FASTATTN_INLINE SiluWithDerivative silu_with_derivative(F32 x) {
-  const F32 falling = min(x, zero() - x);
+FASTATTN_INLINE WithDerivative swish_with_derivative(F32 x, float beta) {
+  const F32 scaled = x * splat(beta), falling = min(scaled, zero() - scaled);
   const Sigmoid s = sigmoid_from(x, Fine ? exp(falling) : exp2<3>(falling * splat(kLog2e)));
-  return {x * s.value, fma(x, s.slope, s.value)};
+  return {x * s.value, fma(x, s.slope * splat(beta), s.value)};  // beta x may be infinite where x is not
+}
+
+// Any of them, by its name.
+template <Activation kind, bool Fine>
+FASTATTN_INLINE F32 activate(F32 x) {
+  if constexpr (kind == Activation::gelu) return gelu<false, Fine>(x);
+  if constexpr (kind == Activation::gelu_tanh) return gelu<true, Fine>(x);
+  if constexpr (kind == Activation::relu) return max(zero(), x);
+  if constexpr (kind == Activation::gelu_sigmoid) return swish<Fine>(x, kGeluSigmoid);
+  if constexpr (kind == Activation::silu) return swish<Fine>(x, kSilu);
+  return x;
+}
+template <Activation kind, bool Fine>
+FASTATTN_INLINE F32 activation_derivative(F32 x) {
+  if constexpr (kind == Activation::gelu) return gelu_derivative<false, Fine>(x);
+  if constexpr (kind == Activation::gelu_tanh) return gelu_derivative<true, Fine>(x);
+  if constexpr (kind == Activation::relu) return select(zero() >= x, zero(), splat(1.f));
+  if constexpr (kind == Activation::gelu_sigmoid) return swish_with_derivative<Fine>(x, kGeluSigmoid).derivative;
+  if constexpr (kind == Activation::silu) return swish_with_derivative<Fine>(x, kSilu).derivative;
+  return splat(1.f);
 }
 
 }  // namespace

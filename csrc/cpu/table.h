@@ -1,10 +1,10 @@
 // What an instruction set offers: the kernels of every op.
 #pragma once
+#include "../activation/params.h"
 #include "../attention/params.h"
 #include "../ceilings/params.h"
 #include "../cross_entropy/params.h"
 #include "../decode/params.h"
-#include "../gelu/params.h"
 #include "../layer_norm/params.h"
 #include "../linear/params.h"
 #include "../linear_cross_entropy/params.h"
@@ -17,11 +17,11 @@ namespace fastattn {
 
 // Every op that has kernels: its folder in csrc/, the type of what its cpu.cpp exports, and a word to pass through.
 #define FASTATTN_OPS(X, isa)                              \
+  X(activation, ActivationKernels, isa)                   \
   X(attention, AttentionKernels, isa)                     \
   X(ceilings, CeilingLoops, isa)                          \
   X(cross_entropy, CrossEntropyKernels, isa)              \
   X(decode, DecodeKernels, isa)                           \
-  X(gelu, GeluKernels, isa)                               \
   X(layer_norm, NormKernels, isa)                         \
   X(linear, LinearKernels, isa)                           \
   X(linear_cross_entropy, LinearCrossEntropyKernels, isa) \

@@ -17,6 +17,9 @@ struct f16 {
 
 enum class DType : int32_t { f32, bf16, f16, boolean };
 
+// By number as fastattn/gpu/activation_kernels.py has them.
+enum class Activation : int32_t { none, gelu, gelu_tanh, relu, gelu_sigmoid, silu };
+
 // Tasks of one call, numbered 0 .. total-1, pulled by whichever workers turn up. What a task computes depends on
 // its number only, never on who runs it: results do not change with the number of threads.
 struct TaskQueue {

@@ -41,21 +41,7 @@ FASTATTN_INLINE GemmMatrix gemm_matrix(const LinearMatrix& x, bool inner_along_r
   return {static_cast<const char*>(x.data), x.row * element_size(x.dtype), x.dtype, inner_along_rows != x.transposed};
 }
 
-template <Activation kind, bool Fine>
-FASTATTN_INLINE F32 activate(F32 x) {
-  if constexpr (kind == Activation::gelu) return gelu<false, Fine>(x);
-  if constexpr (kind == Activation::gelu_tanh) return gelu<true, Fine>(x);
-  if constexpr (kind == Activation::relu) return max(zero(), x);
-  return x;
-}
-template <Activation kind, bool Fine>
-FASTATTN_INLINE F32 activation_derivative(F32 x) {
-  if constexpr (kind == Activation::gelu) return gelu_derivative<false, Fine>(x);
-  if constexpr (kind == Activation::gelu_tanh) return gelu_derivative<true, Fine>(x);
-  return select(zero() >= x, zero(), splat(1.f));
-}
-
-// Calls f with the compile-time constant that equals `kind`.
+// Calls f with the compile-time constant that equals `kind`, one of those that linear has.
 template <class F>
 FASTATTN_INLINE void with_activation(Activation kind, F f) {
   switch (kind) {

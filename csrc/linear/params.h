@@ -4,8 +4,6 @@
 
 namespace fastattn {
 
-enum class Activation : int32_t { none, gelu, gelu_tanh, relu };
-
 struct LinearMatrix {
   const void* data;
   int64_t row;

@@ -23,7 +23,8 @@ void swiglu_forward(const SwigluForward& p, TaskQueue& queue) {
         prefetch_pair(gate + c + kSwigluAhead<T>);
         prefetch_pair(up + c + kSwigluAhead<T>);
         const F32x2 g = get(gate + c, Cheapest{}, where), u = get(up + c, Cheapest{}, where);
-        put_result<decltype(stream)::value>(y + c, F32x2{silu<kFine<T>>(g.a), silu<kFine<T>>(g.b)} * u, where);
+        put_result<decltype(stream)::value>(y + c, F32x2{swish<kFine<T>>(g.a, kSilu), swish<kFine<T>>(g.b, kSilu)} * u,
+                                            where);
       });
     });
   });
@@ -46,7 +47,8 @@ void swiglu_backward(const SwigluBackward& p, TaskQueue& queue) {
         prefetch_pair(gate + c + kSwigluAhead<T>);
         prefetch_pair(up + c + kSwigluAhead<T>);
         const F32x2 d = get(dy + c, Cheapest{}, where), x = get(gate + c, Cheapest{}, where);
-        const SiluWithDerivative a = silu_with_derivative<kFine<T>>(x.a), b = silu_with_derivative<kFine<T>>(x.b);
+        const WithDerivative a = swish_with_derivative<kFine<T>>(x.a, kSilu);
+        const WithDerivative b = swish_with_derivative<kFine<T>>(x.b, kSilu);
         put_result<kStreaming>(grad_up + c, d * F32x2{a.value, b.value}, where);
         const F32x2 slope = {a.derivative, b.derivative};
         put_result<kStreaming>(grad_gate + c, d * get(up + c, Cheapest{}, where) * slope, where);

@@ -1,64 +1,87 @@
-"""GELU and its derivative on the device, as csrc/cpu/activation.h has them. Arithmetic is float32."""
+"""Activations of input + bias on GPUs: the launches that the triton backends of GELU and SiLU share."""
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastattn.gpu import devices, tuning
+from fastattn.gpu.columns import column_sums, partial_sums
+from fastattn.gpu.deferred import Deferred
+from fastattn.gpu.rows import as_rows
+
+KERNELS = Deferred("fastattn.gpu.activation_kernels")
+
+#: By number, as device code takes them (activation_kernels.py).
+GELU, GELU_TANH, GELU_SIGMOID, SILU = 1, 2, 4, 5
 
 
-@triton.jit
-def _normal_odds(x, FINE: tl.constexpr):
-    """(1 - Phi(x)) / Phi(x), Phi the distribution function of the standard normal, as 2^(-x R(x^2)).
-
-    R is fitted so that x Phi(x) has an error below 5e-8 |x|, and for x < 0 a relative one below 2.5e-4 down to
-    x = -5.5; not FINE: below 2.4e-4 |x| and 2.4e-3. Beyond, R is too large, and Phi falls to 0 early.
-    """
-    if FINE:
-        square = tl.minimum(x * x, 1000.0)
-        r = square * 1.306519922e-13 - 1.439538297e-11
-        r = r * square + 5.550799433e-10
-        r = r * square - 4.807671991e-9
-        r = r * square - 2.938148317e-7
-        r = r * square + 1.105350471e-5
-        r = r * square - 1.588255018e-4
-        r = r * square - 9.450491203e-5
-        r = r * square + 0.1048350831
-        r = r * square + 2.302209277
-    else:
-        square = tl.minimum(x * x, 1000.0)
-        r = square * 6.143198171e-8 + 8.542490468e-6
-        r = r * square - 1.315595995e-3
-        r = r * square + 0.1084548702
-        r = r * square + 2.299726829
-    return tl.exp2(-x * r)
+def _matrix(input: Tensor, bias: Tensor | None, *others: Tensor) -> tuple[int, int]:
+    """(rows, columns); where no bias tells columns apart and all lies in a row, it is one."""
+    elements = input.numel()
+    if bias is None and input.is_contiguous() and all(tensor.is_contiguous() for tensor in others):
+        return 1, elements
+    columns = input.shape[-1] if input.ndim else 1
+    return elements // columns, columns
 
 
-@triton.jit
-def gelu(x, TANH: tl.constexpr, FINE: tl.constexpr):
-    """x Phi(x); with TANH Phi(x) is sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3), which is (1 + tanh(u)) / 2.
-
-    FINE: good for results of more bits than bfloat16.
-    """
-    if TANH:
-        odds = tl.exp2(x * (x * x * -0.1029432397 - 2.302208198))  # -2 u log2(e)
-    else:
-        odds = _normal_odds(x, FINE)
-    return x / (1.0 + odds)
+@functools.lru_cache(maxsize=4096)
+def chunk_rows(rows: int, columns: int) -> int:
+    """Rows that one program adds up for the bias' gradient: by the shape alone, and for about a thousand programs."""
+    return max(min(max(rows * columns // 2**19, 16), 128), 4096 // columns)
 
 
-@triton.jit
-def gelu_derivative(x, TANH: tl.constexpr, FINE: tl.constexpr):
-    """Phi(x) + x Phi'(x)."""
-    square = x * x
-    if TANH:
-        exponent = x * (square * -0.1029432397 - 2.302208198)
-        decay = tl.exp2(-tl.abs(exponent))
-        upper = 1.0 / (1.0 + decay)
-        lower = decay * upper
-        phi = tl.where(x > 0.0, upper, lower)
-        # 2 u'; where it would overflow, `lower` is 0 and has the last word
-        inner = tl.minimum(square, 1e30) * 0.2140644488 + 1.595769122
-        return x * (upper * lower) * inner + phi
-    else:
-        density = tl.exp2(square * -0.7213475204) * 0.3989422804
-        return x * density + 1.0 / (1.0 + _normal_odds(x, FINE))
+@dataclass(frozen=True)
+class Activation:
+    """An activation's triton backend. op: whose tile sizes are looked up; kinds: what device code computes, by the
+    number that the op has for its form."""
+
+    op: str
+    kinds: tuple[int, ...]
+
+    def _options(self, kernel: str, device: torch.device, rows: int, columns: int) -> tuning.Options:
+        kind = "rows" if rows > 1 else "row"
+        return tuning.options(self.op, kernel, devices.target_of(device), kind=kind, size=columns)
+
+    def forward(self, input: Tensor, bias: Tensor | None, form: int = 0) -> Tensor:
+        output = torch.empty_like(input, memory_format=torch.contiguous_format)
+        if output.numel() == 0:
+            return output
+        rows, columns = _matrix(input, bias)
+        x, x_stride = as_rows(input)
+        options = self._options("forward", input.device, rows, columns)
+        grid = (-(-rows // options["ROWS"]) * -(-columns // options["COLUMNS"]),)
+        with devices.on(input):
+            KERNELS.forward[grid](output, x, bias, x_stride, rows, columns, ACTIVATION=self.kinds[form], **options)
+        return output
+
+    def backward(
+        self, grad_output: Tensor, input: Tensor, bias: Tensor | None, bias_grad: bool, form: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        grad_input = torch.empty_like(input, memory_format=torch.contiguous_format)
+        if bias is None:
+            grad_bias = torch.empty((0,), dtype=torch.float32, device=input.device)
+        else:
+            grad_bias = torch.empty_like(bias) if bias_grad else bias.new_empty((0,))
+        bias_grad = bias is not None and bias_grad
+        if grad_input.numel() == 0:
+            return grad_input, grad_bias.zero_()
+        rows, columns = _matrix(input, bias, grad_output)
+        x, x_stride = as_rows(input)
+        grad, grad_stride = as_rows(grad_output)
+        options = self._options("backward", input.device, rows, columns)
+        chunk = chunk_rows(rows, columns) if bias_grad else options["ROWS"]
+        chunks = -(-rows // chunk)
+        sums = partial_sums(1, chunks, columns, input.device) if bias_grad else None
+        grid = (chunks * -(-columns // options["COLUMNS"]),)
+        with devices.on(input):
+            KERNELS.backward[grid](
+                grad_input, sums, grad, x, bias, grad_stride, x_stride, rows, columns, chunk,
+                ACTIVATION=self.kinds[form], **options,
+            )  # fmt: skip
+        if sums is not None:
+            column_sums(self.op, sums, grad_bias)
+        return grad_input, grad_bias

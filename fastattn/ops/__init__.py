@@ -9,6 +9,7 @@ from fastattn.ops.linear import linear
 from fastattn.ops.linear_cross_entropy import linear_cross_entropy
 from fastattn.ops.rms_norm import add_rms_norm, rms_norm
 from fastattn.ops.rotary import apply_rotary_emb
+from fastattn.ops.silu import silu
 from fastattn.ops.softmax import log_softmax, softmax
 from fastattn.ops.swiglu import swiglu
 
@@ -26,6 +27,7 @@ __all__ = [
     "log_softmax",
     "rms_norm",
     "scaled_dot_product_attention",
+    "silu",
     "softmax",
     "swiglu",
 ]

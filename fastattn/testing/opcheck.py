@@ -30,6 +30,7 @@ SAMPLED = {
     "softmax": ("to float32", "dim 1, wide inside", "mask of heads", "causal top_left 33x70"),
     "log_softmax": ("7 columns", "bool mask"),
     "gelu": ("none 33 columns bias", "tanh 3 columns"),
+    "silu": ("33 columns bias", "3 columns"),
     "swiglu": ("33 columns, packed",),
     "cross_entropy": ("mean smoothing weight ignoring 3", "probabilities none smoothing weight", "z_loss softcap mean"),
 }

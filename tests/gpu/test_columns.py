@@ -5,9 +5,8 @@ import torch
 
 from fastattn import testing
 from fastattn.bench.launch_cost import launching_nothing
-from fastattn.gpu import norms
+from fastattn.gpu import activations, norms
 from fastattn.gpu.columns import column_sums, partial_sums
-from fastattn.ops.gelu import triton as gelu
 
 
 @pytest.mark.interpreted
@@ -38,7 +37,7 @@ def test_no_columns_launch_nothing():
 @pytest.mark.parametrize("columns", [1, 5, 768, 4096, 8192, 16384, 10**6])
 def test_chunks_leave_sums_that_are_little_beside_the_rows(rows, columns):
     resident = columns <= 16384
-    for chunk in (norms.chunk_rows(rows, columns, resident), gelu.chunk_rows(rows, columns)):
+    for chunk in (norms.chunk_rows(rows, columns, resident), activations.chunk_rows(rows, columns)):
         assert chunk >= min(8, rows)
     if resident:
         assert -(-rows // norms.chunk_rows(rows, columns, True)) <= 512

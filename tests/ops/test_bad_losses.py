@@ -1,4 +1,4 @@
-"""As test_bad_input.py, for softmax, cross entropy, GELU and SwiGLU."""
+"""As test_bad_input.py, for softmax, cross entropy, GELU, SiLU and SwiGLU."""
 
 import math
 import re
@@ -21,6 +21,10 @@ def softmax(*args, **call):
 
 def gelu(*args, **call):
     return lambda backend: fastattn.gelu(*args, backend=backend, **call)
+
+
+def silu(*args, **call):
+    return lambda backend: fastattn.silu(*args, backend=backend, **call)
 
 
 def swiglu(*args, **call):
@@ -105,16 +109,16 @@ BAD = {
         ValueError,
         r"log_softmax: dim must be in \[-2, 1\] for a 2-D input, got -3",
     ),
-    # gelu and swiglu
+    # gelu, silu and swiglu
     "gelu of integers": (
         gelu(f32(3, dtype=torch.int64)),
         ValueError,
         r"gelu: input must be float32, bfloat16, float16 or float64, got torch.int64",
     ),
     "gelu approximated otherwise": (
-        gelu(f32(3), "sigmoid"),
+        gelu(f32(3), "quick"),
         ValueError,
-        r"gelu: approximate must be one of \('none', 'tanh'\), got 'sigmoid'",
+        r"gelu: approximate must be one of \('none', 'tanh', 'sigmoid'\), got 'quick'",
     ),
     "gelu bias shape": (
         gelu(f32(3, 8), bias=f32(3)),
@@ -140,6 +144,26 @@ BAD = {
         gelu(f32(1).expand(2**40, 2**22)),
         ValueError,
         r"gelu: an input of shape \(1099511627776, 4194304\) is more than memory can address",
+    ),
+    "silu of integers": (
+        silu(f32(3, dtype=torch.int64)),
+        ValueError,
+        r"silu: input must be float32, bfloat16, float16 or float64, got torch.int64",
+    ),
+    "silu bias shape": (
+        silu(f32(3, 8), bias=f32(3)),
+        ValueError,
+        r"silu: bias must have shape \(8,\) for an input of shape \(3, 8\), got \(3,\)",
+    ),
+    "silu bias' device": (
+        silu(f32(3, 8), bias=f32(8, device="meta")),
+        ValueError,
+        r"silu: bias must be floating and on cpu, got torch.float32 on meta",
+    ),
+    "silu beyond the address space": (
+        silu(f32(1).expand(2**40, 2**22)),
+        ValueError,
+        r"silu: an input of shape \(1099511627776, 4194304\) is more than memory can address",
     ),
     "swiglu of integers": (
         swiglu(f32(3, dtype=torch.int64), f32(3, dtype=torch.int64)),
@@ -313,11 +337,14 @@ RAW_BAD = {
     "softmax backward of another shape": lambda: torch.ops.fastattn.softmax_backward.cpu(
         f32(3, 8), f32(3, 7), 1, False, torch.float32
     ),
-    "gelu of a short bias": lambda: torch.ops.fastattn.gelu_forward.cpu(f32(3, 8), f32(7), False),
-    "gelu of a wide bias": lambda: torch.ops.fastattn.gelu_forward.cpu(f32(3, 8), f32(8, dtype=torch.float64), False),
+    "gelu of a short bias": lambda: torch.ops.fastattn.gelu_forward.cpu(f32(3, 8), f32(7), 0),
+    "gelu of a wide bias": lambda: torch.ops.fastattn.gelu_forward.cpu(f32(3, 8), f32(8, dtype=torch.float64), 0),
+    "gelu in a fourth form": lambda: torch.ops.fastattn.gelu_forward.cpu(f32(3, 8), None, 3),
     "gelu backward of another shape": lambda: torch.ops.fastattn.gelu_backward.cpu(
-        f32(3, 7), f32(3, 8), None, False, False
+        f32(3, 7), f32(3, 8), None, False, 0
     ),
+    "silu of a short bias": lambda: torch.ops.fastattn.silu_forward.cpu(f32(3, 8), f32(7)),
+    "silu backward of another shape": lambda: torch.ops.fastattn.silu_backward.cpu(f32(3, 7), f32(3, 8), None, False),
     "swiglu of another shape": lambda: torch.ops.fastattn.swiglu_forward.cpu(f32(3, 8), f32(3, 7)),
     "swiglu backward of another dtype": lambda: torch.ops.fastattn.swiglu_backward.cpu(
         f32(3, 8, dtype=torch.bfloat16), f32(3, 8), f32(3, 8)

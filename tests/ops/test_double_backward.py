@@ -104,6 +104,12 @@ PLAIN = {
     "rms_norm": (lambda x: fastattn.rms_norm(x, (8,), x[0]), lambda x: F.rms_norm(x, (8,), x[0]), (5, 8)),
     "softmax": (lambda x: fastattn.softmax(x, -1), lambda x: x.softmax(-1), (5, 8)),
     "gelu": (lambda x: fastattn.gelu(x, bias=x[0]), lambda x: F.gelu(x + x[0]), (5, 8)),
+    "gelu sigmoid": (
+        lambda x: fastattn.gelu(x, "sigmoid", bias=x[0]),
+        lambda x: F.silu(1.702 * (x + x[0])) / 1.702,
+        (5, 8),
+    ),
+    "silu": (lambda x: fastattn.silu(x, bias=x[0]), lambda x: F.silu(x + x[0]), (5, 8)),
     "swiglu": (lambda x: fastattn.swiglu(x, x + 1.0), lambda x: F.silu(x) * (x + 1.0), (5, 8)),
     "cross_entropy": (
         lambda x: fastattn.cross_entropy(x, torch.arange(5), label_smoothing=0.1),

@@ -17,9 +17,11 @@ FUNCTIONS = {
     "softmax": fastattn.softmax,
     "log_softmax": fastattn.log_softmax,
     "nn.functional.gelu": fastattn.gelu,
+    "nn.functional.silu": fastattn.silu,
     "nn.functional.cross_entropy": fastattn.cross_entropy,
 }
-INFOS = [info for info in op_db if info.name in FUNCTIONS]
+# Of an activation of complex numbers there is an entry of its own.
+INFOS = [info for info in op_db if info.name in FUNCTIONS and torch.float32 in info.dtypes]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -1,4 +1,4 @@
-"""GELU on the cpu backend: csrc/gelu."""
+"""GELU on the cpu backend: csrc/activation, which serves SiLU, too."""
 
 from __future__ import annotations
 

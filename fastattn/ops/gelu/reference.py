@@ -1,4 +1,4 @@
-"""GELU in plain torch, float32 (float64 for float64) inside."""
+"""GELU in plain torch."""
 
 from __future__ import annotations
 
@@ -7,13 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from fastattn.dispatch import Implementation
-from fastattn.numerics import accumulation_dtype
-
-
-def _sum(input: Tensor, bias: Tensor | None) -> Tensor:
-    x = input.to(accumulation_dtype(input.dtype))
-    return x if bias is None else x + bias
+from fastattn.activations import reference
+from fastattn.ops.gelu.op import APPROXIMATIONS
 
 
 def _exponent(x: Tensor) -> Tensor:
@@ -21,33 +16,25 @@ def _exponent(x: Tensor) -> Tensor:
     return math.sqrt(8.0 / math.pi) * x * (1.0 + 0.044715 * x.square())
 
 
-def forward(input: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
-    x = _sum(input, bias)
-    phi = _exponent(x).sigmoid() if tanh else torch.special.ndtr(x)
-    return (x * phi).to(input.dtype).contiguous()
+def gate(x: Tensor, approximate: int) -> Tensor:
+    """Phi(x)."""
+    form = APPROXIMATIONS[approximate]
+    if form == "none":
+        return torch.special.ndtr(x)
+    return (_exponent(x) if form == "tanh" else 1.702 * x).sigmoid()
 
 
-def backward(
-    grad_output: Tensor, input: Tensor, bias: Tensor | None, tanh: bool, bias_grad: bool
-) -> tuple[Tensor, Tensor]:
-    """g (Phi(x) + x Phi'(x)); the bias' gradient is the sum over rows."""
-    x = _sum(input, bias)
-    if tanh:
-        exponent = _exponent(x)
-        slope = math.sqrt(8.0 / math.pi) * (1.0 + 3.0 * 0.044715 * x.square())
-        phi, density = exponent.sigmoid(), exponent.sigmoid() * (-exponent).sigmoid() * slope
-    else:
-        phi = torch.special.ndtr(x)
-        density = (-0.5 * x.square()).exp() / math.sqrt(2.0 * math.pi)
-    grad = grad_output.to(x.dtype) * (phi + x * density)
-    if bias is None:
-        grad_bias = input.new_empty((0,), dtype=torch.float32)
-    elif bias_grad:
-        rows = math.prod(input.shape[:-1])
-        grad_bias = grad.reshape(rows, input.shape[-1]).sum(0).to(bias.dtype)
-    else:
-        grad_bias = bias.new_empty((0,))
-    return grad.to(input.dtype).contiguous(), grad_bias
+def density(x: Tensor, approximate: int) -> Tensor:
+    """Its derivative."""
+    form = APPROXIMATIONS[approximate]
+    if form == "none":
+        return (-0.5 * x.square()).exp() / math.sqrt(2.0 * math.pi)
+    if form == "sigmoid":
+        return 1.702 * (1.702 * x).sigmoid() * (-1.702 * x).sigmoid()
+    exponent = _exponent(x)
+    # Where the square would overflow, the sigmoids' product is 0.
+    slope = math.sqrt(8.0 / math.pi) * (1.0 + 3.0 * 0.044715 * x.square().clamp_max(1e30))
+    return exponent.sigmoid() * (-exponent).sigmoid() * slope
 
 
-IMPLEMENTATION = Implementation(lambda problem: None, forward, backward, differentiable=True)
+IMPLEMENTATION = reference(gate, density)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastattn.gpu.activations import gelu, gelu_derivative
+from fastattn.gpu.activation_kernels import activate, through_activation
 from fastattn.gpu.column_kernels import block_and_columns, leave_sums
 
 
@@ -44,10 +44,7 @@ def product(
     inside = a_inside & b_inside
     if before_ptr is not None:
         tl.store(before_ptr + place, total, mask=inside)
-    if ACTIVATION == 1 or ACTIVATION == 2:
-        total = gelu(total, ACTIVATION == 2, c_ptr.dtype.element_ty != tl.bfloat16)
-    if ACTIVATION == 3:
-        total = tl.where(total < 0.0, 0.0, total)  # NaN stays
+    total = activate(total, ACTIVATION, c_ptr.dtype.element_ty != tl.bfloat16)
     tl.store(c_ptr + place, total, mask=inside)
 
 
@@ -70,10 +67,7 @@ def through(
         grad = tl.load(grad_ptr + row * grad_stride + column, mask=inside, other=0.0).to(tl.float32)
         if ACTIVATION != 0:
             saved = tl.load(saved_ptr + row * saved_stride + column, mask=inside, other=0.0).to(tl.float32)
-            if ACTIVATION == 3:
-                grad = tl.where(saved <= 0.0, 0.0, grad)
-            else:
-                grad *= gelu_derivative(saved, ACTIVATION == 2, grad_ptr.dtype.element_ty != tl.bfloat16)
+            grad = through_activation(grad, saved, ACTIVATION, grad_ptr.dtype.element_ty != tl.bfloat16)
         if result_ptr is not None:
             tl.store(result_ptr + row * columns + column, grad, mask=inside)
         sums += tl.where(inside, grad, 0.0)

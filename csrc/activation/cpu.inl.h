@@ -1,5 +1,5 @@
-// GELU of input + bias, forward and backward, fp32 inside. The bias' gradient is the sum of the input's over the rows:
-// fp32 sums of fixed chunks of rows, combined in a fixed order.
+// An activation of input + bias, forward and backward, fp32 inside. The bias' gradient is the sum of the input's over
+// the rows: fp32 sums of fixed chunks of rows, combined in a fixed order.
 #pragma once
 #include "../cpu/activation.h"
 #include "../cpu/elementwise.h"
@@ -10,24 +10,24 @@
 namespace fastattn::FASTATTN_ISA {
 namespace {
 
-constexpr int kGeluRowsTogether = 4;  // share the loads and stores of the bias' sums
+constexpr int kBiasRowsTogether = 4;  // share the loads and stores of the bias' sums
 
 // Elements of a bias that is not there are left out of the sum.
 template <class T, class B, class Where>
 FASTATTN_INLINE F32x2 add_bias(F32x2 x, const T* kind, const B* bias, int64_t c, Where where) {
   return bias == nullptr ? x : x + get_beside(kind, bias + c, where);
 }
-template <bool Tanh, bool Fine>
-FASTATTN_INLINE F32x2 gelu(F32x2 x) {
-  return {gelu<Tanh, Fine>(x.a), gelu<Tanh, Fine>(x.b)};
+template <Activation kind, bool Fine>
+FASTATTN_INLINE F32x2 activate(F32x2 x) {
+  return {activate<kind, Fine>(x.a), activate<kind, Fine>(x.b)};
 }
-template <bool Tanh, bool Fine>
-FASTATTN_INLINE F32x2 gelu_derivative(F32x2 x) {
-  return {gelu_derivative<Tanh, Fine>(x.a), gelu_derivative<Tanh, Fine>(x.b)};
+template <Activation kind, bool Fine>
+FASTATTN_INLINE F32x2 activation_derivative(F32x2 x) {
+  return {activation_derivative<kind, Fine>(x.a), activation_derivative<kind, Fine>(x.b)};
 }
 
-template <class T, class B, bool Tanh>
-void gelu_forward(const GeluForward& p, TaskQueue& queue) {
+template <class T, class B, Activation kind>
+void activation_forward(const ActivationForward& p, TaskQueue& queue) {
   const B* const bias = static_cast<const B*>(p.bias);
   with_streaming(p.streaming && fit_for_streaming<T>(p.output, p.columns), [&](auto stream) FASTATTN_LAMBDA {
     for_pieces({p.rows, p.columns}, queue, [&](int64_t row, int64_t column, int64_t columns) FASTATTN_LAMBDA {
@@ -36,15 +36,15 @@ void gelu_forward(const GeluForward& p, TaskQueue& queue) {
       for_columns<2>(columns, [&](int64_t c, int, auto where) FASTATTN_LAMBDA {
         prefetch_pair(x + c + kAheadBytes / static_cast<int64_t>(sizeof(T)));
         const F32x2 v = add_bias(get(x + c, Cheapest{}, where), x, bias, column + c, where);
-        put_result<decltype(stream)::value>(y + c, gelu<Tanh, kFine<T>>(v), where);
+        put_result<decltype(stream)::value>(y + c, activate<kind, kFine<T>>(v), where);
       });
     });
   });
 }
 
-template <class T, class B, bool Tanh, int Rows>
-FASTATTN_INLINE void gelu_backward_rows(const GeluBackward& p, int64_t row, int64_t column, int64_t columns,
-                                        float* sums) {
+template <class T, class B, Activation kind, int Rows>
+FASTATTN_INLINE void activation_backward_rows(const ActivationBackward& p, int64_t row, int64_t column, int64_t columns,
+                                              float* sums) {
   const B* const bias = static_cast<const B*>(p.bias);
   const T* const dy = static_cast<const T*>(p.grad_output) + row * p.grad_output_stride + column;
   const T* const x = static_cast<const T*>(p.input) + row * p.input_stride + column;
@@ -53,7 +53,8 @@ FASTATTN_INLINE void gelu_backward_rows(const GeluBackward& p, int64_t row, int6
     F32x2 sum = sums == nullptr ? splat2(0.f) : get(sums + c, Natural{}, where);
     FASTATTN_UNROLL for (int r = 0; r < Rows; r++) {
       const F32x2 v = add_bias(get(x + r * p.input_stride + c, Cheapest{}, where), x, bias, column + c, where);
-      const F32x2 g = get(dy + r * p.grad_output_stride + c, Cheapest{}, where) * gelu_derivative<Tanh, kFine<T>>(v);
+      const F32x2 g =
+          get(dy + r * p.grad_output_stride + c, Cheapest{}, where) * activation_derivative<kind, kFine<T>>(v);
       sum = sum + g;
       put(dx + r * p.columns + c, g, Cheapest{}, where);
     }
@@ -63,7 +64,7 @@ FASTATTN_INLINE void gelu_backward_rows(const GeluBackward& p, int64_t row, int6
 
 // The chunks' sums in a tree of pairs, into the first one's; then out in their natural order.
 template <class T, class B>
-void gelu_bias_gradient(const GeluBackward& p) {
+void activation_bias_gradient(const ActivationBackward& p) {
   const int64_t chunks = ceil_div(p.rows, p.chunk_rows);
   float* const partials = p.partials;
   for (int64_t step = 1; step < chunks; step *= 2)
@@ -80,11 +81,11 @@ void gelu_bias_gradient(const GeluBackward& p) {
   });
 }
 
-template <class T, class B, bool Tanh>
-void gelu_backward(const GeluBackward& p, TaskQueue& queue) {
+template <class T, class B, Activation kind>
+void activation_backward(const ActivationBackward& p, TaskQueue& queue) {
   if (p.grad_bias == nullptr) {
     return for_pieces({p.rows, p.columns}, queue, [&](int64_t row, int64_t column, int64_t columns) FASTATTN_LAMBDA {
-      gelu_backward_rows<T, B, Tanh, 1>(p, row, column, columns, nullptr);
+      activation_backward_rows<T, B, kind, 1>(p, row, column, columns, nullptr);
     });
   }
   for (int64_t task; (task = take_task(queue)) < queue.total;) {
@@ -92,55 +93,71 @@ void gelu_backward(const GeluBackward& p, TaskQueue& queue) {
     int64_t row = task * p.chunk_rows;
     const int64_t end = min_of(row + p.chunk_rows, p.rows);
     if (row < end) memset(sums, 0, static_cast<size_t>(p.columns) * sizeof(float));
-    for (; row + kGeluRowsTogether <= end; row += kGeluRowsTogether)
-      gelu_backward_rows<T, B, Tanh, kGeluRowsTogether>(p, row, 0, p.columns, sums);
-    for (; row < end; row++) gelu_backward_rows<T, B, Tanh, 1>(p, row, 0, p.columns, sums);
-    if (finish_task(queue)) gelu_bias_gradient<T, B>(p);
+    for (; row + kBiasRowsTogether <= end; row += kBiasRowsTogether)
+      activation_backward_rows<T, B, kind, kBiasRowsTogether>(p, row, 0, p.columns, sums);
+    for (; row < end; row++) activation_backward_rows<T, B, kind, 1>(p, row, 0, p.columns, sums);
+    if (finish_task(queue)) activation_bias_gradient<T, B>(p);
+  }
+}
+
+// Calls f with the compile-time constant that equals `kind`, one of those that have an op of their own.
+template <class F>
+FASTATTN_INLINE void with_activation(Activation kind, F f) {
+  switch (kind) {
+    case Activation::gelu:
+      return f(Constant<Activation::gelu>{});
+    case Activation::gelu_tanh:
+      return f(Constant<Activation::gelu_tanh>{});
+    case Activation::gelu_sigmoid:
+      return f(Constant<Activation::gelu_sigmoid>{});
+    default:
+      return f(Constant<Activation::silu>{});
   }
 }
 
 template <class T, class B>
-void gelu_forward(const GeluForward& p, TaskQueue& queue) {
-  return p.tanh ? gelu_forward<T, B, true>(p, queue) : gelu_forward<T, B, false>(p, queue);
+void activation_forward(const ActivationForward& p, TaskQueue& queue) {
+  with_activation(p.activation, [&](auto kind) { activation_forward<T, B, decltype(kind)::value>(p, queue); });
 }
 template <class T, class B>
-void gelu_backward(const GeluBackward& p, TaskQueue& queue) {
-  return p.tanh ? gelu_backward<T, B, true>(p, queue) : gelu_backward<T, B, false>(p, queue);
+void activation_backward(const ActivationBackward& p, TaskQueue& queue) {
+  with_activation(p.activation, [&](auto kind) { activation_backward<T, B, decltype(kind)::value>(p, queue); });
 }
 
-void run_gelu_forward(const GeluForward& p, TaskQueue& queue, char*) {
+void run_activation_forward(const ActivationForward& p, TaskQueue& queue, char*) {
   const bool wide = p.bias_dtype == DType::f32;
   switch (p.dtype) {
     case DType::bf16:
-      return wide ? gelu_forward<bf16, float>(p, queue) : gelu_forward<bf16, bf16>(p, queue);
+      return wide ? activation_forward<bf16, float>(p, queue) : activation_forward<bf16, bf16>(p, queue);
     case DType::f16:
-      return wide ? gelu_forward<f16, float>(p, queue) : gelu_forward<f16, f16>(p, queue);
+      return wide ? activation_forward<f16, float>(p, queue) : activation_forward<f16, f16>(p, queue);
     default:
-      return gelu_forward<float, float>(p, queue);
+      return activation_forward<float, float>(p, queue);
   }
 }
-void run_gelu_backward(const GeluBackward& p, TaskQueue& queue, char*) {
+void run_activation_backward(const ActivationBackward& p, TaskQueue& queue, char*) {
   const bool wide = p.bias_dtype == DType::f32;
   switch (p.dtype) {
     case DType::bf16:
-      return wide ? gelu_backward<bf16, float>(p, queue) : gelu_backward<bf16, bf16>(p, queue);
+      return wide ? activation_backward<bf16, float>(p, queue) : activation_backward<bf16, bf16>(p, queue);
     case DType::f16:
-      return wide ? gelu_backward<f16, float>(p, queue) : gelu_backward<f16, f16>(p, queue);
+      return wide ? activation_backward<f16, float>(p, queue) : activation_backward<f16, f16>(p, queue);
     default:
-      return gelu_backward<float, float>(p, queue);
+      return activation_backward<float, float>(p, queue);
   }
 }
 
-int64_t gelu_forward_tasks(const GeluForward& p) { return Pieces{p.rows, p.columns}.count(); }
-int64_t gelu_forward_scratch(const GeluForward&) { return 0; }
-int64_t gelu_backward_tasks(const GeluBackward& p) {
+int64_t activation_forward_tasks(const ActivationForward& p) { return Pieces{p.rows, p.columns}.count(); }
+int64_t activation_forward_scratch(const ActivationForward&) { return 0; }
+int64_t activation_backward_tasks(const ActivationBackward& p) {
   if (p.grad_bias == nullptr) return Pieces{p.rows, p.columns}.count();
   return max_of(ceil_div(p.rows, p.chunk_rows), 1);  // no rows have a gradient of the bias, too
 }
-int64_t gelu_backward_scratch(const GeluBackward&) { return 0; }
+int64_t activation_backward_scratch(const ActivationBackward&) { return 0; }
 
-constexpr GeluKernels kGeluKernels{{gelu_forward_tasks, gelu_forward_scratch, run_gelu_forward},
-                                   {gelu_backward_tasks, gelu_backward_scratch, run_gelu_backward}};
+constexpr ActivationKernels kActivationKernels{
+    {activation_forward_tasks, activation_forward_scratch, run_activation_forward},
+    {activation_backward_tasks, activation_backward_scratch, run_activation_backward}};
 
 }  // namespace
 }  // namespace fastattn::FASTATTN_ISA

@@ -1,10 +1,11 @@
-// GELU of input + bias, seen as (rows, columns). Strides are in elements, between rows; outputs are contiguous.
+// An activation of input + bias, one of the GELUs or SiLU, seen as (rows, columns). Strides are in elements, between
+// rows; outputs are contiguous.
 #pragma once
 #include "../cpu/types.h"
 
 namespace fastattn {
 
-struct GeluForward {
+struct ActivationForward {
   const void* input;
   const void* bias;  // (columns,) or nullptr
   void* output;
@@ -13,11 +14,11 @@ struct GeluForward {
   int64_t input_stride;
   DType dtype;
   DType bias_dtype;  // f32 or dtype
-  bool tanh;
+  Activation activation;
   bool streaming;  // results had better not go through the caches
 };
 
-struct GeluBackward {
+struct ActivationBackward {
   const void* grad_output;
   const void* input;
   const void* bias;
@@ -31,12 +32,12 @@ struct GeluBackward {
   int64_t chunk_rows;  // with grad_bias: rows whose gradients are summed up by one task
   DType dtype;
   DType bias_dtype;
-  bool tanh;
+  Activation activation;
 };
 
-struct GeluKernels {
-  Kernel<GeluForward> forward;
-  Kernel<GeluBackward> backward;
+struct ActivationKernels {
+  Kernel<ActivationForward> forward;
+  Kernel<ActivationBackward> backward;
 };
 
 }  // namespace fastattn

@@ -1,0 +1,4 @@
+#include "../cpu/export.h"
+#include "cpu.inl.h"
+
+FASTATTN_EXPORT(activation, ActivationKernels, kActivationKernels)

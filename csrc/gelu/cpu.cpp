@@ -1,4 +1,0 @@
-#include "../cpu/export.h"
-#include "cpu.inl.h"
-
-FASTATTN_EXPORT(gelu, GeluKernels, kGeluKernels)
