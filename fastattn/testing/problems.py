@@ -27,6 +27,8 @@ MAIN = ("sm_80", "sm_90", "gfx942")
 ONE = ("sm_90",)
 #: Suites whose kernels multiply matrices: elsewhere float16 is bfloat16 with another cast.
 PRODUCTS = ("decode", "linear", "linear_cross_entropy")
+#: Suites whose kernels are another's with another function in them: float32's is to be compiled, too.
+SHARED = ("silu",)
 #: Workloads of sizes that are no multiple of 16.
 ODD = ("3072x384->65",)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -185,7 +187,10 @@ def _rows(suite: Suite) -> Iterator[Problem]:
             targets = ONE if dtype != BF16 else EVERY if first else MAIN
             quick = ("sm_90", "gfx942") if first and dtype == BF16 else ()
             aligned = workload.name not in ODD
-            yield Problem(suite, workload.name, workload.build, dtype, targets, aligned=aligned, quick=quick)
+            features = dtype == FP32 and suite.name in SHARED
+            yield Problem(
+                suite, workload.name, workload.build, dtype, targets, aligned=aligned, quick=quick, features=features
+            )
     for name, build in ALIGNED.get(suite.name, {}).items():
         yield Problem(suite, name, build, BF16, ONE, aligned=True, features=True)
     for case in suite.cases:

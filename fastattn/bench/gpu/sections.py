@@ -33,6 +33,7 @@ from fastattn.ops.decode.cases import workload as decode_workload
 from fastattn.ops.gelu.cases import workload as gelu_workload
 from fastattn.ops.layer_norm.cases import workload as layer_norm_workload
 from fastattn.ops.rms_norm.cases import workload as rms_norm_workload
+from fastattn.ops.silu.cases import workload as silu_workload
 from fastattn.ops.softmax.cases import workload as softmax_workload
 from fastattn.ops.swiglu.cases import workload as swiglu_workload
 
@@ -269,6 +270,7 @@ ROW_WORKLOADS: dict[str, Callable[[int, int], Workload]] = {
     "rms_norm": rms_norm_workload,
     "cross_entropy": cross_entropy_workload,
     "gelu": gelu_workload,
+    "silu": silu_workload,
     "swiglu": swiglu_workload,
 }
 
