@@ -37,6 +37,8 @@ PEERS = {
     "native_layer_norm": "layer_norm",
     "_fused_rms_norm": "rms_norm",
     "gelu": "gelu",
+    "silu": "silu",
+    "silu_": "silu",
     "addmm": "linear",
     "mm": "linear",
     "linear": "linear",
@@ -214,7 +216,7 @@ def explain_model(model: nn.Module, *args: Any, **kwargs: Any) -> ModelExplanati
 
     The call is like any other: it draws random numbers, changes buffers in training, and raises what the model raises;
     its result is dropped. Only the forward pass runs. Compiled modules run uncompiled. The report covers what fastattn
-    has kernels for: attention, norms, softmax, cross entropy, GELU, SwiGLU, linear layers.
+    has kernels for: attention, norms, softmax, cross entropy, GELU, SiLU, SwiGLU, linear layers.
     """
     recorder = _Recorder(model)
     handles = [register_module_forward_pre_hook(recorder.enter)]

@@ -1,10 +1,10 @@
 """accelerate(): torch.nn.functional's functions served by our kernels, for whoever looks them up there when calling.
 
 Within the block F.scaled_dot_product_attention, F.layer_norm, F.rms_norm, F.softmax, F.log_softmax, F.cross_entropy,
-F.gelu and F.linear are the functions of this module, in all threads of the process. That reaches nearly all of torch.nn
-and of what is built on it. It does not reach code that bound a function before (`from torch.nn.functional import
-gelu`, an activation that a module was given), nor what torch computes without these functions (the fused inference
-path of nn.TransformerEncoderLayer and nn.MultiheadAttention: fastattn.patch serves those).
+F.gelu, F.silu and F.linear are the functions of this module, in all threads of the process. That reaches nearly all of
+torch.nn and of what is built on it. It does not reach code that bound a function before (`from torch.nn.functional
+import gelu`, an activation that a module was given), nor what torch computes without these functions (the fused
+inference path of nn.TransformerEncoderLayer and nn.MultiheadAttention: fastattn.patch serves those).
 
 A call that our kernels do not serve is torch's, and the reason is counted.
 """
@@ -162,6 +162,16 @@ def gelu(input: Tensor, *, approximate: str = "none") -> Any:
     )
 
 
+def silu(input: Tensor, inplace: bool = False) -> Any:
+    """torch.nn.functional.silu."""
+    return _served(
+        "silu",
+        "in place is torch's" if inplace else _reason(input),
+        lambda: ops.silu(input),
+        lambda native: native(input, inplace),
+    )
+
+
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """torch.nn.functional.linear."""
     why = _reason(input, weight, bias)
@@ -178,7 +188,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
 _OURS = {
     function.__name__: function
     for function in (scaled_dot_product_attention, layer_norm, rms_norm, softmax, log_softmax, cross_entropy, gelu,
-                     linear)
+                     silu, linear)
 }  # fmt: skip
 _TORCHS = {name: getattr(F, name) for name in _OURS}
 
@@ -241,9 +251,9 @@ class accelerate(contextlib.ContextDecorator):
         print(report)                    # what was served, what was left to torch, and why
 
     Served: scaled_dot_product_attention (jagged nested tensors, too), layer_norm, rms_norm, softmax, log_softmax,
-    cross_entropy, gelu and linear, of float32, bfloat16 and float16, with all gradients. What ours do not serve goes to
-    torch's function. Blocks may be nested and entered from several threads: torch's functions are back when the last
-    one is left, however it is left. Functions compiled inside are compiled anew outside, and the other way round.
+    cross_entropy, gelu, silu and linear, of float32, bfloat16 and float16, with all gradients. What ours do not serve
+    goes to torch's function. Blocks may be nested and entered from several threads: torch's functions are back when the
+    last one is left, however it is left. Functions compiled inside are compiled anew outside, and the other way round.
     """
 
     def __init__(self) -> None:

@@ -22,7 +22,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fastattn.dispatch import BackendUnsupported
 from fastattn.integrations.recognition import Form, Unrecognised, recognise
-from fastattn.nn.activations import GELUForward, LogSoftmaxForward, SoftmaxForward
+from fastattn.nn.activations import GELUForward, LogSoftmaxForward, SiLUForward, SoftmaxForward
 from fastattn.nn.attention import MultiheadAttentionForward
 from fastattn.nn.linear import LinearForward
 from fastattn.nn.losses import CrossEntropyLossForward
@@ -36,6 +36,7 @@ SERVED: dict[type[nn.Module], tuple[type, tuple[str, ...]]] = {
     nn.LayerNorm: (LayerNormForward, ("forward",)),
     nn.RMSNorm: (RMSNormForward, ("forward",)),
     nn.GELU: (GELUForward, ("forward",)),
+    nn.SiLU: (SiLUForward, ("forward",)),
     nn.Softmax: (SoftmaxForward, ("forward",)),
     nn.LogSoftmax: (LogSoftmaxForward, ("forward",)),
     nn.CrossEntropyLoss: (CrossEntropyLossForward, ("forward",)),
@@ -227,12 +228,12 @@ def _excluded(path: str, module: nn.Module, exclude: tuple[str | type, ...]) -> 
 def patch(model: nn.Module, *, strict: bool = False, exclude: Iterable[str | type] = ()) -> PatchReport:
     """Gives the modules of a model our kernels, in place.
 
-    Replaced are torch.nn's Linear, LayerNorm, RMSNorm, GELU, Softmax, LogSoftmax, CrossEntropyLoss, MultiheadAttention,
-    TransformerEncoderLayer and TransformerDecoderLayer, subclasses that do not change what is replaced, and other
-    libraries' norms, GELUs and Conv1D that compute the same (fastattn.integrations.recognition), and the cross entropy
-    in the loss_function of Transformers' models. state_dict, parameters, buffers, hooks, parametrizations and
-    references to modules stay; isinstance, deepcopy and pickle work. Calls that our kernels do not serve go to the
-    original forward (fastattn.explain(model, ...) shows them).
+    Replaced are torch.nn's Linear, LayerNorm, RMSNorm, GELU, SiLU, Softmax, LogSoftmax, CrossEntropyLoss,
+    MultiheadAttention, TransformerEncoderLayer and TransformerDecoderLayer, subclasses that do not change what is
+    replaced, other libraries' norms, activations and Conv1D that compute the same (fastattn.integrations.recognition),
+    and the cross entropy in the loss_function of Transformers' models. state_dict, parameters, buffers, hooks,
+    parametrizations and references to modules stay; isinstance, deepcopy and pickle work. Calls that our kernels do not
+    serve go to the original forward (fastattn.explain(model, ...) shows them).
 
     Args:
         model: any module; itself, or whatever is in it, is replaced. Modules that are ours already are left alone.

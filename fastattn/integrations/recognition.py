@@ -1,5 +1,5 @@
-"""Modules that are none of torch's and compute what our kernels compute: norms, GELUs, Conv1D, SwiGLU layers; and
-Transformers' models, which compute a loss.
+"""Modules that are none of torch's and compute what our kernels compute: norms, activations, Conv1D, SwiGLU layers;
+and Transformers' models, which compute a loss.
 
 A class is never taken for what its name says. The name only says what to try: the module's own forward runs on a small
 random input, with small random parameters in a copy of it, and what comes out must keep the accuracy law beside the
@@ -93,17 +93,30 @@ class RecognisedLayerNorm(_NormForward):
     fastattn_norm = staticmethod(ops.layer_norm)
 
 
-class RecognisedGELU(Served):
-    """A GELU on fastattn.gelu."""
+class _ActivationForward(Served):
+    """fastattn_activation: what computes it; _form: its arguments beside the input."""
 
-    fastattn_approximate: str
+    fastattn_activation: Callable[..., Tensor]
+    fastattn_form: tuple[str, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         reason = refusal(args[0]) if len(args) == 1 and not kwargs else "called with more than one tensor"
         if reason is not None:
             self._left_to_torch(reason)
             return super().forward(*args, **kwargs)
-        return ops.gelu(args[0], self.fastattn_approximate)
+        return self.fastattn_activation(args[0], *self.fastattn_form)
+
+
+class RecognisedGELU(_ActivationForward):
+    """A GELU on fastattn.gelu, in one of its forms."""
+
+    fastattn_activation = staticmethod(ops.gelu)
+
+
+class RecognisedSiLU(_ActivationForward):
+    """A SiLU on fastattn.silu."""
+
+    fastattn_activation = staticmethod(ops.silu)
 
 
 class RecognisedConv1D(Served):
@@ -122,6 +135,13 @@ class RecognisedConv1D(Served):
         return super().forward(x)
 
 
+def _original(module: Any) -> type:
+    """The class that a module has, or had before patch gave it one of ours."""
+    cls = type(module)
+    parts: tuple[type, ...] = cls.__dict__.get("_fastattn_parts", (cls,))
+    return parts[0]
+
+
 class RecognisedSwiGLU(Served):
     """down(silu(gate(x)) * up(x)) with fastattn.swiglu between the products. fastattn_gate: names of the parts for gate
     and up, or of one that computes both; _down, _act: of the others; _silu: the class of act."""
@@ -136,7 +156,7 @@ class RecognisedSwiGLU(Served):
         reason: str | None = None
         if len(args) != 1 or kwargs:
             reason = "called with more than one tensor"
-        elif type(act) is not self.fastattn_silu or hooked(act) or None in projections:
+        elif _original(act) is not self.fastattn_silu or hooked(act) or None in projections:
             reason = "its activation has hooks or was replaced"
         if reason is not None:
             self._note(reason)
@@ -292,16 +312,25 @@ def _result_rule(
     raise Unrecognised(f"its result is {', '.join(map(str, found))} for inputs and weights of other dtypes")
 
 
-def _gelu_form(module: nn.Module) -> Form:
+#: What serves activations, its arguments, and what they compute.
+ACTIVATIONS: tuple[tuple[type, tuple[str, ...], Callable[[Tensor], Tensor]], ...] = (
+    (RecognisedGELU, ("none",), F.gelu),
+    (RecognisedGELU, ("tanh",), functools.partial(F.gelu, approximate="tanh")),
+    (RecognisedGELU, ("sigmoid",), lambda x: x * torch.sigmoid(1.702 * x)),
+    (RecognisedSiLU, (), F.silu),
+)
+
+
+def _activation_form(module: nn.Module) -> Form:
     if _names(module):
         raise Unrecognised("it has parameters")
-    for approximate in ("none", "tanh"):
-        if _elementwise(module, functools.partial(F.gelu, approximate=approximate)):
+    for mixin, form, formula in ACTIVATIONS:
+        if _elementwise(module, formula):
             x = torch.zeros(ROWS, dtype=torch.bfloat16, device="cpu")
             if _computed(module, {}, x).dtype != torch.bfloat16:
                 raise Unrecognised("its result has another dtype than its input")
-            return Form(RecognisedGELU, (("fastattn_approximate", approximate),))
-    raise Unrecognised("it computes neither of torch's GELUs")
+            return Form(mixin, (("fastattn_form", form),))
+    raise Unrecognised("it computes neither SiLU nor GELU by erf, tanh or a sigmoid")
 
 
 def _conv1d_form(module: nn.Module) -> Form:
@@ -338,7 +367,7 @@ def _gated_form(module: nn.Module) -> Form | None:
         except Unrecognised:
             return None
         weights = [small[name].weight.detach() for name in (*gate, down)]
-        options = {"gate": gate, "down": down, "act": rest[0], "silu": type(act)}
+        options = {"gate": gate, "down": down, "act": rest[0], "silu": _original(act)}
         if _agree(result, _swiglu, x, *weights):
             return Form(RecognisedSwiGLU, tuple((f"fastattn_{key}", value) for key, value in options.items()))
     return None
@@ -372,7 +401,7 @@ def _loss_form(module: nn.Module) -> Form | None:
 #: (pattern of class names, what to try), in this order.
 PROBES: tuple[tuple[str, Callable[[nn.Module], Form | None]], ...] = (
     (r"norm(?!al)", _norm_form),
-    (r"gelu", _gelu_form),
+    (r"gelu|silu|^swish", _activation_form),
     (r"^conv1d$", _conv1d_form),
     (r"mlp$|feed_?forward|ffn$|swiglu", _gated_form),
 )

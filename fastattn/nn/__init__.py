@@ -2,7 +2,7 @@
 
 from torch.nn import TransformerDecoder, TransformerEncoder
 
-from fastattn.nn.activations import GELU, LogSoftmax, Softmax
+from fastattn.nn.activations import GELU, LogSoftmax, SiLU, Softmax
 from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.linear import Linear
 from fastattn.nn.losses import CrossEntropyLoss
@@ -18,6 +18,7 @@ __all__ = [
     "LogSoftmax",
     "MultiheadAttention",
     "RMSNorm",
+    "SiLU",
     "Softmax",
     "Transformer",
     "TransformerDecoder",

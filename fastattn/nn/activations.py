@@ -1,4 +1,4 @@
-"""GELU, and softmax over a dimension."""
+"""GELU, SiLU, and softmax over a dimension."""
 
 from __future__ import annotations
 
@@ -22,6 +22,19 @@ class GELUForward(Served):
             self._left_to_torch(reason)
             return super().forward(input)
         return ops.gelu(input, self.approximate)
+
+
+class SiLUForward(Served):
+    """torch.nn.SiLU on fastattn.silu."""
+
+    inplace: bool
+
+    def forward(self, input: Tensor) -> Any:
+        reason = "in place is torch's" if self.inplace else refusal(input)
+        if reason is not None:
+            self._left_to_torch(reason)
+            return super().forward(input)
+        return ops.silu(input)
 
 
 class _OverDim(Served):
@@ -52,6 +65,10 @@ class LogSoftmaxForward(_OverDim):
 
 class GELU(GELUForward, nn.GELU):
     """torch.nn.GELU: any shape, float32, bfloat16 or float16; approximate: "none" or "tanh". Others are torch's."""
+
+
+class SiLU(SiLUForward, nn.SiLU):
+    """torch.nn.SiLU: any shape, float32, bfloat16 or float16. Others, and in place, are torch's."""
 
 
 class Softmax(SoftmaxForward, nn.Softmax):

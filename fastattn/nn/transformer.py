@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn import ops
-from fastattn.nn.activations import GELU, LogSoftmax, Softmax
+from fastattn.nn.activations import GELU, LogSoftmax, SiLU, Softmax
 from fastattn.nn.attention import MultiheadAttention, MultiheadAttentionForward
 from fastattn.nn.linear import Linear, LinearForward, linear
 from fastattn.nn.losses import CrossEntropyLoss
@@ -256,6 +256,7 @@ _OURS: dict[type, type] = {
     nn.RMSNorm: RMSNorm,
     nn.MultiheadAttention: MultiheadAttention,
     nn.GELU: GELU,
+    nn.SiLU: SiLU,
     nn.Softmax: Softmax,
     nn.LogSoftmax: LogSoftmax,
     nn.CrossEntropyLoss: CrossEntropyLoss,

@@ -31,6 +31,7 @@ def calls(dtype=torch.float32):
         "log_softmax": ([x(6, 32, dtype=dtype), 0], {"dtype": torch.float32}),
         "cross_entropy": ([x(6, 32, dtype=dtype), torch.arange(6)], {"label_smoothing": 0.1, "reduction": "sum"}),
         "gelu": ([x(6, 32, dtype=dtype)], {"approximate": "tanh"}),
+        "silu": ([x(6, 32, dtype=dtype)], {}),
         "linear": ([x(640, 64, dtype=dtype), x(64, 64, dtype=dtype), x(64, dtype=dtype)], {}),
     }
 
@@ -90,6 +91,7 @@ def test_what_is_not_served_is_torchs_and_counted(name):
         ("rms_norm", lambda: F.rms_norm(torch.randn(3, 4).bfloat16(), (4,), torch.ones(4)), "torch's to choose"),
         ("gelu", lambda: torch.func.vmap(F.gelu)(torch.randn(3, 4)), "transform of torch.func"),
         ("gelu", lambda: F.gelu(torch.randn(3, 4, device="meta")), "no kernels for meta"),
+        ("silu", lambda: F.silu(torch.randn(3), inplace=True), "in place"),
         ("softmax", lambda: torch.jit.trace(lambda t: F.softmax(t, -1), torch.randn(3)), "torch.jit"),
         ("linear", lambda: F.linear(torch.randn(64), torch.randn(64, 64)), "faster"),
     ],

@@ -28,7 +28,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm, self.rms = nn.LayerNorm(E), nn.RMSNorm(E)
         self.attention = nn.MultiheadAttention(E, H, batch_first=True)
-        self.mlp = nn.Sequential(nn.Linear(E, 2 * E), nn.GELU(), nn.Linear(2 * E, E), nn.Dropout(0.0))
+        self.mlp = nn.Sequential(nn.Linear(E, 2 * E), nn.GELU(), nn.Linear(2 * E, E), nn.SiLU(), nn.Dropout(0.0))
         self.encoder = nn.TransformerEncoderLayer(E, H, 2 * E, 0.0, batch_first=True)
         self.decoder = nn.TransformerDecoderLayer(E, H, 2 * E, 0.0, batch_first=True)
         self.log_softmax, self.softmax = nn.LogSoftmax(-1), nn.Softmax(-1)
@@ -69,6 +69,7 @@ def test_everything_is_replaced_and_computes_the_same(law):
     report = fastattn.patch(model)
     by = {entry.path: entry.what for entry in report.replaced}
     assert by["norm"] == "fastattn's LayerNorm" and by["mlp.1"] == "fastattn's GELU"
+    assert by["mlp.3"] == "fastattn's SiLU"
     assert by["encoder"] == "fastattn's TransformerEncoderLayer" and by["encoder.self_attn"]
     assert {path for path in by if "." not in path} == {
         "norm", "rms", "attention", "encoder", "decoder", "log_softmax", "softmax", "loss",
@@ -131,7 +132,7 @@ def test_nothing_to_patch_is_said():
 
 def test_the_report_is_a_table():
     lines = str(fastattn.patch(block())).splitlines()
-    assert lines[0] == "23 modules replaced, 0 left, 0 were ours already"
+    assert lines[0] == "24 modules replaced, 0 left, 0 were ours already"
     assert any("LayerNorm" in line and "fastattn's LayerNorm: norm ... decoder.norm3" in line for line in lines)
     assert lines[-1] == "  no kernel for Dropout (8), Embedding (1)"
 
@@ -148,7 +149,7 @@ def test_exclude():
     model = block()
     report = fastattn.patch(model, exclude=["mlp.*", nn.RMSNorm])
     assert {entry.path: entry.what for entry in report.left} == dict.fromkeys(
-        ("rms", "mlp.0", "mlp.1", "mlp.2"), "excluded"
+        ("rms", "mlp.0", "mlp.1", "mlp.2", "mlp.3"), "excluded"
     )
     assert type(model.mlp[0]) is nn.Linear and isinstance(model.encoder.linear1, Served)
     fastattn.patch(model, strict=True, exclude=["mlp.*", nn.RMSNorm])  # what is asked for is no failure
@@ -278,7 +279,7 @@ def test_copies_are_patched_and_independent(classes):
         twin.norm.weight.zero_()
     assert model.norm.weight.ne(0).any()
     fastattn.unpatch(model)
-    assert isinstance(twin.norm, Served) and fastattn.unpatch(twin) == 23
+    assert isinstance(twin.norm, Served) and fastattn.unpatch(twin) == 24
     assert classes(twin) == classes(block())
 
 
@@ -370,7 +371,7 @@ def test_autocast(law):
 def test_a_model_on_the_meta_device_is_patched_before_it_has_memory():
     with torch.device("meta"):
         model = Block()
-    assert len(fastattn.patch(model).replaced) == 23
+    assert len(fastattn.patch(model).replaced) == 24
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         nn.init.normal_(parameter)
@@ -423,7 +424,8 @@ def test_parametrizations(first, undone, law):
 
 LEAVES = {
     "linear": lambda: nn.Linear(E, E), "norm": lambda: nn.LayerNorm(E), "rms": lambda: nn.RMSNorm(E),
-    "gelu": lambda: nn.GELU(), "softmax": lambda: nn.Softmax(-1), "relu": lambda: nn.ReLU(),
+    "gelu": lambda: nn.GELU(), "silu": lambda: nn.SiLU(), "softmax": lambda: nn.Softmax(-1),
+    "relu": lambda: nn.ReLU(),
     "doubled": lambda: Doubled(E, E), "named": lambda: Named(E, E), "ours": lambda: fastattn.nn.LayerNorm(E),
     "encoder": lambda: nn.TransformerEncoderLayer(E, H, E, 0.0, batch_first=True),
     "weight norm": lambda: parametrizations.weight_norm(nn.Linear(E, E)),

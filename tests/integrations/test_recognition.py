@@ -68,6 +68,21 @@ class GELUActivation(nn.Module):
         return input * 0.5 * (1.0 + torch.erf(input / 2**0.5))
 
 
+class QuickGELUActivation(nn.Module):
+    def forward(self, input):
+        return input * torch.sigmoid(1.702 * input)
+
+
+class SiLUActivation(nn.Module):
+    def forward(self, input):
+        return F.silu(input)
+
+
+class SwishMe(nn.Module):
+    def forward(self, x):
+        return x * x.sigmoid()
+
+
 class Conv1D(nn.Module):
     def __init__(self, nf=24, nx=E):
         super().__init__()
@@ -82,7 +97,8 @@ class Conv1D(nn.Module):
 
 FOREIGN = {
     LlamaRMSNorm: "RMSNorm", GemmaRMSNorm: "RMSNorm", T5LayerNorm: "RMSNorm", CenteredNorm: "LayerNorm",
-    BareNorm: "LayerNorm", NewGELUActivation: "GELU", GELUActivation: "GELU", Conv1D: "Conv1D",
+    BareNorm: "LayerNorm", NewGELUActivation: "GELU", GELUActivation: "GELU", QuickGELUActivation: "GELU",
+    SiLUActivation: "SiLU", SwishMe: "SiLU", Conv1D: "Conv1D",
 }  # fmt: skip
 
 
@@ -140,11 +156,6 @@ def test_recognising_runs_neither_hooks_nor_random_numbers():
 
 
 # ---- what is not ours ----
-
-
-class QuickGELUActivation(nn.Module):
-    def forward(self, input):
-        return input * torch.sigmoid(1.702 * input)
 
 
 class GroupedNorm(LlamaRMSNorm):
@@ -243,6 +254,21 @@ class ClippedGELU(nn.Module):
         return F.gelu(x).clamp(max=1e3)
 
 
+class ShortQuickGELU(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.7 * x)
+
+
+class NearlySiLU(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.0001 * x)
+
+
+class SiLUInPlace(nn.Module):
+    def forward(self, x):
+        return F.silu(x, inplace=True)
+
+
 class Conv1d(Conv1D):
     """Without its bias."""
 
@@ -254,10 +280,11 @@ NORMS = (
     WrongEpsNorm, SmallerEpsNorm, OutsideEpsNorm, UnbiasedNorm, UnusedBiasNorm, HalfOffsetNorm, RoundingNorm,
     GroupedNorm,
 )  # fmt: skip
-GELUS = (BetweenGELU, ShortTanhGELU, ClippedGELU, QuickGELUActivation)
+ACTIVATIONS = (BetweenGELU, ShortTanhGELU, ClippedGELU, ShortQuickGELU, NearlySiLU)
 NOT_OURS = {
     **dict.fromkeys(NORMS, "it computes neither RMSNorm nor LayerNorm over the last dimension"),
-    **dict.fromkeys(GELUS, "it computes neither of torch's GELUs"),
+    **dict.fromkeys(ACTIVATIONS, "it computes neither SiLU nor GELU by erf, tanh or a sigmoid"),
+    SiLUInPlace: "its forward changes the module or its input",
     Conv1d: "it does not compute x @ weight + bias",
     CountingNorm: "its forward changes the module or its input",
     GatedNorm: "its forward does not take a tensor: TypeError",
@@ -296,9 +323,8 @@ class PackedMLP(nn.Module):
         return self.down_proj(up * self.activation_fn(gate))
 
 
-class NearlySiLU(nn.Module):
-    def forward(self, x):
-        return x * torch.sigmoid(1.0001 * x)
+class Nearly(NearlySiLU):
+    """By another name."""
 
 
 class SwappedMLP(GatedMLP):
@@ -341,12 +367,14 @@ def test_gated_layers_call_their_parts(law):
     assert "its activation has hooks or was replaced" in str(fastattn.explain(model, x))
     assert not torch.allclose(model(x), expected)
     model.act_fn = nn.SiLU()
+    assert fastattn.patch(model).replaced == (patching.Entry("act_fn", "SiLU", "fastattn's SiLU"),)
+    assert [row.op for row in fastattn.explain(model, x).rows if row.op in ("silu", "swiglu")] == ["swiglu"]
     model.double()
     assert model(x.double()).dtype == torch.float64
 
 
 @pytest.mark.parametrize(
-    "make", [SwappedMLP, lambda: GatedMLP(nn.GELU), lambda: GatedMLP(nn.ReLU), lambda: GatedMLP(NearlySiLU)]
+    "make", [SwappedMLP, lambda: GatedMLP(nn.GELU), lambda: GatedMLP(nn.ReLU), lambda: GatedMLP(Nearly)]
 )
 def test_layers_that_are_not_swiglu_only_have_their_parts_replaced(make, law):
     torch.manual_seed(0)
@@ -413,10 +441,10 @@ def test_activations_and_conv1d_of_transformers():
                  "quick_gelu", "silu", "relu"):  # fmt: skip
         module = activations.ACT2FN[name]
         report = fastattn.patch(module)
-        fates[name] = getattr(module, "fastattn_approximate", "left" if report.left else "no kernel")
+        fates[name] = getattr(module, "fastattn_form", "left" if report.left else "no kernel")
     assert fates == {
-        "gelu": "none", "gelu_10": "left", "gelu_fast": "tanh", "gelu_new": "tanh", "gelu_python": "none",
-        "gelu_pytorch_tanh": "tanh", "gelu_accurate": "tanh", "quick_gelu": "left", "silu": "no kernel",
+        "gelu": ("none",), "gelu_10": "left", "gelu_fast": ("tanh",), "gelu_new": ("tanh",), "gelu_python": ("none",),
+        "gelu_pytorch_tanh": ("tanh",), "gelu_accurate": ("tanh",), "quick_gelu": ("sigmoid",), "silu": (),
         "relu": "no kernel",
     }  # fmt: skip
     from transformers import LlamaConfig, Phi3Config

@@ -1,4 +1,4 @@
-"""GELU, Softmax and LogSoftmax against torch's."""
+"""GELU, SiLU, Softmax and LogSoftmax against torch's."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from torch import nn
 import fastattn.nn
 from fastattn.dispatch import reset_served, served
 
-MODULES = [("GELU", {}), ("GELU", {"approximate": "tanh"}), ("Softmax", {"dim": -1}), ("Softmax", {"dim": 0}),
-           ("LogSoftmax", {"dim": 1})]  # fmt: skip
+MODULES = [("GELU", {}), ("GELU", {"approximate": "tanh"}), ("SiLU", {}), ("Softmax", {"dim": -1}),
+           ("Softmax", {"dim": 0}), ("LogSoftmax", {"dim": 1})]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "options"), MODULES, ids=str)
@@ -32,3 +32,10 @@ def test_without_a_dim_torch_chooses(name):
     with pytest.warns(UserWarning, match="Implicit dimension choice"):
         found = getattr(fastattn.nn, name)()(torch.eye(3))
     assert torch.equal(found, getattr(nn, name)(1)(torch.eye(3)))
+
+
+def test_in_place_is_torchs():
+    model, x = fastattn.nn.SiLU(inplace=True), torch.randn(3, 5)
+    expected = nn.SiLU()(x)
+    reset_served()
+    assert model(x) is x and torch.equal(x, expected) and served() == {}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
+
+# Bound here: what fastattn.accelerate() puts in its place leads back here.
+from torch.nn.functional import silu as torchs_silu
 
 from fastattn.dispatch import Implementation
 from fastattn.numerics import accumulation_dtype
@@ -11,7 +13,7 @@ from fastattn.numerics import accumulation_dtype
 
 def forward(gate: Tensor, up: Tensor) -> Tensor:
     acc = accumulation_dtype(gate.dtype)
-    return (F.silu(gate.to(acc)) * up.to(acc)).to(gate.dtype).contiguous()
+    return (torchs_silu(gate.to(acc)) * up.to(acc)).to(gate.dtype).contiguous()
 
 
 def backward(grad_output: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
