@@ -441,11 +441,12 @@ def test_activations_and_conv1d_of_transformers():
                  "quick_gelu", "silu", "relu"):  # fmt: skip
         module = activations.ACT2FN[name]
         report = fastattn.patch(module)
-        fates[name] = getattr(module, "fastattn_form", "left" if report.left else "no kernel")
+        fate = [entry.what.removeprefix("fastattn's ") for entry in report.replaced] or ["left"] * len(report.left)
+        fates[name] = " ".join((*fate, *getattr(module, "fastattn_form", ())))
     assert fates == {
-        "gelu": ("none",), "gelu_10": "left", "gelu_fast": ("tanh",), "gelu_new": ("tanh",), "gelu_python": ("none",),
-        "gelu_pytorch_tanh": ("tanh",), "gelu_accurate": ("tanh",), "quick_gelu": ("sigmoid",), "silu": (),
-        "relu": "no kernel",
+        "gelu": "GELU none", "gelu_10": "left", "gelu_fast": "GELU tanh", "gelu_new": "GELU tanh",
+        "gelu_python": "GELU none", "gelu_pytorch_tanh": "GELU tanh", "gelu_accurate": "GELU tanh",
+        "quick_gelu": "GELU sigmoid", "silu": "SiLU", "relu": "",
     }  # fmt: skip
     from transformers import LlamaConfig, Phi3Config
     from transformers.models.llama.modeling_llama import LlamaMLP
