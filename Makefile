@@ -45,12 +45,13 @@ test: setup
 	$(PYTHON) -m pytest -m "not slow" $(SPREAD)
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest -m "not slow" $(SPREAD) $(INTERPRETED)
 
-# timm has its torchvision where people have it: a torchvision of another torch would replace torch.
+# timm has its torchvision where people have it: a torchvision of another torch would replace torch. The last run is of
+# models and their training with nothing left to another backend.
 test-all: setup lint test-torch-oldest test-triton-oldest test-transformers-oldest
 	$(if $(READY),FASTATTN_BUILD=skip $(PYTHON) -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[ecosystem]")
 	$(PYTHON) -m pytest
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest --timeout 900 $(SPREAD) $(INTERPRETED)
-	FASTATTN_BACKEND=cpu $(PYTHON) -m pytest -m "not slow"
+	FASTATTN_BACKEND=cpu $(PYTHON) -m pytest -m "not slow" tests/models tests/train
 
 # Every GPU kernel, compiled for every GPU that it is for, held to laws and to the committed table (docs/gpu.md): half an
 # hour, and what has been compiled before is not compiled again. GATE=--update writes the table.

@@ -162,6 +162,25 @@ def test_unknown_build_policies_are_refused():
     assert done.returncode != 0
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_a_skipped_build_leaves_what_was_built(tmp_path, before):
+    """As when something is installed into an environment that has the kernels: pip install -e ".[extra]"."""
+    module, note = tmp_path / "fastattn" / "_C.any.so", tmp_path / "fastattn" / "_native_build.txt"
+    module.parent.mkdir()
+    if before:
+        module.touch()
+    done = setup_py(
+        f"ROOT = Path({str(tmp_path)!r}); os.chdir(ROOT)\n"
+        "from setuptools import Distribution\n"
+        "command = CMakeBuild(Distribution({'ext_modules': [CMakeExtension('fastattn._C')]}))\n"
+        "command.inplace, command.build_lib, command.build_temp = True, 'lib', 'temp'\n"
+        "command.ensure_finalized(); command.run()",
+        FASTATTN_BUILD="skip",
+    )
+    assert done.returncode == 0, done.stderr
+    assert module.exists() == before and note.exists() != before
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_way_to_install(tmp_path):
