@@ -62,7 +62,7 @@ gate: setup
 test-torch-oldest: setup
 	$(PY) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "torch==2.10.0" numpy pytest pytest-timeout pytest-benchmark expecttest hypothesis
-	.venv-oldest/bin/python -m pytest tests/ops/test_conformance.py tests/test_isa.py tests/test_dispatch.py -m "not slow"
+	.venv-oldest/bin/python -m pytest tests/ops/test_conformance.py tests/test_isa.py tests/test_dispatch.py tests/nn tests/flash_attn tests/integrations --ignore tests/integrations/transformers --ignore tests/integrations/test_transformers.py --ignore tests/integrations/test_libraries.py -m "not slow"
 
 # The kernels for GPUs in the interpreter of the oldest triton that they support.
 test-triton-oldest: setup

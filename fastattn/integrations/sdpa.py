@@ -36,9 +36,9 @@ _JAGGED = "jagged_scaled_dot_product_attention"
 
 
 def reason() -> str | None:
-    """Why torch's registry does not know us; None when it does (torch 2.11 and later have one)."""
+    """Why torch's registry does not know us; None when it does. That of torch 2.10 cannot restore torch's kernels."""
     if not hasattr(torch.nn.attention, "register_flash_attention_impl"):
-        return f"torch {torch.__version__} has no registry of flash-attention implementations (2.11 has)"
+        return f"torch {torch.__version__} has no registry of flash-attention implementations"
     return None
 
 

@@ -166,14 +166,13 @@ class _Dense(NamedTuple):
     def queries(self) -> int:
         return self.query.shape[2]
 
-    @property
     def positions(self) -> tuple[bool, tuple[int, int]]:
         """(is_causal, window)"""
         return (True, NO_WINDOW) if self.window == (-1, 0) else (False, self.window)
 
     def results(self, p: float, scale: float | None, backend: str | None) -> tuple[Tensor, Tensor]:
         """(B, M, heads, Kv) and lse (B, heads, M)."""
-        causal, window = self.positions
+        causal, window = self.positions()
         output, lse = scaled_dot_product_attention(
             self.query, self.key, self.value, self.mask, p, causal, scale, self.query.shape[1] != self.key.shape[1],
             causal_alignment="bottom_right" if self.bottom_right else "top_left", return_lse=True, window=window,
@@ -183,7 +182,7 @@ class _Dense(NamedTuple):
 
     def gradients(self, grad: Tensor, output: Tensor, lse: Tensor, scale: float | None) -> Sequence[Tensor]:
         """Of query, key and value."""
-        causal, window = self.positions
+        causal, window = self.positions()
         mask = None if self.mask is None else self.mask.detach()[(None,) * (4 - self.mask.ndim)]
         passes = dense_passes(
             self.query, self.key, self.value, mask, scale, 0.0, causal, self.bottom_right, window
