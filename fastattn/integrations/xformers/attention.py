@@ -86,9 +86,10 @@ def memory_efficient_attention_forward_requires_grad(
 
     lse: the log-sum-exp of the scores with the bias, natural log, float32 (float64 for float64), -inf where a query
     sees no key: (B, H, Mq), (B, 1, Mq) of one head, (B, G, H, Mq) of groups; never padded.
-    Raises NotImplementedError for dropout, others as memory_efficient_attention.
+    p: 0: the backward would have to know the mask, which has no place in (output, lse).
+    Raises ValueError for another p, others as memory_efficient_attention.
     """
-    _refuse_dropout("memory_efficient_attention_forward_requires_grad", p)
+    _check_no_dropout("memory_efficient_attention_forward_requires_grad", p)
     with torch.no_grad():
         return _attended(query, key, value, attn_bias, p, scale, output_dtype)
 
@@ -111,9 +112,9 @@ def memory_efficient_attention_backward(
     grad, output, lse: the gradient of the output, and what memory_efficient_attention_forward_requires_grad returned;
     or output and lse over more keys, merged by merge_attentions, of which these keys are a part. A tensor bias gets no
     gradient here. Keys that are expanded along the heads of a group get a gradient for each of them.
-    Raises NotImplementedError for dropout, ValueError for shapes that do not fit.
+    Raises ValueError for a p but 0 and for shapes that do not fit.
     """
-    _refuse_dropout("memory_efficient_attention_backward", p)
+    _check_no_dropout("memory_efficient_attention_backward", p)
     _check_results(grad, output, lse, query, value)
     with torch.enable_grad():
         # What lies between these and what kernels take is undone by autograd. Contiguous: heads of their own.
@@ -146,9 +147,9 @@ def memory_efficient_attention_partial(
 ) -> tuple[Tensor, Tensor]:
     """Attention to some of the keys, for merge_attentions: (output, lse), both differentiable.
 
-    lse and errors: as memory_efficient_attention_forward_requires_grad.
+    p: probability of dropping a weight, as in memory_efficient_attention; lse is that of all weights, so that merged
+    parts are attention to all keys with dropout. lse: as memory_efficient_attention_forward_requires_grad.
     """
-    _refuse_dropout("memory_efficient_attention_partial", p)
     return _attended(query, key, value, attn_bias, p, scale, output_dtype)
 
 
@@ -264,9 +265,9 @@ def _rows_of(parts: Sequence[_Dense | _Packed]) -> list[slice]:
     return found
 
 
-def _refuse_dropout(name: str, p: float) -> None:
+def _check_no_dropout(name: str, p: float) -> None:
     if p != 0.0:
-        raise NotImplementedError(f"{name}: there is no dropout here; memory_efficient_attention has it")
+        raise ValueError(f"{name}: p must be 0, got {p}: memory_efficient_attention has dropout, and gradients with it")
 
 
 def _check_results(grad: Tensor, output: Tensor, lse: Tensor, query: Tensor, value: Tensor) -> None:

@@ -281,6 +281,27 @@ def test_dropout_and_dtypes(hold_to):
     assert not memory_efficient_attention_forward(q, k, v, biases.LowerTriangularMask()).requires_grad
 
 
+def test_parts_with_dropout(hold_to):
+    """Each part draws its mask; merged they are attention to all keys under both."""
+    q, k, v = drawn((2, 9, 3, 16), (2, 11, 3, 16), (2, 11, 3, 16))
+
+    def attended(p):
+        return [
+            memory_efficient_attention_partial(q, *keys, p=p) for keys in ((k[:, :4], v[:, :4]), (k[:, 4:], v[:, 4:]))
+        ]
+
+    torch.manual_seed(4)
+    parts = attended(0.3)
+    torch.manual_seed(4)
+    masks = [philox.keep_mask(philox.draw(torch.device("cpu")), 0.3, 2, 3, 9, keys) for keys in (4, 7)]
+    output, lse = merge_attentions(*zip(*parts, strict=True))
+    grad = torch.randn(output.shape)
+    found = [output, *torch.autograd.grad(output, (q, k, v), grad)]
+    hold_to(lambda *tensors: formula(*tensors, keep=torch.cat(masks, -1), p=0.3), (q, k, v), found, grad)
+    _, without = merge_attentions(*zip(*attended(0.0), strict=True))
+    assert torch.equal(lse, without)
+
+
 def test_lists_of_tensors(hold_to):
     parts = [torch.randn(2, 5, 3, 8), torch.randn(1, 7, 3, 8), torch.randn(3, 1, 3, 8)]
     mask, rows = biases.BlockDiagonalCausalMask.from_tensor_list(parts)
@@ -339,15 +360,10 @@ def test_refused(tensors, call, message):
         memory_efficient_attention(*tensors, **call)
 
 
-@pytest.mark.parametrize(
-    "function",
-    [memory_efficient_attention_forward_requires_grad, memory_efficient_attention_partial],
-    ids=lambda f: f.__name__,
-)
-def test_passes_have_no_dropout(function):
-    with pytest.raises(NotImplementedError, match=f"{function.__name__}: there is no dropout here"):
-        function(ROWS, ROWS, ROWS, p=0.1)
-    with pytest.raises(NotImplementedError, match="memory_efficient_attention_backward: there is no dropout here"):
+def test_passes_alone_have_no_dropout():
+    with pytest.raises(ValueError, match=r"memory_efficient_attention_forward_requires_grad: p must be 0, got 0.1"):
+        memory_efficient_attention_forward_requires_grad(ROWS, ROWS, ROWS, p=0.1)
+    with pytest.raises(ValueError, match=r"memory_efficient_attention_backward: p must be 0, got 0.1"):
         memory_efficient_attention_backward(ROWS, ROWS, rows(1, 3, 15), ROWS, ROWS, ROWS, p=0.1)
 
 
