@@ -10,15 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
 from fastattn import ceilings
-from fastattn.bench import measure
+from fastattn.bench import cases, measure
 from fastattn.bench.contenders import TORCH
 from fastattn.bench.runner import Settings, allocator_in_use
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {name: cases.DTYPES[name] for name in cases.DEFAULT_DTYPES}
 
 
 class Workload(Protocol):
@@ -114,15 +113,11 @@ def run(
     section: str, selected: Sequence[tuple[W, str]], settings: Settings, prepare: Callable[[W, str], Contest]
 ) -> Iterator[ModelRow[W]]:
     """A row for each pair, as they are done. Sets torch's number of threads while it runs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(settings.threads)
-    try:
+    with measure.with_threads(settings.threads):
         for workload, dtype in selected:
             entries, violations = _timed(prepare(workload, dtype), settings)
             ceiling = ceilings.arithmetic(DTYPES[dtype], settings.threads)
             yield ModelRow(section, workload, dtype, allocator_in_use(), ceiling, entries, violations)
-    finally:
-        torch.set_num_threads(before)
 
 
 def _timed(contest: Contest, settings: Settings) -> tuple[dict[str, Entry], tuple[str, ...]]:

@@ -110,14 +110,10 @@ class Row:
 
 def run_cases(cases: Sequence[BenchCase], settings: Settings) -> Iterator[Row]:
     """Every case in both directions, rows as they are done. Sets torch's number of threads while it runs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(settings.threads)
-    try:
+    with measure.with_threads(settings.threads):
         for case in cases:
             torch._dynamo.reset()  # graphs of earlier cases would count against torch.compile's limit
             yield from _run_case(case, settings)
-    finally:
-        torch.set_num_threads(before)
 
 
 def _run_case(case: BenchCase, settings: Settings) -> Iterator[Row]:
@@ -157,7 +153,7 @@ def _run_case(case: BenchCase, settings: Settings) -> Iterator[Row]:
         if not judged.violations:
             _, clock = measure.clock_for(settings.threads)
             compared = [name for name in (OURS, TORCH) if settings.scaling and name in calls]
-            on_one = {(name, 1): _on_one_thread(calls[name], settings.threads) for name in compared}
+            on_one = {(name, 1): _on_one_thread(calls[name]) for name in compared}
             in_turn: dict[Any, measure.Call] = {**calls, **on_one}
             times = measure.interleave(in_turn, clock, settings.min_seconds, settings.min_samples)
             for name in calls:
@@ -167,15 +163,12 @@ def _run_case(case: BenchCase, settings: Settings) -> Iterator[Row]:
         yield Row(case, direction, backend, roof, entries, judged.violations, allocator_in_use(), alone)
 
 
-def _on_one_thread(call: measure.Call, threads: int) -> measure.Call:
+def _on_one_thread(call: measure.Call) -> measure.Call:
     """Changing the number takes microseconds, within the time of the call."""
 
     def run() -> Any:
-        torch.set_num_threads(1)
-        try:
+        with measure.with_threads(1):
             return call()
-        finally:
-            torch.set_num_threads(threads)
 
     return run
 
