@@ -143,8 +143,7 @@ def cross_entropy(
         "cross_entropy",
         "size_average and reduce are torch's" if old else _reason(input, target, weight),
         lambda: ops.cross_entropy(
-            widened(input), target, weight, ignore_index=ignore_index, reduction=reduction,
-            label_smoothing=label_smoothing,
+            input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
         ),
         lambda native: native(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing

@@ -18,7 +18,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.modeling_utils import PreTrainedModel
 
 from fastattn import ops
-from fastattn.nn.served import Served, refusal, widened
+from fastattn.nn.served import Served, refusal
 
 
 class LossFunction(Served):
@@ -64,9 +64,8 @@ class _CrossEntropy(TorchFunctionMode):
                 input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
             )
         return ops.cross_entropy(
-            widened(input), target, weight, ignore_index=ignore_index, reduction=reduction,
-            label_smoothing=label_smoothing,
-        )  # fmt: skip
+            input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+        )
 
 
 def asked_for(model: nn.Module) -> bool:
