@@ -63,29 +63,17 @@ def scaled_dot_product_attention(
 ) -> Any:  # fmt: skip
     """torch.nn.functional.scaled_dot_product_attention."""
     arguments = (query, key, value, attn_mask, dropout_p, is_causal)
-    why = None if query.is_nested else _reason(query, key, value, attn_mask)
-    if why is None and not query.is_nested and dispatch.forced_backend() is None:
-        why = _wide(query, value)
+    why = None
+    if not query.is_nested:
+        why = _reason(query, key, value, attn_mask)
+        if why is None and dispatch.forced_backend() is None:
+            why = no_attention(query.device.type, query.dtype, max(query.shape[-1], value.shape[-1]))
     return _served(
         "scaled_dot_product_attention",
         why,
         lambda: ops.scaled_dot_product_attention(*arguments, scale, enable_gqa),
         lambda native: native(*arguments, scale=scale, enable_gqa=enable_gqa),
     )
-
-
-def _wide(query: Tensor, value: Tensor) -> str | None:
-    """Why heads are too wide for our kernels; None: they are not."""
-    dim = max(query.shape[-1], value.shape[-1])
-    if torch.compiler.is_compiling():
-        return no_attention(query.device.type, query.dtype, dim)
-    key = (query.device.type, query.dtype, dim)
-    if key not in _widths:
-        _widths[key] = no_attention(*key)
-    return _widths[key]
-
-
-_widths: dict[tuple[str, torch.dtype, int], str | None] = {}
 
 
 def layer_norm(

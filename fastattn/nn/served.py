@@ -34,6 +34,8 @@ _EAGER = (*PLAIN, torch.nn.Buffer)
 _STRIDED = torch.strided
 #: Device and dtype of what calls have found a kernel for: backends are probed once in a process, too.
 _with_kernel: set[tuple[torch.device, torch.dtype]] = set()
+#: What `no_attention` has said.
+_attention_answers: dict[tuple[str, torch.dtype, int], str | None] = {}
 
 Listener = Callable[[Any, str], None]
 _listeners: list[Listener] = []
@@ -117,7 +119,14 @@ def no_kernel(device: str, dtype: torch.dtype) -> str | None:
 
 
 def no_attention(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    """`no_kernel` for attention, which also asks for the head dim."""
+    """`no_kernel` for attention, which also asks for the head dim; found once, for every call asks."""
+    question = device, dtype, head_dim
+    if question not in _attention_answers:
+        _attention_answers[question] = _find_no_attention(*question)
+    return _attention_answers[question]
+
+
+def _find_no_attention(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
     reason = no_kernel(device, dtype)
     if reason is not None:
         return reason
