@@ -18,7 +18,7 @@ def unpacked(name: str, packed: Tensor, what: str, parts: int, dims: int) -> tup
     return packed.unbind(-3)
 
 
-def limits(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
+def window_of(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
     """The window of a call: causal is a right of 0."""
     left, right = window_size
     return left, 0 if causal else right
@@ -33,6 +33,11 @@ def cap_of(softcap: float) -> float:
     return 0.0 if softcap <= 0.0 else softcap
 
 
-def drawn(dropout_p: float, device: torch.device) -> Tensor | None:
+def dropout_state(dropout_p: float, device: torch.device) -> Tensor | None:
     """The state of a call's dropout; None without."""
     return philox.draw(device) if dropout_p > 0.0 else None
+
+
+def unit_last_stride(tensor: Tensor) -> Tensor:
+    """As kernels take it; a tensor without dimensions is refused later."""
+    return tensor if tensor.ndim == 0 or tensor.stride(-1) == 1 else tensor.contiguous()

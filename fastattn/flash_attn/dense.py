@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.flash_attn.arguments import cap_of, drawn, limits, scale_of, unpacked
+from fastattn.flash_attn.arguments import cap_of, dropout_state, scale_of, unpacked, window_of
 from fastattn.ops.attention import reference, scaled_dot_product_attention
 
 
@@ -56,7 +56,7 @@ def flash_attn_func(
     # Where both alignments are one, the plain one has the shorter way.
     square = not torch.compiler.is_compiling() and q.shape[1] == k.shape[1]
     query, key, value = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    seed = drawn(dropout_p, q.device) if return_attn_probs else None
+    seed = dropout_state(dropout_p, q.device) if return_attn_probs else None
     result = scaled_dot_product_attention(
         query, key, value, None, dropout_p, causal, softmax_scale, q.shape[2] != k.shape[2],
         causal_alignment="top_left" if square else "bottom_right", return_lse=return_attn_probs, seed=seed,
@@ -66,7 +66,7 @@ def flash_attn_func(
         return result.transpose(1, 2)
     output, lse = result
     with torch.no_grad():
-        features = (*limits(causal, window_size), cap_of(softcap), None, alibi_slopes, None, None, None)
+        features = (*window_of(causal, window_size), cap_of(softcap), None, alibi_slopes, None, None, None)
         probabilities = reference.probabilities(
             0, query, key, None, seed, scale_of(q, softmax_scale), causal, True, dropout_p, *features
         )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.flash_attn.arguments import cap_of
+from fastattn.flash_attn.arguments import cap_of, unit_last_stride
 from fastattn.ops.decode.append import append_to_cache
 from fastattn.ops.decode.op import Call, check_dtypes
 from fastattn.ops.decode.places import check_length
@@ -84,7 +84,7 @@ def flash_attn_with_kvcache(
     length = cache_seqlens if isinstance(cache_seqlens, int) else None
     if isinstance(cache_seqlens, int):
         cache_seqlens = torch.full(q.shape[:1], cache_seqlens, dtype=torch.int64, device=q.device)
-    q = _unit_last_stride(q)
+    q = unit_last_stride(q)
     call = Call(
         q, k_cache, v_cache, cache_seqlens, cache_leftpad, cache_batch_idx, block_table, softmax_scale, causal,
         window_size, cap_of(softcap), alibi_slopes, num_splits, backend,
@@ -92,7 +92,7 @@ def flash_attn_with_kvcache(
     new = 0
     if k is not None:
         assert v is not None
-        k, v, new = _unit_last_stride(k), _unit_last_stride(v), k.shape[1]
+        k, v, new = unit_last_stride(k), unit_last_stride(v), k.shape[1]
         _check_new(q, k_cache, v_cache, k, v)
     if length is not None and q.shape[0] > 0 and not torch.compiler.is_compiling():
         # What is no tensor can be looked at on every device.
@@ -109,10 +109,6 @@ def flash_attn_with_kvcache(
         )  # fmt: skip
     output, lse = call.run(q, new)
     return (output, lse) if return_softmax_lse else output
-
-
-def _unit_last_stride(tensor: Tensor) -> Tensor:
-    return tensor if tensor.ndim == 0 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _check_new(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastattn.dispatch import Bound, Op, Problem
-from fastattn.flash_attn.arguments import cap_of, drawn, limits, scale_of
+from fastattn.flash_attn.arguments import cap_of, dropout_state, scale_of, unit_last_stride, window_of
 from fastattn.flash_attn.varlen import gathered_pages
 from fastattn.numerics import accumulation_dtype
 from fastattn.ops.attention import (
@@ -49,7 +49,7 @@ class Passes(NamedTuple):
         """Gradients of query, key and value for this output and lse: the forward's, or those of a softmax over more
         keys, of which these are a part."""
         assert self.bound.backward is not None
-        grad, output, lse, grad_lse = unit(grad), unit(output), lse.contiguous(), None
+        grad, output, lse, grad_lse = unit_last_stride(grad), unit_last_stride(output), lse.contiguous(), None
         if self.bound.backend == "reference":
             grad, grad_lse, output, lse = self._of_the_part(grad, output, lse, state)
         else:
@@ -117,7 +117,7 @@ def dense_passes(
     features: tuple[Any, ...] = ()
     if window != NO_WINDOW or softcap > 0.0 or slopes is not None:
         features = (*window, softcap, None, slopes, None, None, None)
-    before = (unit(query), unit(key), unit(value), mask)
+    before = (unit_last_stride(query), unit_last_stride(key), unit_last_stride(value), mask)
     return Passes(*chosen, before, (), (*options, *features), (*options, False, *features))
 
 
@@ -136,13 +136,8 @@ def packed_passes(
         dropout_p=dropout_p,
     )  # fmt: skip
     options = (scale_of(query, scale), max_q, max_k, *window, softcap, dropout_p)
-    before = (unit(query), unit(key), unit(value), cu_seq_q, cu_seq_k, seqused_k)
+    before = (unit_last_stride(query), unit_last_stride(key), unit_last_stride(value), cu_seq_q, cu_seq_k, seqused_k)
     return Passes(*chosen, before, (None, slopes), options, options)
-
-
-def unit(tensor: Tensor) -> Tensor:
-    """As kernels take it: with a last stride of 1."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _state_or_zeros(state: Tensor | None, q: Tensor) -> Tensor:
@@ -174,11 +169,11 @@ def _flash_attn_forward(
     S_dmask: without elements unless return_softmax. rng_state: int64 (2,), for the backward.
     """
     query, key, value = (t.transpose(1, 2) for t in (q, k, v))
-    window = limits(causal, (window_size_left, window_size_right))
+    window = window_of(causal, (window_size_left, window_size_right))
     passes = dense_passes(
         query, key, value, None, softmax_scale, dropout_p, causal, True, window, cap_of(softcap), alibi_slopes
     )
-    state = drawn(dropout_p, q.device)
+    state = dropout_state(dropout_p, q.device)
     output, lse = passes.forward(state)
     shown = q.new_empty(0)
     if return_softmax:
@@ -212,7 +207,7 @@ def _flash_attn_backward(
     Returns softmax_d, (B, H, Sq): the sums of dout * out.
     """
     query, key, value, output, grad = (t.transpose(1, 2) for t in (q, k, v, out, dout))
-    window = limits(causal, (window_size_left, window_size_right))
+    window = window_of(causal, (window_size_left, window_size_right))
     passes = dense_passes(
         query, key, value, None, softmax_scale, dropout_p, causal, True, window, cap_of(softcap), alibi_slopes
     )
@@ -256,11 +251,11 @@ def _flash_attn_varlen_forward(
             "_flash_attn_varlen_forward", k, v, lengths, max_seqlen_k, block_table
         )
     bounds = (cu_seqlens_q, cu_seqlens_k, seqused_k)
-    window = limits(causal, (window_size_left, window_size_right))
+    window = window_of(causal, (window_size_left, window_size_right))
     passes = packed_passes(
         q, k, v, *bounds, max_seqlen_q, max_seqlen_k, softmax_scale, dropout_p, window, cap_of(softcap), alibi_slopes
     )
-    state = drawn(dropout_p, q.device)
+    state = dropout_state(dropout_p, q.device)
     output, lse = passes.forward(state)
     shown = q.new_empty(0)
     if return_softmax:
@@ -295,7 +290,7 @@ def _flash_attn_varlen_backward(
     zero_tensors: bool = False,
 ) -> Tensor:
     """The backward of flash_attn_varlen_func, likewise; returns softmax_d, (H, Tq)."""
-    window = limits(causal, (window_size_left, window_size_right))
+    window = window_of(causal, (window_size_left, window_size_right))
     passes = packed_passes(
         q, k, v, cu_seqlens_q, cu_seqlens_k, None, max_seqlen_q, max_seqlen_k, softmax_scale, dropout_p, window,
         cap_of(softcap), alibi_slopes,

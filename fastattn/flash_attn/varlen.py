@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.flash_attn.arguments import cap_of, drawn, limits, scale_of, unpacked
+from fastattn.flash_attn.arguments import cap_of, dropout_state, scale_of, unpacked, window_of
 from fastattn.ops.attention import attention_varlen, varlen_reference
 from fastattn.ops.attention.options import AuxRequest
 
@@ -55,13 +55,13 @@ def flash_attn_varlen_func(
         cu_seqlens_k or block_table that do not (on a GPU see docs/inference.md). BackendUnsupported: see
         fastattn.dispatch.
     """
-    window, cap = limits(causal, window_size), cap_of(softcap)
+    window, cap = window_of(causal, window_size), cap_of(softcap)
     used, room = None, max_seqlen_k
     if block_table is not None:
         _check_bounds(cu_seqlens_k, block_table)
         lengths = cu_seqlens_k[1:] - cu_seqlens_k[:-1]
         k, v, cu_seqlens_k, used, room = gathered_pages(NAME, k, v, lengths, max_seqlen_k, block_table)
-    seed = drawn(dropout_p, q.device) if return_attn_probs else None
+    seed = dropout_state(dropout_p, q.device) if return_attn_probs else None
     result = attention_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, room, return_aux=AuxRequest(return_attn_probs),
         scale=softmax_scale, window_size=window, enable_gqa=True, seqused_k=used, softcap=cap,

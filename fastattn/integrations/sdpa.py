@@ -25,7 +25,7 @@ import torch.nn.attention
 from torch import Tensor
 
 from fastattn import dispatch
-from fastattn.flash_attn.arguments import drawn, limits
+from fastattn.flash_attn.arguments import dropout_state, window_of
 from fastattn.flash_attn.passes import Passes, dense_passes, packed_passes
 from fastattn.flash_attn.varlen import gathered_pages
 from fastattn.integrations import left_to_torch
@@ -76,10 +76,10 @@ class Activated:
         def run(keys: Any, *args: Any, **kwargs: Any) -> Any:
             try:
                 result = kernel(*args, **kwargs)
-            except _Left as left:
+            except _NotServed as why:
                 if native is None:
-                    raise dispatch.BackendUnsupported(f"aten::{name}: {left}; torch has no kernel either") from left
-                left_to_torch.note_left(f"aten::{name}", str(left))
+                    raise dispatch.BackendUnsupported(f"aten::{name}: {why}; torch has no kernel either") from why
+                left_to_torch.note_left(f"aten::{name}", str(why))
                 return native.call_boxed(keys, *args, **kwargs)
             left_to_torch.note_served(f"aten::{name}")
             return result
@@ -107,23 +107,23 @@ def _activate() -> Activated:
     return Activated()
 
 
-class _Left(Exception):
+class _NotServed(Exception):
     """A call that our kernels do not serve; the message says why."""
 
 
-def _served(find: Callable[..., Passes], *args: Any, alone: bool = False) -> Passes:
-    """The passes of a call; _Left where the definition in plain torch would serve it and nobody forced that.
+def _passes_of(find: Callable[..., Passes], *args: Any, torch_has_none: bool = False) -> Passes:
+    """The passes of a call; _NotServed where the definition in plain torch would serve it and nobody forced that.
 
-    alone: torch has no kernel of its own for this operator and device; then the definition will do.
+    torch_has_none: torch has no kernel of its own for this operator and device; then the definition will do.
     """
     try:
         passes = find(*args)
     except ValueError as error:
-        raise _Left(str(error)) from error
+        raise _NotServed(str(error)) from error
     bound = passes.bound
-    if bound.backend == "reference" and not alone and dispatch.forced_backend() is None:
+    if bound.backend == "reference" and not torch_has_none and dispatch.forced_backend() is None:
         reasons = bound.op.reasons(passes.problem())
-        raise _Left("; ".join(f"{name}: {why}" for name, why in reasons.items() if why is not None))
+        raise _NotServed("; ".join(f"{name}: {why}" for name, why in reasons.items() if why is not None))
     return passes
 
 
@@ -159,8 +159,8 @@ def _of_cpu(
     scale: float | None,
 ) -> Passes:  # fmt: skip
     if dropout_p > 0.0:
-        raise _Left("torch's operator for CPUs keeps no state for dropout")
-    return _served(dense_passes, query, key, value, _mask(mask), scale, 0.0, is_causal, False)
+        raise _NotServed("torch's operator for CPUs keeps no state for dropout")
+    return _passes_of(dense_passes, query, key, value, _mask(mask), scale, 0.0, is_causal, False)
 
 
 def _sdpa_cpu(
@@ -184,9 +184,9 @@ def _sdpa_gpu(
     return_debug_mask: bool = False, *, scale: float | None = None,
 ) -> tuple[Any, ...]:  # fmt: skip
     if return_debug_mask:
-        raise _Left("return_debug_mask is torch's")
-    passes = _served(dense_passes, query, key, value, None, scale, dropout_p, is_causal, False)
-    state = drawn(dropout_p, query.device)
+        raise _NotServed("return_debug_mask is torch's")
+    passes = _passes_of(dense_passes, query, key, value, None, scale, dropout_p, is_causal, False)
+    state = dropout_state(dropout_p, query.device)
     output, lse = passes.forward(state)
     return (_like(output, query), lse, None, None, query.shape[2], key.shape[2], *_as_states(state, query),
             query.new_empty(0))  # fmt: skip
@@ -197,7 +197,7 @@ def _sdpa_gpu_backward(
     cum_seq_k: Any, max_q: int, max_k: int, dropout_p: float, is_causal: bool, philox_seed: Tensor,
     philox_offset: Tensor, *, scale: float | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    passes = _served(dense_passes, query, key, value, None, scale, dropout_p, is_causal, False)
+    passes = _passes_of(dense_passes, query, key, value, None, scale, dropout_p, is_causal, False)
     state = _as_state(philox_seed, philox_offset) if dropout_p > 0.0 else None
     grads = passes.backward(grad_out, out, logsumexp, state)
     return tuple(_like(grad, side) for grad, side in zip(grads, (query, key, value), strict=True))
@@ -221,7 +221,7 @@ def _as_state(seed: Tensor, offset: Tensor) -> Tensor:
 
 def _window(is_causal: bool, left: int | None, right: int | None) -> tuple[int, int]:
     left, right = (-1 if bound is None or bound < 0 else int(bound) for bound in (left, right))
-    return limits(is_causal, (left, right))
+    return window_of(is_causal, (left, right))
 
 
 def _flash(
@@ -231,16 +231,16 @@ def _flash(
     alibi_slopes: Tensor | None = None, block_table: Tensor | None = None, num_splits: int | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     if return_debug_mask:
-        raise _Left("return_debug_mask is torch's")
+        raise _NotServed("return_debug_mask is torch's")
     window = _window(is_causal, window_size_left, window_size_right)
-    state = drawn(dropout_p, query.device)
+    state = dropout_state(dropout_p, query.device)
     if cum_seq_q is None:
         if seqused_k is not None or block_table is not None:
-            raise _Left("seqused_k and block_table are for packed sequences")
+            raise _NotServed("seqused_k and block_table are for packed sequences")
         heads = (t.transpose(1, 2) for t in (query, key, value))
-        passes = _served(
+        passes = _passes_of(
             dense_passes, *heads, None, scale, dropout_p, is_causal, True, window, 0.0, alibi_slopes,
-            alone=query.is_cpu,
+            torch_has_none=query.is_cpu,
         )  # fmt: skip
         output, lse = passes.forward(state)
         output = output.transpose(1, 2)
@@ -248,13 +248,13 @@ def _flash(
         if block_table is not None:
             lengths = seqused_k if cum_seq_k is None else cum_seq_k.diff() if seqused_k is None else seqused_k
             if lengths is None:
-                raise _Left("a block_table needs seqused_k")
+                raise _NotServed("a block_table needs seqused_k")
             key, value, cum_seq_k, seqused_k, max_k = gathered_pages(NAME, key, value, lengths, max_k, block_table)
         if cum_seq_k is None:
-            raise _Left("packed queries need cum_seq_k, the bounds of their keys")
-        passes = _served(
+            raise _NotServed("packed queries need cum_seq_k, the bounds of their keys")
+        passes = _passes_of(
             packed_passes, query, key, value, cum_seq_q, cum_seq_k, seqused_k, max_q, max_k, scale, dropout_p, window,
-            0.0, alibi_slopes, alone=query.is_cpu,
+            0.0, alibi_slopes, torch_has_none=query.is_cpu,
         )  # fmt: skip
         output, lse = passes.forward(state)
     return _like(output, query), lse.float(), *_as_states(state, query), query.new_empty(0)
@@ -276,8 +276,8 @@ def _flash_backward(
     state = _as_state(rng_state, unused) if dropout_p > 0.0 else None
     if cum_seq_q is None:
         heads = (t.transpose(1, 2) for t in (query, key, value))
-        passes = _served(
-            dense_passes, *heads, None, scale, dropout_p, is_causal, True, window, alone=query.is_cpu
+        passes = _passes_of(
+            dense_passes, *heads, None, scale, dropout_p, is_causal, True, window, torch_has_none=query.is_cpu
         )  # fmt: skip
         grads = [
             grad.transpose(1, 2)
@@ -285,9 +285,9 @@ def _flash_backward(
         ]
     else:
         assert cum_seq_k is not None
-        passes = _served(
+        passes = _passes_of(
             packed_passes, query, key, value, cum_seq_q, cum_seq_k, None, max_q, max_k, scale, dropout_p, window,
-            alone=query.is_cpu,
+            torch_has_none=query.is_cpu,
         )  # fmt: skip
         grads = list(passes.backward(grad_out, out, logsumexp, state))
     return tuple(_like(grad, side) for grad, side in zip(grads, (query, key, value), strict=True))
