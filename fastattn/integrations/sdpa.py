@@ -233,7 +233,6 @@ def _flash(
     if return_debug_mask:
         raise _NotServed("return_debug_mask is torch's")
     window = _window(is_causal, window_size_left, window_size_right)
-    state = dropout_state(dropout_p, query.device)
     if cum_seq_q is None:
         if seqused_k is not None or block_table is not None:
             raise _NotServed("seqused_k and block_table are for packed sequences")
@@ -242,8 +241,6 @@ def _flash(
             dense_passes, *heads, None, scale, dropout_p, is_causal, True, window, 0.0, alibi_slopes,
             torch_has_none=query.is_cpu,
         )  # fmt: skip
-        output, lse = passes.forward(state)
-        output = output.transpose(1, 2)
     else:
         if block_table is not None:
             lengths = seqused_k if cum_seq_k is None else cum_seq_k.diff() if seqused_k is None else seqused_k
@@ -256,7 +253,10 @@ def _flash(
             packed_passes, query, key, value, cum_seq_q, cum_seq_k, seqused_k, max_q, max_k, scale, dropout_p, window,
             0.0, alibi_slopes, torch_has_none=query.is_cpu,
         )  # fmt: skip
-        output, lse = passes.forward(state)
+    state = dropout_state(dropout_p, query.device)  # a call that is left to torch draws torch's
+    output, lse = passes.forward(state)
+    if cum_seq_q is None:
+        output = output.transpose(1, 2)
     return _like(output, query), lse.float(), *_as_states(state, query), query.new_empty(0)
 
 

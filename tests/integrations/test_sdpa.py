@@ -300,22 +300,34 @@ def test_the_gpu_operators(order, dropout_p):
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_the_dense_flash_operator(dropout_p):
-    """(B, S, H, D), bottom right, with windows and slopes."""
-    inputs = [t.transpose(1, 2).detach() for t in drawn("sequence first", queries=11)]
-    slopes = torch.rand(4)
-    output, lse, seed, offset, _ = sdpa._flash(
-        *inputs, None, None, 11, 19, dropout_p, True, False, window_size_left=6, alibi_slopes=slopes
-    )
-    expected, other, _ = fastattn.flash_attn.flash_attn_func(
-        *inputs, causal=True, window_size=(6, -1), alibi_slopes=slopes, return_attn_probs=True
-    )
-    if not dropout_p:
-        assert torch.equal(output, expected) and torch.equal(lse, other)
+    """(B, S, H, D), bottom right, with windows and slopes, which torch's backward has no argument for."""
+    heads = drawn("sequence first", queries=11)
+    inputs = [t.transpose(1, 2).detach() for t in heads]
+    for slopes in (torch.rand(4), None):
+        output, lse, seed, offset, _ = sdpa._flash(
+            *inputs, None, None, 11, 19, dropout_p, True, False, window_size_left=6, alibi_slopes=slopes
+        )
+        expected, other = fastattn.scaled_dot_product_attention(
+            *heads, dropout_p=dropout_p, is_causal=True, causal_alignment="bottom_right", window=(6, -1),
+            alibi_slopes=slopes, seed=seed.view(torch.int64) if dropout_p else None, return_lse=True,
+        )  # fmt: skip
+        assert torch.equal(output.transpose(1, 2), expected) and torch.equal(lse, other)
+    grad = torch.randn_like(output)
     grads = sdpa._flash_backward(
-        torch.ones_like(output), *inputs, output, lse, None, None, 11, 19, dropout_p, True, seed, offset,
-        window_size_left=6,
-    )  # fmt: skip
-    assert [grad.stride() for grad in grads] == [side.stride() for side in inputs]
+        grad, *inputs, output, lse, None, None, 11, 19, dropout_p, True, seed, offset, window_size_left=6
+    )
+    for a, b, side in zip(grads, torch.autograd.grad(expected, heads, grad.transpose(1, 2)), inputs, strict=True):
+        assert torch.equal(a.transpose(1, 2), b) and a.stride() == side.stride()
+
+
+def test_what_is_left_to_torch_draws_no_dropout():
+    inputs = [t.transpose(1, 2).detach() for t in drawn("sequence first")]
+    before = torch.get_rng_state()
+    with pytest.raises(sdpa._NotServed, match="are for packed sequences"):
+        sdpa._flash(*inputs, None, None, 19, 19, 0.3, True, False, seqused_k=torch.tensor([3, 4]))
+    with pytest.raises(sdpa._NotServed, match="head"):
+        sdpa._flash(inputs[0], inputs[1][..., :1], inputs[2], None, None, 19, 19, 0.3, True, False)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_torch_without_a_registry(monkeypatch):
