@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from fastattn import ops
 from fastattn.dispatch import Bound, Op, autocast_enabled
 from fastattn.integrations.stand_in import StandIn, public
-from fastattn.norms import dims_of, parameters_for
+from fastattn.norms import dims_of, key_of, parameters_for
 from fastattn.numerics import accumulation_dtype
 from fastattn.ops.layer_norm import OP as LAYER_NORM
 from fastattn.ops.rms_norm import OP as RMS_NORM
@@ -123,7 +123,7 @@ def _rms_norm(input: Tensor, weight: Tensor | None, shape: Shape, eps: float, me
 
 
 def _kernels(op: Op, function: Any, input: Tensor, shape: tuple[int, ...], *parameters: Tensor | None) -> Bound:
-    described = tuple(None if t is None else (t.shape, t.dtype, t.device) for t in (input, *parameters))
+    described = tuple(map(key_of, (input, *parameters)))
     return op.resolve_cached(("apex", described, shape), lambda: function.prepare(input, shape, *parameters)[1], None)
 
 
