@@ -21,7 +21,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
 from fastattn.dispatch import BackendUnsupported
-from fastattn.integrations.recognition import Form, Unrecognised, recognise
+from fastattn.integrations.recognition import Form, Parts, Unrecognised, parts_of, recognise
 from fastattn.nn.activations import GELUForward, LogSoftmaxForward, SiLUForward, SoftmaxForward
 from fastattn.nn.attention import MultiheadAttentionForward
 from fastattn.nn.linear import LinearForward
@@ -62,7 +62,7 @@ def served_class(original: type, form: Form, strict: bool) -> type:
     members = {
         **dict(form.options),
         "fastattn_strict": strict,
-        "_fastattn_parts": (original, form, strict),
+        "_fastattn_parts": Parts(original, form, strict),
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
@@ -71,21 +71,16 @@ def served_class(original: type, form: Form, strict: bool) -> type:
     return types.new_class(original.__name__, (form.mixin, original), exec_body=lambda body: body.update(members))
 
 
-def _parts(cls: type) -> tuple[type, Form, bool] | None:
-    """(original, form, strict) of a class that patch made; None for others, subclasses of such among them."""
-    return cls.__dict__.get("_fastattn_parts")
-
-
 def _patched_base(cls: type) -> type | None:
     """The class that patch made among a class and its bases."""
-    return next((base for base in cls.__mro__ if _parts(base) is not None), None)
+    return next((base for base in cls.__mro__ if parts_of(base) is not None), None)
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
     """As the original pickles, but the class is named by its parts."""
     cls = type(self)
     reduced = super(_patched_base(cls), self).__reduce_ex__(max(int(protocol), 2))  # type: ignore[arg-type]
-    parts = _parts(cls)
+    parts = parts_of(cls)
     if parts is None or not isinstance(reduced, tuple) or reduced[:1] != (copyreg.__newobj__,):  # type: ignore[attr-defined]
         return reduced
     return (_new, (*parts, *reduced[1][1:]), *reduced[2:])
@@ -123,14 +118,14 @@ def _class_without(module: nn.Module) -> type | None:
     patched = _patched_base(cls)
     if patched is None:
         return None
-    parts = _parts(patched)
+    parts = parts_of(patched)
     assert parts is not None
     if cls is patched:
-        return parts[0]
+        return parts.original
     before = cls.__dict__.get("_fastattn_before")
     if before is not None and vars(before).keys() == vars(cls).keys() - {"_fastattn_before"}:
         return before
-    return _rebased(cls, patched, parts[0])
+    return _rebased(cls, patched, parts.original)
 
 
 # ---- reports ----
@@ -263,9 +258,9 @@ def patch(model: nn.Module, *, strict: bool = False, exclude: Iterable[str | typ
         if type(module) is NonDynamicallyQuantizableLinear:
             continue  # MultiheadAttention reads its parameters and never calls it
         if isinstance(module, Served):
-            parts = _parts(type(module))
-            if parts is not None and parts[2] != strict:
-                changes.append((module, served_class(parts[0], parts[1], strict)))
+            parts = parts_of(type(module))
+            if parts is not None and parts.strict != strict:
+                changes.append((module, served_class(parts.original, parts.form, strict)))
             already.append(Entry(path, name, _title(type(module))))
             continue
         verdict = judge(module)

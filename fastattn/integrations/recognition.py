@@ -17,7 +17,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,19 @@ class Form:
 
     mixin: type
     options: tuple[tuple[str, Any], ...] = ()
+
+
+class Parts(NamedTuple):
+    """What patch makes a class of, which has them as _fastattn_parts."""
+
+    original: type
+    form: Form
+    strict: bool
+
+
+def parts_of(cls: type) -> Parts | None:
+    """None for classes that patch did not make, subclasses of such among them."""
+    return cls.__dict__.get("_fastattn_parts")
 
 
 class Unrecognised(Exception):
@@ -137,9 +150,8 @@ class RecognisedConv1D(Served):
 
 def _original(module: Any) -> type:
     """The class that a module has, or had before patch gave it one of ours."""
-    cls = type(module)
-    parts: tuple[type, ...] = cls.__dict__.get("_fastattn_parts", (cls,))
-    return parts[0]
+    parts = parts_of(type(module))
+    return type(module) if parts is None else parts.original
 
 
 class RecognisedSwiGLU(Served):
@@ -213,7 +225,7 @@ def _computed(module: nn.Module, parameters: dict[str, Tensor], x: Tensor, **att
     return result
 
 
-def _drawn(*shape: int, seed: int) -> Tensor:
+def _random(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu")
 
 
@@ -256,9 +268,9 @@ def _norm_form(module: nn.Module) -> Form:
     weight = rest[0] if rest else None
     width = next(iter(shapes))[0] if shapes else WIDTH
     attributes = {"normalized_shape": (width,)} if not shapes and hasattr(module, "normalized_shape") else {}
-    parameters = {name: _drawn(width, seed=i) for i, name in enumerate(names)}
+    parameters = {name: _random(width, seed=i) for i, name in enumerate(names)}
     # Rows that every usual eps is large and small for, and that a mean is in.
-    x = _drawn(len(SCALES), width, seed=7).add_(0.5).mul_(torch.tensor(SCALES, device="cpu").unsqueeze(-1))
+    x = _random(len(SCALES), width, seed=7).add_(0.5).mul_(torch.tensor(SCALES, device="cpu").unsqueeze(-1))
     result = _computed(module, parameters, x, **attributes)
     for mixin, offset, eps in _candidates(module, weight is not None, bias is not None):
         number = getattr(module, eps) if isinstance(eps, str) else eps
@@ -336,8 +348,8 @@ def _activation_form(module: nn.Module) -> Form:
 def _conv1d_form(module: nn.Module) -> Form:
     if _names(module) != ["weight", "bias"] or module.weight.ndim != 2:
         raise Unrecognised("it is not a weight and a bias")
-    parameters = {"weight": _drawn(WIDTH, 5, seed=0), "bias": _drawn(5, seed=1)}
-    x = _drawn(2, ROWS, WIDTH, seed=2)
+    parameters = {"weight": _random(WIDTH, 5, seed=0), "bias": _random(5, seed=1)}
+    x = _random(2, ROWS, WIDTH, seed=2)
     result = _computed(module, parameters, x, nx=WIDTH, nf=5)
     if not _agree(result, lambda x, weight, bias: x @ weight + bias, x, parameters["weight"], parameters["bias"]):
         raise Unrecognised("it does not compute x @ weight + bias")
@@ -362,7 +374,7 @@ def _gated_form(module: nn.Module) -> Form | None:
                 return None
             small = {name: _product(WIDTH, 2 * 5 // len(gate), seed) for seed, name in enumerate(gate)}
             small |= {down: _product(5, WIDTH, 2), rest[0]: act}
-            x = _drawn(ROWS, WIDTH, seed=7)
+            x = _random(ROWS, WIDTH, seed=7)
             result = _computed(module, {}, x, _modules=small)
         except Unrecognised:
             return None
@@ -381,7 +393,7 @@ def _swiglu(x: Tensor, *weights: Tensor) -> Tensor:
 
 def _product(width: int, outputs: int, seed: int) -> Any:
     layer = nn.Linear(width, outputs, bias=False, device="meta")
-    layer.weight = nn.Parameter(_drawn(outputs, width, seed=seed))
+    layer.weight = nn.Parameter(_random(outputs, width, seed=seed))
     return layer
 
 
