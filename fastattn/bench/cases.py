@@ -9,6 +9,7 @@ import math
 import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -19,6 +20,18 @@ from fastattn.cases import Suite, Workload
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEFAULT_DTYPES = ("fp32", "bf16")
 LARGEST = 2**40
+
+
+class Selectable(Protocol):
+    """What --workload and --quick ask for. quick: part of --quick."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def quick(self) -> bool: ...
+
+
+S = TypeVar("S", bound=Selectable)
 
 
 @dataclass(frozen=True)
@@ -84,14 +97,20 @@ def parse_shape(op: str, text: str) -> list[Workload]:
     return shape.workloads(*sizes)
 
 
+def named(op: str, workloads: Sequence[S], quick: bool, names: Sequence[str]) -> list[S]:
+    """Workloads whose names contain one of `names`, quick or not; without names all, or the quick ones; ValueError for
+    names that there are not."""
+    found = [w for w in workloads if (any(name in w.name for name in names) if names else w.quick or not quick)]
+    if not found:
+        raise ValueError(f"--workload: {op} has {', '.join(w.name for w in workloads)}")
+    return found
+
+
 def select(
     op: str, *, quick: bool, shapes: Sequence[str], dtypes: Sequence[str] | None, names: Sequence[str] = ()
 ) -> list[BenchCase]:
-    """All workloads of an op, or its quick ones, or the given shapes; ValueError for what cannot be read.
-
-    names: only the workloads whose names contain one of these, quick or not. dtypes: names of DTYPES; fp32 and bf16 by
-    default.
-    """
+    """Workloads of an op (see `named`), or the given shapes, in dtypes by name, DEFAULT_DTYPES by default; ValueError
+    for what cannot be read."""
     for name in dtypes or ():
         if name not in DTYPES:
             raise ValueError(f"--dtype {name}: there are {', '.join(DTYPES)}")
@@ -99,7 +118,5 @@ def select(
     if shapes:
         workloads = [workload for text in shapes for workload in parse_shape(op, text)]
     else:
-        workloads = [w for w in suite.workloads if (any(n in w.name for n in names) if names else w.quick or not quick)]
-        if not workloads:
-            raise ValueError(f"--workload: {op} has {', '.join(w.name for w in suite.workloads)}")
+        workloads = named(op, suite.workloads, quick, names)
     return [BenchCase(suite, workload, name) for workload in workloads for name in dtypes or DEFAULT_DTYPES]

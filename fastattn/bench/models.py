@@ -20,13 +20,9 @@ from fastattn.bench.runner import Settings, allocator_in_use
 DTYPES = {name: cases.DTYPES[name] for name in cases.DEFAULT_DTYPES}
 
 
-class Workload(Protocol):
-    """quick: part of --quick. tokens, flops: of one call, flops of matrix products."""
+class Workload(cases.Selectable, Protocol):
+    """tokens, flops: of one call, flops of matrix products."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def quick(self) -> bool: ...
     @property
     def tokens(self) -> int: ...
     @property
@@ -103,9 +99,7 @@ def select(
     for dtype in dtypes or ():
         if dtype not in DTYPES:
             raise ValueError(f"--dtype {dtype}: {section} has {', '.join(DTYPES)}")
-    chosen = [w for w in workloads if (any(n in w.name for n in names) if names else w.quick or not quick)]
-    if not chosen:
-        raise ValueError(f"--workload: {section} has {', '.join(w.name for w in workloads)}")
+    chosen = cases.named(section, workloads, quick, names)
     return [(workload, dtype) for workload in chosen for dtype in dtypes or DTYPES]
 
 
