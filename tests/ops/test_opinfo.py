@@ -7,7 +7,7 @@ import torch
 from torch.testing._internal.common_methods_invocations import op_db
 
 import fastattn
-from fastattn import numerics
+from fastattn import dispatch, numerics, testing
 
 FUNCTIONS = {
     "nn.functional.scaled_dot_product_attention": fastattn.scaled_dot_product_attention,
@@ -122,11 +122,12 @@ def test_compiled(info):
     for sample in samples(info, torch.float32, limit=6):
         torch._dynamo.reset()
         compiled = torch.compile(FUNCTIONS[info.name], fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(
-            results(compiled, sample, **backend_for(sample)),
-            results(FUNCTIONS[info.name], sample, **backend_for(sample)),
-            msg=lambda m, s=sample: f"{s}\n{m}",
+        (found, gradients), (expected, others) = (
+            results(function, sample, **backend_for(sample)) for function in (compiled, FUNCTIONS[info.name])
         )
+        for result, other in zip((found, *gradients), (expected, *others), strict=True):
+            assert (result is None) == (other is None), sample
+            assert result is None or testing.same_bits(result.detach(), other.detach()), sample
 
 
 @each_op
@@ -140,8 +141,17 @@ def test_vmap(info):
             return function(x, *sample.args, **sample.kwargs, **backend_for(sample))
 
         stacked = torch.stack([sample.input, sample.input * 0.5, -sample.input], dim=-1)
-        expected = torch.stack([call(x) for x in stacked.unbind(-1)])
-        torch.testing.assert_close(torch.vmap(call, in_dims=-1)(stacked), expected, equal_nan=True)
+        dispatch.reset_served()
+        found = torch.vmap(call, in_dims=-1)(stacked)
+        if "reference" not in dispatch.served():
+            assert testing.same_bits(found, torch.stack([call(x) for x in stacked.unbind(-1)])), sample
+            continue
+        # Torch's own kernels, which it maps by its own rules: their sums are of another order.
+        sides = (
+            torch.stack([info.op(x, *s.args, **s.kwargs) for x in stacked.to(s.input.dtype).unbind(-1)])
+            for s in (sample, in_double(sample))
+        )
+        testing.assert_lawful(found, *sides)
 
 
 @each_op
