@@ -100,28 +100,19 @@ void activation_backward(const ActivationBackward& p, TaskQueue& queue) {
   }
 }
 
-// Calls f with the compile-time constant that equals `kind`, one of those that have an op of their own.
+// Calls f with the compile-time constant that equals `kind`, of those that have ops of their own.
 template <class F>
-FASTATTN_INLINE void with_activation(Activation kind, F f) {
-  switch (kind) {
-    case Activation::gelu:
-      return f(Constant<Activation::gelu>{});
-    case Activation::gelu_tanh:
-      return f(Constant<Activation::gelu_tanh>{});
-    case Activation::gelu_sigmoid:
-      return f(Constant<Activation::gelu_sigmoid>{});
-    default:
-      return f(Constant<Activation::silu>{});
-  }
+FASTATTN_INLINE void with_own_activation(Activation kind, F f) {
+  with_activation<Activation::gelu, Activation::gelu_tanh, Activation::gelu_sigmoid, Activation::silu>(kind, f);
 }
 
 template <class T, class B>
 void activation_forward(const ActivationForward& p, TaskQueue& queue) {
-  with_activation(p.activation, [&](auto kind) { activation_forward<T, B, decltype(kind)::value>(p, queue); });
+  with_own_activation(p.activation, [&](auto kind) { activation_forward<T, B, decltype(kind)::value>(p, queue); });
 }
 template <class T, class B>
 void activation_backward(const ActivationBackward& p, TaskQueue& queue) {
-  with_activation(p.activation, [&](auto kind) { activation_backward<T, B, decltype(kind)::value>(p, queue); });
+  with_own_activation(p.activation, [&](auto kind) { activation_backward<T, B, decltype(kind)::value>(p, queue); });
 }
 
 void run_activation_forward(const ActivationForward& p, TaskQueue& queue, char*) {

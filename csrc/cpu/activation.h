@@ -1,6 +1,7 @@
 // Activations and their derivatives on registers. With `Fine` they are good for fp32 results, without for bf16 ones.
 // NaN stays NaN; at infinities they are what the formulas give: silu(-inf) is -inf * 0.
 #pragma once
+#include "constant.h"
 #include "math.h"
 #include "types.h"
 
@@ -117,6 +118,12 @@ FASTATTN_INLINE F32 activation_derivative(F32 x) {
   if constexpr (kind == Activation::gelu_sigmoid) return swish_with_derivative<Fine>(x, kGeluSigmoid).derivative;
   if constexpr (kind == Activation::silu) return swish_with_derivative<Fine>(x, kSilu).derivative;
   return splat(1.f);
+}
+
+// Calls f with the compile-time constant that equals `kind`, which is one of kKinds.
+template <Activation... kKinds, class F>
+FASTATTN_INLINE void with_activation(Activation kind, F f) {
+  (void)((kind == kKinds && (f(Constant<kKinds>{}), true)) || ...);
 }
 
 }  // namespace

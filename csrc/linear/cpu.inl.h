@@ -41,19 +41,10 @@ FASTATTN_INLINE GemmMatrix gemm_matrix(const LinearMatrix& x, bool inner_along_r
   return {static_cast<const char*>(x.data), x.row * element_size(x.dtype), x.dtype, inner_along_rows != x.transposed};
 }
 
-// Calls f with the compile-time constant that equals `kind`, one of those that linear has.
+// Calls f with the compile-time constant that equals `kind`, of those that linear has.
 template <class F>
-FASTATTN_INLINE void with_activation(Activation kind, F f) {
-  switch (kind) {
-    case Activation::gelu:
-      return f(Constant<Activation::gelu>{});
-    case Activation::gelu_tanh:
-      return f(Constant<Activation::gelu_tanh>{});
-    case Activation::relu:
-      return f(Constant<Activation::relu>{});
-    default:
-      return f(Constant<Activation::none>{});
-  }
+FASTATTN_INLINE void with_linear_activation(Activation kind, F f) {
+  with_activation<Activation::none, Activation::gelu, Activation::gelu_tanh, Activation::relu>(kind, f);
 }
 
 // body(column, elements) for whole registers and the rest of a row.
@@ -175,7 +166,7 @@ void run_linear_forward(const LinearForward& p, TaskQueue& queue, char* memory) 
     if (p.input.dtype == DType::bf16) return linear_forward<Paired, float, Activation::none>(p, queue, memory);
     return linear_forward<Single, float, Activation::none>(p, queue, memory);
   }
-  with_activation(p.activation, [&](auto activation) {
+  with_linear_activation(p.activation, [&](auto activation) {
     with_type(p.input.dtype, [&](auto element) {
       using T = decltype(element);
       linear_forward<Arithmetic<T>, T, decltype(activation)::value>(p, queue, memory);
@@ -211,7 +202,7 @@ void linear_activation(const LinearActivation& p, TaskQueue& queue) {
 }
 
 void run_linear_activation(const LinearActivation& p, TaskQueue& queue, char*) {
-  with_activation(p.activation, [&](auto activation) {
+  with_linear_activation(p.activation, [&](auto activation) {
     with_type(p.grad.dtype,
               [&](auto element) { linear_activation<decltype(element), decltype(activation)::value>(p, queue); });
   });
