@@ -1,7 +1,8 @@
 // Large matrix products, C = A B, block by block. A block of B is packed into panels of kPanel lanes that stay in the
 // second-level cache; rows of A, a few at a time, are broadcast against one panel after the other from where they lie,
-// or from a copy where they need a conversion or are columns in memory. Sums are float32: kGemmSegment steps are summed
-// in registers, those sums are added in order. What a number of C is does not depend on how C is cut into blocks.
+// or from a copy where they need a conversion or are columns in memory that go together in pairs. Sums are float32:
+// kGemmSegment steps are summed in registers, those sums are added in order. What a number of C is does not depend on
+// how C is cut into blocks.
 #pragma once
 #include "arena.inl.h"
 #include "microkernel.inl.h"
@@ -173,31 +174,17 @@ constexpr int64_t kTileRow = kGemmRows <= 4 ? 4 : 8;
 constexpr int64_t column_tile(int64_t steps) { return steps * kTileRow + 16; }
 
 template <class T>
-FASTATTN_INLINE void copy_columns(const GemmMatrix& a, int64_t k0, int64_t steps, int64_t first, int64_t end,
-                                  float* to) {
+FASTATTN_INLINE void widen_columns(const GemmMatrix& a, int64_t k0, int64_t steps, int64_t first, int64_t end,
+                                   float* to) {
   const int64_t count = end - first, lanes = round_up(count, kLanes);
   alignas(64) float line[kColumnTiles * kGemmRows + kTileRow + kLanes];
   for (int64_t s = 0; s < steps; s++) {
     const T* const row = reinterpret_cast<const T*>(a.at(k0 + s, first));
     if (s + kAskAhead < steps) ask_for(a.at(k0 + s + kAskAhead, first), a.at(k0 + s + kAskAhead, end));
     float* tile = to + s * kTileRow;
-    int64_t m = 0;
-    if constexpr (sizeof(T) == sizeof(float)) {
-      for (; m + kTileRow <= count; m += kGemmRows, tile += column_tile(steps))
-        memcpy(tile, row + m, sizeof(float) * kTileRow);
-      if (m < count) {
-        memset(tile, 0, sizeof(float) * kTileRow);
-        memcpy(tile, row + m, sizeof(float) * static_cast<size_t>(count - m));
-        m += kGemmRows, tile += column_tile(steps);
-      }
-      if (m < count) {
-        memset(tile, 0, sizeof(float) * kTileRow);
-        memcpy(tile, row + m, sizeof(float) * static_cast<size_t>(count - m));
-      }
-    } else {
-      for (int64_t c = 0; c < lanes; c += kLanes) store(line + c, load_first(row + c, min_of(count - c, kLanes)));
-      for (; m < count; m += kGemmRows, tile += column_tile(steps)) memcpy(tile, line + m, sizeof(float) * kTileRow);
-    }
+    for (int64_t c = 0; c < lanes; c += kLanes) store(line + c, load_first(row + c, min_of(count - c, kLanes)));
+    for (int64_t m = 0; m < count; m += kGemmRows, tile += column_tile(steps))
+      memcpy(tile, line + m, sizeof(float) * kTileRow);
   }
 }
 
@@ -217,12 +204,10 @@ __attribute__((noinline)) void pack_columns(const GemmMatrix& a, int64_t k0, int
       for (int64_t m = 0; m < count; m += kGemmRows, tile += column_tile(steps))
         memcpy(tile, line + m, sizeof(Step) * kTileRow);
     }
-  } else if (a.dtype == DType::f32) {
-    copy_columns<float>(a, k0, steps, first, end, to);
   } else if (a.dtype == DType::bf16) {
-    copy_columns<bf16>(a, k0, steps, first, end, to);
+    widen_columns<bf16>(a, k0, steps, first, end, to);
   } else {
-    copy_columns<f16>(a, k0, steps, first, end, to);
+    widen_columns<f16>(a, k0, steps, first, end, to);
   }
 }
 
@@ -319,10 +304,10 @@ struct GemmScratch {
   float* sums;             // tiles of kGemmRows x kPanel: one, or all of a block where its depth is cut
 };
 
-// Whether the tiles read A where it lies.
+// Whether the tiles read A where it lies: along its rows, or, where a step is one element, down its columns.
 template <class G>
 FASTATTN_INLINE bool gemm_in_place(const Gemm& p) {
-  return p.a.lengthwise && readable<G>(p.a.dtype) && p.k % G::kPack == 0;
+  return readable<G>(p.a.dtype) && (p.a.lengthwise ? p.k % G::kPack == 0 : G::kPack == 1);
 }
 // Steps of a copy of kGemmRows rows of A.
 FASTATTN_INLINE int64_t gemm_copied(const Gemm& p, int64_t depth) {
@@ -388,23 +373,23 @@ void gemm_block(const Gemm& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, c
     const int64_t k0 = s0 * G::kPack, elements = min_of(p.k - k0, steps * G::kPack);
     const int64_t panel = gemm_panel(steps), copied = gemm_copied(p, steps);
     if (!in_place) copy_rows<G>(p, k0, elements, m0, m1, scratch.rows);
+    // Where the rows of a tile are: bytes from one to the next, and from a step to the next.
+    int64_t a_row = p.a.lengthwise ? p.a.row : kStep, a_step = p.a.lengthwise ? kStep : p.a.row;
+    if (!in_place) {
+      a_row = p.a.lengthwise ? (round_up(steps, kLanes) + kLanes) * kStep : kStep;
+      a_step = p.a.lengthwise ? kStep : kTileRow * kStep;
+    }
+    const auto rows_at = [&](int64_t m) {
+      if (!in_place) return reinterpret_cast<const char*>(scratch.rows + (m - m0) / kGemmRows * copied);
+      return p.a.lengthwise ? p.a.at(m, k0) : p.a.at(k0, m);
+    };
     for (int64_t first = n0; first < n1; first += width) {
       const int64_t end = min_of(first + width, n1);
       pack_panels<G>(p.b, k0, elements, first, end, scratch.panels);
       for (int64_t m = m0; m < m1; m += kGemmRows) {
         const int64_t rows = min_of(kGemmRows, m1 - m), group = (m - m0) / kGemmRows;
         const int64_t next = m + kGemmRows < m1 ? m + kGemmRows : m0;
-        const char *a, *ahead;
-        int64_t a_row, a_step = kStep;
-        if (in_place) {
-          a = p.a.at(m, k0), ahead = p.a.at(next, k0);
-          a_row = p.a.row;
-        } else {
-          a = reinterpret_cast<const char*>(scratch.rows + group * copied);
-          ahead = reinterpret_cast<const char*>(scratch.rows + (next - m0) / kGemmRows * copied);
-          a_row = p.a.lengthwise ? (round_up(steps, kLanes) + kLanes) * kStep : kStep;
-          if (!p.a.lengthwise) a_step = kTileRow * kStep;
-        }
+        const char *const a = rows_at(m), *const ahead = rows_at(next);
         for (int64_t n = first; n < end; n += kPanel) {
           const int64_t number = (n - first) / kPanel;
           const Step* const b = scratch.panels + number * panel;
