@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.dispatch import Implementation, Op, Problem, check_size
+from fastattn.dispatch import Implementation, Op, Problem, check_size, key_of
 from fastattn.numerics import FLOATING, accumulation_dtype
 
 
@@ -109,8 +109,7 @@ def compute(
     if torch.compiler.is_compiling():
         run = op.resolve(problem(), backend).public
     else:
-        beside = None if bias is None else (bias.shape, bias.dtype, bias.device)
-        run = op.resolve_cached((input.shape, input.dtype, input.device, beside, form), problem, backend).run
+        run = op.resolve_cached((key_of(input), key_of(bias), form), problem, backend).run
     if bias is not None and not (bias.dtype == input.dtype and bias.is_contiguous()):
         bias = canonical(input, bias)
     assert form is not None

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from fastattn import backends, env, preference
+from fastattn.numerics import KERNEL_DTYPES
 
 
 class BackendUnsupported(RuntimeError):
@@ -116,6 +117,21 @@ def check_size(op: str, what: str, shape: Sequence[int]) -> None:
 def autocast_enabled(device: str) -> bool:
     """Whether torch.autocast is on for this device type; meta tensors know no autocast."""
     return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def key_of(tensor: torch.Tensor | None) -> Any:
+    """What dispatch must know of a tensor."""
+    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
+
+
+def refused_dtype(dtype: torch.dtype) -> str | None:
+    """Why no compiled kernel takes tensors of a dtype; None: they do."""
+    return None if dtype in KERNEL_DTYPES else f"has no kernel for {dtype}: float32, bfloat16, float16"
+
+
+def takes_dtype(problem: Problem) -> str | None:
+    """Implementation.supports of kernels that take whatever is of one of their dtypes."""
+    return refused_dtype(problem.dtype)
 
 
 class Bound:
@@ -386,6 +402,10 @@ class Op:
             answer[name] = self.bound[name].supports(problem) if reason is None else reason
         return answer
 
+    def refusals(self, problem: Problem) -> str:
+        """Of every backend that cannot serve the problem its name and why, in one line."""
+        return "; ".join(f"{name}: {reason}" for name, reason in self.reasons(problem).items() if reason is not None)
+
     def resolve(self, problem: Problem, backend: str | None = None) -> Bound:
         """The backend that serves this problem; BackendUnsupported when there is none, or not the forced one."""
         forced = backend if backend is not None else _forced["backend"]
@@ -500,7 +520,7 @@ def _direct(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(kernel.overload, "_op", kernel) if isinstance(kernel, NativeKernel) else kernel
 
 
-def native(op: Op, supports: Callable[[Any], str | None]) -> Implementation:
+def native(op: Op, supports: Callable[[Any], str | None] = takes_dtype) -> Implementation:
     """The cpu backend's side of an op: its kernels are in fastattn._C."""
     return Implementation(
         supports, NativeKernel(f"{op.name}_forward", "cpu"), NativeKernel(f"{op.name}_backward", "cpu")

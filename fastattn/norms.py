@@ -13,9 +13,8 @@ from torch import Tensor
 
 from fastattn import philox as philox_mask
 from fastattn.dispatch import Op, Problem, check_size
-from fastattn.numerics import FLOATING, accumulation_dtype
+from fastattn.numerics import FLOATING, HALVES, accumulation_dtype
 
-HALVES = (torch.bfloat16, torch.float16)
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -25,11 +24,6 @@ def rows_of(tensor: Tensor, normalized_ndim: int) -> int:
 
 def dims_of(normalized_shape: Sequence[int] | int) -> tuple[int, ...]:
     return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-
-
-def key_of(tensor: Tensor | None) -> Any:
-    """What dispatch must know of a tensor."""
-    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
 
 
 def parameter_fake(like: Tensor, tensor: Tensor | None, wanted: bool) -> Tensor:

@@ -22,8 +22,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+HALVES = (torch.bfloat16, torch.float16)
+#: What compiled kernels take.
+KERNEL_DTYPES = (torch.float32, *HALVES)
 #: What ops take.
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATING = (*KERNEL_DTYPES, torch.float64)
 
 NORM_FACTOR = 2.0
 ELEMENT_FACTOR = 3.0

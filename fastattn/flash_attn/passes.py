@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.dispatch import Bound, Op, Problem
+from fastattn.dispatch import Bound, Op, Problem, key_of
 from fastattn.flash_attn.arguments import cap_of, dropout_state, scale_of, unit_last_stride, window_of
 from fastattn.flash_attn.varlen import gathered_pages
 from fastattn.numerics import accumulation_dtype
@@ -95,10 +95,6 @@ def _chosen(op: Op, key: Any, function: Any, *args: Any, **kwargs: Any) -> tuple
     return op.resolve_cached(("passes", *key), problem, None), problem
 
 
-def _described(*tensors: Tensor | None) -> tuple[Any, ...]:
-    return tuple(None if t is None else (t.shape, t.dtype, t.device) for t in tensors)
-
-
 def dense_passes(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, dropout_p: float,
     is_causal: bool, bottom_right: bool, window: tuple[int, int] = NO_WINDOW, softcap: float = 0.0,
@@ -110,7 +106,7 @@ def dense_passes(
         "softcap": softcap, "alibi_slopes": slopes,
     }  # fmt: skip
     signature = (
-        *_described(query, key, value, mask, slopes), dropout_p > 0.0, is_causal, bottom_right, window, softcap,
+        *map(key_of, (query, key, value, mask, slopes)), dropout_p > 0.0, is_causal, bottom_right, window, softcap,
     )  # fmt: skip
     chosen = _chosen(OP, signature, scaled_dot_product_attention, query, key, value, mask, dropout_p, is_causal, **call)
     options = (scale_of(query, scale), is_causal, bottom_right, dropout_p)
@@ -128,7 +124,7 @@ def packed_passes(
 ) -> Passes:  # fmt: skip
     """Of packed (T, H, D) tensors; ValueError for what is no problem of packed sequences."""
     signature = (
-        *_described(query, key, value, cu_seq_q, cu_seq_k, seqused_k, slopes), dropout_p > 0.0, window, softcap,
+        *map(key_of, (query, key, value, cu_seq_q, cu_seq_k, seqused_k, slopes)), dropout_p > 0.0, window, softcap,
     )  # fmt: skip
     chosen = _chosen(
         VARLEN_OP, signature, attention_varlen, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k,

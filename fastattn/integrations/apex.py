@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastattn import ops
-from fastattn.dispatch import Bound, Op, autocast_enabled
+from fastattn.dispatch import Bound, Op, autocast_enabled, key_of
 from fastattn.integrations.stand_in import StandIn, public
-from fastattn.norms import dims_of, key_of, parameters_for
+from fastattn.norms import dims_of, parameters_for
 from fastattn.numerics import accumulation_dtype
 from fastattn.ops.layer_norm import OP as LAYER_NORM
 from fastattn.ops.rms_norm import OP as RMS_NORM

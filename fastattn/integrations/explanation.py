@@ -148,8 +148,7 @@ class _Recorder(TorchDispatchMode):
         why = ""
         if bound.backend == "reference" and problem is not None:
             wish = bound.op.preference(problem)
-            reasons = [f"{name}: {reason}" for name, reason in bound.op.reasons(problem).items() if reason]
-            why = str(wish) if wish is not None and wish.backend == "reference" else "; ".join(reasons)
+            why = str(wish) if wish is not None and wish.backend == "reference" else bound.op.refusals(problem)
             why = "forced" if dispatch.forced_backend() else why
         self.count(bound.op.name, bound.backend, why)
 

@@ -122,8 +122,7 @@ def _passes_of(find: Callable[..., Passes], *args: Any, torch_has_none: bool = F
         raise _NotServed(str(error)) from error
     bound = passes.bound
     if bound.backend == "reference" and not torch_has_none and dispatch.forced_backend() is None:
-        reasons = bound.op.reasons(passes.problem())
-        raise _NotServed("; ".join(f"{name}: {why}" for name, why in reasons.items() if why is not None))
+        raise _NotServed(bound.op.refusals(passes.problem()))
     return passes
 
 

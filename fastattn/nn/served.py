@@ -18,7 +18,8 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 from fastattn import backends, dispatch
-from fastattn.norms import HALVES, PLAIN
+from fastattn.norms import PLAIN
+from fastattn.numerics import HALVES
 from fastattn.ops.attention.op import OP as ATTENTION
 from fastattn.ops.attention.op import AttentionProblem
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:  # a mixin stands in front of some module's class
 else:
     Base = object
 
-KERNEL_DTYPES = (torch.float32, *HALVES)
 _TRACED = (*PLAIN, torch.nn.Buffer, FakeTensor, FunctionalTensor)
 _EAGER = (*PLAIN, torch.nn.Buffer)
 # Looked up once: every call asks.
@@ -105,8 +105,9 @@ def _not_plain(tensor: Tensor, types: tuple[type, ...]) -> str:
 
 def no_kernel(device: str, dtype: torch.dtype) -> str | None:
     """Why there is no compiled kernel for tensors of this kind; None: there is one."""
-    if dtype not in KERNEL_DTYPES:
-        return f"no kernel for {dtype}: float32, bfloat16, float16"
+    reason = dispatch.refused_dtype(dtype)
+    if reason is not None:
+        return reason
     reasons = []
     for name in backends.PRIORITY.get(device, ()):
         if name == "reference":
@@ -136,7 +137,7 @@ def _find_no_attention(device: str, dtype: torch.dtype, head_dim: int) -> str | 
     )  # fmt: skip
     reasons = ATTENTION.reasons(problem)
     del reasons["reference"]
-    return None if None in reasons.values() else "; ".join(f"{name}: {why}" for name, why in reasons.items())
+    return None if None in reasons.values() else ATTENTION.refusals(problem)
 
 
 # What torch.compiler.assume_constant_result does, but that imports the compiler.

@@ -67,7 +67,7 @@ def test_what_falls_back_says_why():
     fastattn.patch(model)
     model[0].register_forward_hook(lambda module, args, result: None)
     explanation = fastattn.explain(model[0], torch.randn(2, E, dtype=torch.float64))
-    why = "no kernel for torch.float64: float32, bfloat16, float16"
+    why = "has no kernel for torch.float64: float32, bfloat16, float16"
     assert table(explanation) == {("", "layer_norm"): ("torch", why, 1)}
     assert explanation.left == (("", "LayerNorm", why, 1),)
     assert why in str(explanation) and "fell back" not in str(explanation)

@@ -122,7 +122,7 @@ def test_what_is_not_served_is_torchs_and_counted(activated, skip_without_native
     counts = left_to_torch.counts() - before
     assert counts.served[ON_CPU] == 0
     ((name, reason),) = counts.left
-    assert name == ON_CPU and "no kernel for torch.float64" in reason
+    assert name == ON_CPU and "has no kernel for torch.float64" in reason
     torch.nn.attention.restore_flash_attention_impl()
     assert torch.equal(output, F.scaled_dot_product_attention(*inputs))
     torch.nn.attention.activate_flash_attention_impl("fastattn")

@@ -253,7 +253,7 @@ def test_float64_is_torchs_and_strict_modules_say_no():
     heard = []
     with listening(lambda module, reason: heard.append((module, reason))):
         assert torch.equal(ours(*tensors)[0], theirs(*tensors)[0])
-    assert heard == [(ours, "no kernel for torch.float64: float32, bfloat16, float16")]
+    assert heard == [(ours, "has no kernel for torch.float64: float32, bfloat16, float16")]
     ours.fastattn_strict = True
     with pytest.raises(BackendUnsupported, match="float64"):
         ours(*tensors)

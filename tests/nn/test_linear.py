@@ -61,7 +61,7 @@ def test_short_products_are_torchs_in_float32_and_without_an_activation(cpu_pref
 def test_strict_modules_raise_for_short_products_too():
     model = fastattn.nn.Linear(4, 4).double()
     model.fastattn_strict = True
-    with pytest.raises(fastattn.BackendUnsupported, match=r"no kernel for torch\.float64"):
+    with pytest.raises(fastattn.BackendUnsupported, match=r"has no kernel for torch\.float64"):
         model(torch.randn(2, 4, dtype=torch.float64))
 
 
@@ -80,9 +80,9 @@ def test_others_are_torchs(cpu_preferred):
         with pytest.raises(RuntimeError, match="mat1 and mat2 must have the same dtype"):
             fastattn.nn.Linear(4, 4)(torch.zeros(2, 4, dtype=torch.int64))
     assert heard == [
-        "no kernel for torch.float64: float32, bfloat16, float16",
+        "has no kernel for torch.float64: float32, bfloat16, float16",
         "no kernels for meta tensors",
-        "no kernel for torch.int64: float32, bfloat16, float16",
+        "has no kernel for torch.int64: float32, bfloat16, float16",
     ]
 
 

@@ -22,7 +22,7 @@ def test_reasons():
     assert refusal(x.as_subclass(Wrapped)) == "a Wrapped is not a plain tensor"
     assert refusal(x, x.as_subclass(Wrapped)) == "a Wrapped is not a plain tensor"
     assert refusal(x.to_sparse()) == "tensors of layout torch.sparse_coo are torch's"
-    assert refusal(x.long()) == "no kernel for torch.int64: float32, bfloat16, float16"
+    assert refusal(x.long()) == "has no kernel for torch.int64: float32, bfloat16, float16"
     assert refusal(x.to("meta")) == "no kernels for meta tensors"
     assert no_kernel("cpu", torch.float16) is None
     assert no_attention("cpu", torch.float32, 512) is None

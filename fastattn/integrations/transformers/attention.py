@@ -88,12 +88,20 @@ def _packed(
     query: Tensor,
     keys: int,
 ) -> tuple[Tensor | Mask | None, bool]:
-    """(mask, is_causal) with the bounds of sequences that are packed in one row, of queries as of keys."""
-    whole = mask is None or (isinstance(mask, BandMask) and mask.ids is None and mask.offset == 0)
-    if not whole or query.shape[0] != 1 or query.shape[2] != keys:
+    """(mask, is_causal) with the bounds of sequences that are packed in one row, of queries as of keys, unless the mask
+    itself tells sequences or padding apart."""
+    if not (mask is None or (isinstance(mask, BandMask) and mask.ids is None and mask.offset == 0)):
         return mask, is_causal
+    if query.shape[0] != 1 or query.shape[2] != keys:
+        raise ValueError(
+            "cu_seq_lens_q: fastattn takes sequences packed in one row, as many keys as queries; "
+            f"got {query.shape[0]} rows of {query.shape[2]} queries and {keys} keys"
+        )
     if key_bounds is not None and key_bounds is not bounds and not torch.equal(key_bounds, bounds):
-        return mask, is_causal
+        raise ValueError(
+            "cu_seq_lens_k: fastattn takes sequences that begin where those of queries do; "
+            f"got {key_bounds.tolist()} beside {bounds.tolist()}"
+        )
     left, right = (mask.left, mask.right) if isinstance(mask, BandMask) else (-1, 0 if is_causal else -1)
     return PackedMask(bounds, keys if longest is None else int(longest), keys, left, right), False
 
@@ -219,6 +227,7 @@ def fastattn_attention(
 
     Raises:
         ValueError, BackendUnsupported: see scaled_dot_product_attention.
+        ValueError: cu_seq_lens_q, where they count, with several rows, other keys than queries or other cu_seq_lens_k.
     """
     mask, keys = attention_mask, key.shape[2]
     if scaling == query.shape[3] ** -0.5:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastattn import philox as philox_mask
-from fastattn.dispatch import Implementation
+from fastattn.dispatch import Implementation, takes_dtype
 from fastattn.gpu import devices, tuning
 from fastattn.gpu.deferred import Deferred
 from fastattn.gpu.devices import Target
@@ -36,8 +36,9 @@ STEPS = 16
 
 
 def supports(problem: AttentionProblem | VarlenProblem) -> str | None:
-    if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"has no kernel for {problem.dtype}: float32, bfloat16, float16"
+    reason = takes_dtype(problem)
+    if reason is not None:
+        return reason
     if not 1 <= problem.head_dim <= MAX_HEAD_DIM or not 1 <= problem.value_dim <= MAX_HEAD_DIM:
         return f"head dims are 1 to {MAX_HEAD_DIM}, got {problem.head_dim} and {problem.value_dim}"
     if max(problem.queries, problem.keys) > MAX_LENGTH:

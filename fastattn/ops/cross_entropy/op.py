@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.dispatch import Op, Problem, autocast_enabled, check_size
+from fastattn.dispatch import Op, Problem, autocast_enabled, check_size, key_of
 from fastattn.losses import INTEGERS, REDUCTIONS, check_options, check_weight, grad_probabilities
 from fastattn.numerics import FLOATING, accumulation_dtype
 
@@ -251,7 +251,7 @@ def cross_entropy(
     else:
         signature = (
             input.shape, target.shape, input.dtype, target.dtype, input.device, target.device,
-            None if weight is None else (weight.shape, weight.dtype, weight.device), reduction, label_smoothing,
+            key_of(weight), reduction, label_smoothing,
             z_loss, softcap,
         )  # fmt: skip
 

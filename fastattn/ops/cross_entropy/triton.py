@@ -5,21 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.dispatch import Implementation
+from fastattn.dispatch import Implementation, takes_dtype
 from fastattn.gpu import devices, tuning
 from fastattn.gpu.deferred import Deferred
 from fastattn.gpu.rows import as_rows
 from fastattn.losses import check_targets
-from fastattn.ops.cross_entropy.op import CrossEntropyProblem
 
 KERNELS = Deferred("fastattn.ops.cross_entropy.triton_kernels")
 CHUNK = 8192  # rows whose losses are summed up by one program
-
-
-def supports(problem: CrossEntropyProblem) -> str | None:
-    if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"has no kernel for {problem.dtype}: float32, bfloat16, float16"
-    return None
 
 
 def _targets(target: Tensor) -> tuple[Tensor, int, bool]:
@@ -131,4 +124,4 @@ def backward(
     return grad_input
 
 
-IMPLEMENTATION = Implementation(supports, forward, backward)
+IMPLEMENTATION = Implementation(takes_dtype, forward, backward)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.dispatch import Op, Problem, check_size
+from fastattn.dispatch import Op, Problem, check_size, key_of
 from fastattn.numerics import FLOATING, accumulation_dtype
 
 MAX_LENGTH = 2**31 - 1
@@ -161,11 +161,6 @@ def _check_values(scale: float, window: tuple[int, int], softcap: float, num_spl
         raise ValueError(f"decode: num_splits must be 0 (automatic) or more, got {num_splits}")
 
 
-def _form(tensor: Tensor) -> Any:
-    """What is checked of a tensor of indices."""
-    return tensor.shape, tensor.dtype, tensor.device
-
-
 def _strided(tensor: Tensor) -> Any:
     """What is checked of a tensor whose columns are adjacent."""
     return tensor.shape, tensor.dtype, tensor.device, tensor.shape[-1:] == (1,) or tensor.stride()[-1:]
@@ -224,11 +219,7 @@ class Call:
         else:
             signature = (
                 _strided(query), _strided(key_cache), _strided(value_cache),
-                cache_seqlens if cache_seqlens is None else _form(cache_seqlens),
-                cache_leftpad if cache_leftpad is None else _form(cache_leftpad),
-                cache_batch_idx if cache_batch_idx is None else _form(cache_batch_idx),
-                block_table if block_table is None else _form(block_table),
-                alibi_slopes if alibi_slopes is None else _form(alibi_slopes),
+                *map(key_of, (cache_seqlens, cache_leftpad, cache_batch_idx, block_table, alibi_slopes)),
             )  # fmt: skip
             self.bound = OP.resolve_cached(signature, problem, backend)
             self._compute = self.bound.run

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastattn import preference
-from fastattn.dispatch import Op, Problem, autocast_enabled, check_size, forced_backend
+from fastattn.dispatch import Op, Problem, autocast_enabled, check_size, forced_backend, key_of
 from fastattn.numerics import FLOATING
 
 #: By number, as the torch ops take them.
@@ -276,7 +276,7 @@ def linear(
     else:
         signature = (
             input.shape, input.dtype, input.device, weight.shape, weight.dtype, weight.device,
-            None if bias is None else (bias.shape, bias.dtype, bias.device), activation,
+            key_of(bias), activation,
             autocast_enabled(input.device.type) and torch.get_autocast_dtype(input.device.type),
         )  # fmt: skip
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastattn.dispatch import Implementation
+from fastattn.dispatch import Implementation, takes_dtype
 from fastattn.gpu import devices, tuning
 from fastattn.gpu.columns import column_sums, partial_sums
 from fastattn.gpu.deferred import Deferred
@@ -19,8 +19,9 @@ CHUNK_ROWS = 64  # whose part of the bias' gradient is one sum
 
 
 def supports(problem: LinearProblem) -> str | None:
-    if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"has no kernel for {problem.dtype}: float32, bfloat16, float16"
+    reason = takes_dtype(problem)
+    if reason is not None:
+        return reason
     if problem.weight_dtype not in (problem.dtype, torch.float32):
         return f"has no kernel for weights of {problem.weight_dtype}"
     return None

@@ -12,21 +12,14 @@ import functools
 import torch
 from torch import Tensor
 
-from fastattn.dispatch import Implementation
+from fastattn.dispatch import Implementation, takes_dtype
 from fastattn.gpu import devices, tuning
 from fastattn.gpu.deferred import Deferred
 from fastattn.gpu.rows import as_rows
 from fastattn.losses import check_targets
-from fastattn.ops.linear_cross_entropy.op import LinearCrossEntropyProblem
 
 KERNELS = Deferred("fastattn.ops.linear_cross_entropy.triton_kernels")
 ROWS_AT_LEAST = 128  # of a chunk: fewer are not worth reading the weight for
-
-
-def supports(problem: LinearCrossEntropyProblem) -> str | None:
-    if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"has no kernel for {problem.dtype}: float32, bfloat16, float16"
-    return None
 
 
 @functools.cache
@@ -233,4 +226,4 @@ def backward(
     return of_input, of_weight, of_bias
 
 
-IMPLEMENTATION = Implementation(supports, forward, backward)
+IMPLEMENTATION = Implementation(takes_dtype, forward, backward)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.dispatch import Op, Problem
+from fastattn.dispatch import Op, Problem, key_of
 from fastattn.norms import (
     AddNormProblem,
     NormContract,
@@ -20,7 +20,6 @@ from fastattn.norms import (
     check_values,
     dims_of,
     dropout_state,
-    key_of,
     parameters_for,
     plain_cpu,
     sides,

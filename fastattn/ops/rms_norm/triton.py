@@ -5,17 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.dispatch import Implementation
+from fastattn.dispatch import Implementation, takes_dtype
 from fastattn.gpu.norms import Norm
-from fastattn.norms import NormProblem
 
 NORM = Norm("rms_norm", centred=False)
-
-
-def supports(problem: NormProblem) -> str | None:
-    if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"has no kernel for {problem.dtype}: float32, bfloat16, float16"
-    return None
 
 
 def forward(
@@ -81,5 +74,5 @@ def add_backward(
     return branch, grad, grad_weight
 
 
-IMPLEMENTATION = Implementation(supports, forward, backward)
-ADD_IMPLEMENTATION = Implementation(supports, add_forward, add_backward)
+IMPLEMENTATION = Implementation(takes_dtype, forward, backward)
+ADD_IMPLEMENTATION = Implementation(takes_dtype, add_forward, add_backward)

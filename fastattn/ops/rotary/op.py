@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.dispatch import LIBRARY, Op, Problem, check_size
+from fastattn.dispatch import LIBRARY, Op, Problem, check_size, key_of
 from fastattn.numerics import FLOATING
 
 _ARGUMENTS = "Tensor cos, Tensor sin, Tensor? offsets, Tensor? cu_seqlens, int offset, bool interleaved"
@@ -143,10 +143,9 @@ def apply_rotary_emb(
         bound = OP.resolve(_problem(x, cos, interleaved), backend)
         compute = bound.public
     else:
-        index = [None if t is None else (t.shape, t.dtype, t.device) for t in (offsets, cu_seqlens)]
         signature = (
             x.shape, x.stride()[-1:], x.dtype, x.device, cos.shape, cos.dtype, cos.device, sin.shape, sin.dtype,
-            sin.device, interleaved, *index,
+            sin.device, interleaved, key_of(offsets), key_of(cu_seqlens),
         )  # fmt: skip
 
         def problem() -> RotaryProblem:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.dispatch import Implementation
+from fastattn.dispatch import Implementation, takes_dtype
 from fastattn.gpu import devices, tuning
 from fastattn.gpu.deferred import Deferred
 from fastattn.gpu.tuning import power_of_two
@@ -17,8 +17,9 @@ MOST_ROWS = 2**31 - 2**16
 
 
 def supports(problem: RotaryProblem) -> str | None:
-    if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"has no kernel for {problem.dtype}: float32, bfloat16, float16"
+    reason = takes_dtype(problem)
+    if reason is not None:
+        return reason
     if problem.shape[-3] * problem.shape[-2] > MOST_ROWS:
         return f"counts a sequence's rows of all heads in 31 bits, got {problem.shape[-3]} * {problem.shape[-2]}"
     return None

@@ -5,19 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.dispatch import Implementation
+from fastattn.dispatch import Implementation, takes_dtype
 from fastattn.gpu import devices, tuning
 from fastattn.gpu.deferred import Deferred
 from fastattn.gpu.rows import as_rows
-from fastattn.ops.swiglu.op import SwigluProblem
 
 KERNELS = Deferred("fastattn.ops.swiglu.triton_kernels")
-
-
-def supports(problem: SwigluProblem) -> str | None:
-    if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"has no kernel for {problem.dtype}: float32, bfloat16, float16"
-    return None
 
 
 def _launch(kernel: str, results: tuple[Tensor, ...], tensors: tuple[Tensor, ...]) -> None:
@@ -49,4 +42,4 @@ def backward(grad_output: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
     return grad_gate, grad_up
 
 
-IMPLEMENTATION = Implementation(supports, forward, backward)
+IMPLEMENTATION = Implementation(takes_dtype, forward, backward)

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from fastattn import testing
@@ -106,6 +107,28 @@ def test_packed_sequences_by_their_lengths(ask):
             doubled = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
             truth, _ = attention.fastattn_attention(layer, *(t.double() for t in inputs), part, **doubled)
             testing.assert_lawful(found[:, a:b], peer, truth)
+
+
+def test_packed_sequences_that_are_no_single_row_are_refused(ask):
+    query, key, value = rows((2, 4, 9, 8), (2, 2, 9, 8), (2, 2, 9, 8))
+    bounds = torch.tensor([0, 4, 9], dtype=torch.int32)
+    causal = masks.fastattn_mask(**ask(masks.masking_utils.causal_mask_function, 9, 9))
+    for mask in (None, causal):
+        with pytest.raises(ValueError, match=r"one row.*got 2 rows of 9 queries and 9 keys"):
+            attention.fastattn_attention(layer_of(), query, key, value, mask, cu_seq_lens_q=bounds)
+    with pytest.raises(ValueError, match="got 1 rows of 9 queries and 7 keys"):
+        attention.fastattn_attention(
+            layer_of(), query[:1], key[:1, :, :7], value[:1, :, :7], None, cu_seq_lens_q=bounds
+        )
+    with pytest.raises(ValueError, match=r"cu_seq_lens_k.*got \[0, 3, 9\] beside \[0, 4, 9\]"):
+        attention.fastattn_attention(
+            layer_of(), query[:1], key[:1], value[:1], None, cu_seq_lens_q=bounds,
+            cu_seq_lens_k=torch.tensor([0, 3, 9], dtype=torch.int32),
+        )  # fmt: skip
+    # A mask that tells sequences apart needs no bounds.
+    given = torch.tensor([[True] * 7 + [False] * 2, [True] * 9])[:, None, None]
+    found, _ = attention.fastattn_attention(layer_of(), query, key, value, given, cu_seq_lens_q=bounds)
+    assert torch.equal(found, attention.fastattn_attention(layer_of(), query, key, value, given)[0])
 
 
 def test_one_query_that_wants_gradients_is_not_decoded(monkeypatch):
