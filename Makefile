@@ -22,7 +22,7 @@ NATIVE := build/native
 SPREAD := -n 2 --dist loadgroup
 INTERPRETED := tests/ops/test_conformance.py tests/ops/test_decode.py tests/ops/test_rotary.py tests/flash_attn/test_kvcache.py tests/flash_attn/test_dense.py tests/flash_attn/test_varlen.py tests/flash_attn/test_rotary.py tests/ops/test_bad_inference.py tests/gpu tests/bench/gpu
 
-.PHONY: setup demo test test-all gate test-torch-oldest test-triton-oldest test-transformers-oldest neon lint format bench clean
+.PHONY: setup demo test test-all test-slow test-slow-interpreted test-forced gate test-torch-oldest test-triton-oldest test-transformers-oldest neon lint format bench clean
 setup: $(READY) $(NATIVE)
 
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -45,12 +45,19 @@ test: setup
 	$(PYTHON) -m pytest -m "not slow" $(SPREAD)
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest -m "not slow" $(SPREAD) $(INTERPRETED)
 
-# timm has its torchvision where people have it: a torchvision of another torch would replace torch. The last run is of
-# models and their training with nothing left to another backend.
-test-all: setup lint test-torch-oldest test-triton-oldest test-transformers-oldest
+test-all: lint test test-slow test-slow-interpreted test-forced test-torch-oldest test-triton-oldest test-transformers-oldest
+
+# timm has its torchvision where people have it: a torchvision of another torch would replace torch.
+test-slow: setup
 	$(if $(READY),FASTATTN_BUILD=skip $(PYTHON) -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[ecosystem]")
-	$(PYTHON) -m pytest
-	TRITON_INTERPRET=1 $(PYTHON) -m pytest --timeout 900 $(SPREAD) $(INTERPRETED)
+	$(PYTHON) -m pytest -m slow
+
+# All cases of the kernels for GPUs in the interpreter, in all dtypes: hours.
+test-slow-interpreted: setup
+	TRITON_INTERPRET=1 $(PYTHON) -m pytest -m slow --timeout 900 $(SPREAD) $(INTERPRETED)
+
+# Models and their training with nothing left to another backend.
+test-forced: setup
 	FASTATTN_BACKEND=cpu $(PYTHON) -m pytest -m "not slow" tests/models tests/train
 
 # Every GPU kernel, compiled for every GPU that it is for, held to laws and to the committed table (docs/gpu.md): half an
