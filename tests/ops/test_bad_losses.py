@@ -37,6 +37,30 @@ def cross_entropy(input=(3, 7), target=(0, 6, 3), *args, **call):
     return lambda backend: fastattn.cross_entropy(x, t, *args, backend=backend, **call)
 
 
+#: Of an activation: what is wrong, the input's shape and dtype, the bias, and the words.
+BAD_ACTIVATIONS = (
+    (
+        "of integers", (3,), torch.int64, None,
+        r"input must be float32, bfloat16, float16 or float64, got torch.int64",
+    ),
+    (
+        "bias shape", (3, 8), torch.float32, f32(3),
+        r"bias must have shape \(8,\) for an input of shape \(3, 8\), got \(3,\)",
+    ),
+    (
+        "bias of a scalar", ((),), torch.float32, f32(1),
+        r"bias must have shape \(columns,\) for an input of shape \(\), got \(1,\)",
+    ),
+    (
+        "integer bias", (3, 8), torch.float32, f32(8, dtype=torch.int32),
+        r"bias must be floating and on cpu, got torch.int32 on cpu",
+    ),
+    (
+        "bias' device", (3, 8), torch.float32, f32(8, device="meta"),
+        r"bias must be floating and on cpu, got torch.float32 on meta",
+    ),
+)  # fmt: skip
+
 BAD = {
     "softmax beyond the address space": (
         softmax(f32(1).expand(2**40, 2**22), -1),
@@ -110,61 +134,24 @@ BAD = {
         r"log_softmax: dim must be in \[-2, 1\] for a 2-D input, got -3",
     ),
     # gelu, silu and swiglu
-    "gelu of integers": (
-        gelu(f32(3, dtype=torch.int64)),
-        ValueError,
-        r"gelu: input must be float32, bfloat16, float16 or float64, got torch.int64",
-    ),
+    **{
+        f"{op.__name__} {what}": (op(f32(*shape, dtype=dtype), bias=bias), ValueError, f"{op.__name__}: {words}")
+        for op in (gelu, silu)
+        for what, shape, dtype, bias, words in BAD_ACTIVATIONS
+    },
     "gelu approximated otherwise": (
         gelu(f32(3), "quick"),
         ValueError,
         r"gelu: approximate must be one of \('none', 'tanh', 'sigmoid'\), got 'quick'",
     ),
-    "gelu bias shape": (
-        gelu(f32(3, 8), bias=f32(3)),
-        ValueError,
-        r"gelu: bias must have shape \(8,\) for an input of shape \(3, 8\), got \(3,\)",
-    ),
-    "gelu bias of a scalar": (
-        gelu(f32(()), bias=f32(1)),
-        ValueError,
-        r"gelu: bias must have shape \(columns,\) for an input of shape \(\), got \(1,\)",
-    ),
-    "gelu integer bias": (
-        gelu(f32(3, 8), bias=f32(8, dtype=torch.int32)),
-        ValueError,
-        r"gelu: bias must be floating and on cpu, got torch.int32 on cpu",
-    ),
-    "gelu bias' device": (
-        gelu(f32(3, 8), bias=f32(8, device="meta")),
-        ValueError,
-        r"gelu: bias must be floating and on cpu, got torch.float32 on meta",
-    ),
-    "gelu beyond the address space": (
-        gelu(f32(1).expand(2**40, 2**22)),
-        ValueError,
-        r"gelu: an input of shape \(1099511627776, 4194304\) is more than memory can address",
-    ),
-    "silu of integers": (
-        silu(f32(3, dtype=torch.int64)),
-        ValueError,
-        r"silu: input must be float32, bfloat16, float16 or float64, got torch.int64",
-    ),
-    "silu bias shape": (
-        silu(f32(3, 8), bias=f32(3)),
-        ValueError,
-        r"silu: bias must have shape \(8,\) for an input of shape \(3, 8\), got \(3,\)",
-    ),
-    "silu bias' device": (
-        silu(f32(3, 8), bias=f32(8, device="meta")),
-        ValueError,
-        r"silu: bias must be floating and on cpu, got torch.float32 on meta",
-    ),
-    "silu beyond the address space": (
-        silu(f32(1).expand(2**40, 2**22)),
-        ValueError,
-        r"silu: an input of shape \(1099511627776, 4194304\) is more than memory can address",
-    ),
+    **{
+        f"{op.__name__} beyond the address space": (
+            op(f32(1).expand(2**40, 2**22)),
+            ValueError,
+            rf"{op.__name__}: an input of shape \(1099511627776, 4194304\) is more than memory can address",
+        )
+        for op in (gelu, silu)
+    },
     "swiglu of integers": (
         swiglu(f32(3, dtype=torch.int64), f32(3, dtype=torch.int64)),
         ValueError,
