@@ -55,6 +55,11 @@ def _probe_cpu() -> str | None:
     return _native_reason
 
 
+def has_native_module() -> bool:
+    """Whether fastattn._C is there."""
+    return _native_reason is None
+
+
 def native_module() -> Any:
     """fastattn._C; ImportError with the reason when it is not there."""
     if _native_reason is not None:

@@ -516,8 +516,16 @@ class NativeKernel:
 
 
 def _direct(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel without frames of Python around it: what torch's overload calls in the end; a tenth of a tiny call."""
-    return getattr(kernel.overload, "_op", kernel) if isinstance(kernel, NativeKernel) else kernel
+    """The kernel as eager code calls it: without frames of Python around it, and past torch's dispatcher where that has
+    nothing to add (csrc/bindings/direct.h)."""
+    if not isinstance(kernel, NativeKernel):
+        return kernel
+    entry = getattr(kernel.overload, "_op", kernel)
+    if not backends.has_native_module():
+        return entry
+    defaults = (a.default_value for a in kernel.overload._schema.arguments if a.has_default_value())
+    direct: Callable[..., Any] = backends.native_module().direct(kernel.name, entry, *defaults)
+    return direct
 
 
 def native(op: Op, supports: Callable[[Any], str | None] = takes_dtype) -> Implementation:

@@ -212,7 +212,7 @@ def test_tests_mirror_the_package():
     """tests/<room>/test_<module>.py is about fastattn/<room>/<module>.py; what is about no one module is listed."""
     wide = {
         "test_architecture", "test_contract", "test_compile", "test_isa", "test_threads", "test_native_build",
-        "test_vocabulary",
+        "test_vocabulary", "test_direct",
         "ops/test_conformance", "ops/test_double_backward", "ops/test_opinfo", "ops/test_bad_input",
         "ops/test_bad_inference", "ops/test_bad_losses", "ops/test_jagged", "bench/test_bench_cli",
         "testing/test_devices", "gpu/test_exponentials", "gpu/test_transforms", "integrations/test_libraries",

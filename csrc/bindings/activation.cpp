@@ -1,6 +1,7 @@
 // fastattn::gelu and fastattn::silu on the CPU.
 #include <tuple>
 
+#include "direct.h"
 #include "rows.h"
 #include "streaming.h"
 
@@ -101,12 +102,8 @@ std::tuple<Tensor, Tensor> silu_backward(Tensor grad_output, Tensor input, std::
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
-  m.impl("gelu.cpu", TORCH_BOX(&gelu_forward));
-  m.impl("gelu_forward.cpu", TORCH_BOX(&gelu_forward));
-  m.impl("gelu_backward.cpu", TORCH_BOX(&gelu_backward));
-  m.impl("silu.cpu", TORCH_BOX(&silu_forward));
-  m.impl("silu_forward.cpu", TORCH_BOX(&silu_forward));
-  m.impl("silu_backward.cpu", TORCH_BOX(&silu_backward));
+  implement<&gelu_forward, &gelu_backward>(m, "gelu");
+  implement<&silu_forward, &silu_backward>(m, "silu");
 }
 
 }  // namespace

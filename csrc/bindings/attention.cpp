@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "direct.h"
 #include "dropout.h"
 #include "launch.h"
 
@@ -594,12 +595,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_varlen_backward(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
-  m.impl("attention_varlen.cpu", TORCH_BOX(&attention_varlen_forward));
-  m.impl("attention_varlen_forward.cpu", TORCH_BOX(&attention_varlen_forward));
-  m.impl("attention_varlen_backward.cpu", TORCH_BOX(&attention_varlen_backward));
-  m.impl("attention.cpu", TORCH_BOX(&attention_forward));
-  m.impl("attention_forward.cpu", TORCH_BOX(&attention_forward));
-  m.impl("attention_backward.cpu", TORCH_BOX(&attention_backward));
+  implement<&attention_varlen_forward, &attention_varlen_backward>(m, "attention_varlen");
+  implement<&attention_forward, &attention_backward>(m, "attention");
 }
 
 }  // namespace fastattn

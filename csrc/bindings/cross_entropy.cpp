@@ -1,6 +1,7 @@
 // fastattn::cross_entropy on the CPU.
 #include <tuple>
 
+#include "direct.h"
 #include "rows.h"
 #include "streaming.h"
 
@@ -135,9 +136,7 @@ Tensor cross_entropy_backward(Tensor grad, Tensor input, Tensor target, std::opt
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
-  m.impl("cross_entropy.cpu", TORCH_BOX(&cross_entropy_forward));
-  m.impl("cross_entropy_forward.cpu", TORCH_BOX(&cross_entropy_forward));
-  m.impl("cross_entropy_backward.cpu", TORCH_BOX(&cross_entropy_backward));
+  implement<&cross_entropy_forward, &cross_entropy_backward>(m, "cross_entropy");
 }
 
 }  // namespace

@@ -6,7 +6,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "launch.h"
+#include "direct.h"
 
 namespace fastattn {
 namespace {
@@ -271,8 +271,7 @@ void cache_append(Tensor key_cache, Tensor value_cache, Tensor key, Tensor value
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
-  m.impl("decode.cpu", TORCH_BOX(&decode_forward));
-  m.impl("decode_forward.cpu", TORCH_BOX(&decode_forward));
+  implement<&decode_forward>(m, "decode");
   m.impl("cache_append.cpu", TORCH_BOX(&cache_append));
 }
 

@@ -1,6 +1,7 @@
 // fastattn::linear on the CPU.
 #include <tuple>
 
+#include "direct.h"
 #include "matrix.h"
 
 namespace fastattn {
@@ -107,11 +108,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor grad_output, Tensor in
   return {grad_input, grad_weight, grad_bias};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
-  m.impl("linear.cpu", TORCH_BOX(&linear_forward));
-  m.impl("linear_forward.cpu", TORCH_BOX(&linear_forward));
-  m.impl("linear_backward.cpu", TORCH_BOX(&linear_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) { implement<&linear_forward, &linear_backward>(m, "linear"); }
 
 }  // namespace
 }  // namespace fastattn

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "direct.h"
 #include "matrix.h"
 
 namespace fastattn {
@@ -303,9 +304,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(Tensor grad, Te
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
-  m.impl("linear_cross_entropy.cpu", TORCH_BOX(&linear_cross_entropy_forward));
-  m.impl("linear_cross_entropy_forward.cpu", TORCH_BOX(&linear_cross_entropy_forward));
-  m.impl("linear_cross_entropy_backward.cpu", TORCH_BOX(&linear_cross_entropy_backward));
+  implement<&linear_cross_entropy_forward, &linear_cross_entropy_backward>(m, "linear_cross_entropy");
 }
 
 }  // namespace

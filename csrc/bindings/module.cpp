@@ -11,6 +11,7 @@ namespace py = pybind11;
 namespace fastattn {
 void add_allocator(py::module_& m);  // allocator.cpp
 void add_ceilings(py::module_& m);   // ceilings.cpp
+void add_direct(py::module_& m);     // direct.cpp
 }  // namespace fastattn
 
 PYBIND11_MODULE(_C, m) {
@@ -29,6 +30,7 @@ PYBIND11_MODULE(_C, m) {
       "(name, can run here, what it needs) of every instruction set in this build, best first.");
   fastattn::add_allocator(m);
   fastattn::add_ceilings(m);
+  fastattn::add_direct(m);
   m.attr("built_with_torch") = FASTATTN_BUILT_WITH_TORCH;
   m.attr("compiler") = FASTATTN_COMPILER;
 }

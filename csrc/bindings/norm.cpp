@@ -1,6 +1,7 @@
 // fastattn::layer_norm, rms_norm, add_layer_norm and add_rms_norm on the CPU.
 #include <tuple>
 
+#include "direct.h"
 #include "dropout.h"
 #include "rows.h"
 #include "streaming.h"
@@ -257,18 +258,10 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm_backward(Tensor grad_output, std
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
-  m.impl("layer_norm.cpu", TORCH_BOX(&layer_norm_forward));
-  m.impl("layer_norm_forward.cpu", TORCH_BOX(&layer_norm_forward));
-  m.impl("layer_norm_backward.cpu", TORCH_BOX(&layer_norm_backward));
-  m.impl("add_layer_norm.cpu", TORCH_BOX(&add_layer_norm_forward));
-  m.impl("add_layer_norm_forward.cpu", TORCH_BOX(&add_layer_norm_forward));
-  m.impl("add_layer_norm_backward.cpu", TORCH_BOX(&add_layer_norm_backward));
-  m.impl("rms_norm.cpu", TORCH_BOX(&rms_norm_forward));
-  m.impl("rms_norm_forward.cpu", TORCH_BOX(&rms_norm_forward));
-  m.impl("rms_norm_backward.cpu", TORCH_BOX(&rms_norm_backward));
-  m.impl("add_rms_norm.cpu", TORCH_BOX(&add_rms_norm_forward));
-  m.impl("add_rms_norm_forward.cpu", TORCH_BOX(&add_rms_norm_forward));
-  m.impl("add_rms_norm_backward.cpu", TORCH_BOX(&add_rms_norm_backward));
+  implement<&layer_norm_forward, &layer_norm_backward>(m, "layer_norm");
+  implement<&add_layer_norm_forward, &add_layer_norm_backward>(m, "add_layer_norm");
+  implement<&rms_norm_forward, &rms_norm_backward>(m, "rms_norm");
+  implement<&add_rms_norm_forward, &add_rms_norm_backward>(m, "add_rms_norm");
 }
 
 }  // namespace

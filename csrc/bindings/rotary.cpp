@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "launch.h"
+#include "direct.h"
 
 namespace fastattn {
 namespace {
@@ -106,9 +106,7 @@ void rotary_in_place(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor> off
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
-  m.impl("rotary.cpu", TORCH_BOX(&rotary_forward));
-  m.impl("rotary_forward.cpu", TORCH_BOX(&rotary_forward));
-  m.impl("rotary_backward.cpu", TORCH_BOX(&rotary_backward));
+  implement<&rotary_forward, &rotary_backward>(m, "rotary");
   m.impl("rotary_in_place.cpu", TORCH_BOX(&rotary_in_place));
 }
 

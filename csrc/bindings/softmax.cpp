@@ -1,4 +1,5 @@
 // fastattn::softmax on the CPU.
+#include "direct.h"
 #include "rows.h"
 #include "streaming.h"
 
@@ -127,11 +128,7 @@ Tensor softmax_backward(Tensor grad_output, Tensor output, int64_t dim, bool log
   return grad_input;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
-  m.impl("softmax.cpu", TORCH_BOX(&softmax_forward));
-  m.impl("softmax_forward.cpu", TORCH_BOX(&softmax_forward));
-  m.impl("softmax_backward.cpu", TORCH_BOX(&softmax_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) { implement<&softmax_forward, &softmax_backward>(m, "softmax"); }
 
 }  // namespace
 }  // namespace fastattn

@@ -1,6 +1,7 @@
 // fastattn::swiglu on the CPU.
 #include <tuple>
 
+#include "direct.h"
 #include "rows.h"
 #include "streaming.h"
 
@@ -69,11 +70,7 @@ std::tuple<Tensor, Tensor> swiglu_backward(Tensor grad_output, Tensor gate, Tens
   return {grad_gate, grad_up};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
-  m.impl("swiglu.cpu", TORCH_BOX(&swiglu_forward));
-  m.impl("swiglu_forward.cpu", TORCH_BOX(&swiglu_forward));
-  m.impl("swiglu_backward.cpu", TORCH_BOX(&swiglu_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) { implement<&swiglu_forward, &swiglu_backward>(m, "swiglu"); }
 
 }  // namespace
 }  // namespace fastattn
