@@ -106,6 +106,14 @@ def compute(
 ) -> Any:
     """The activation of input + bias. problem: validates the arguments and says what they are; form: the argument that
     the op has for it, None for one that is not valid."""
+    # The commonest call, where overhead counts.
+    if (
+        backend is None and bias is None and form is not None and type(input) is Tensor and input.is_cpu
+        and not torch.compiler.is_compiling()
+    ):  # fmt: skip
+        output = op.attempt(input, None, *form)
+        if output is not None:
+            return output
     if torch.compiler.is_compiling():
         run = op.resolve(problem(), backend).public
     else:

@@ -149,8 +149,9 @@ class Bound:
         seen = visible.backward
         traced = seen if seen is None or implementation.differentiable else op.differentiable_again(seen)
         self.public = op.define(backend, implementation, traced)
-        self.forward = run = _direct(implementation.forward)
-        self.backward = kernel = None if again is None else _direct(again)
+        self.forward = run = _direct(implementation.forward) or _entry(implementation.forward)
+        self.backward = kernel = None if again is None else _direct(again) or _entry(again)
+        self.visible = _direct(implementation.forward, f"{op.name}_visible")
         self.tensors = op.tensor_arguments(backend)
         setup_context, hidden = op.setup_context, op.hidden
 
@@ -195,6 +196,12 @@ class Bound:
         _served[self.backend] += 1
         return self.forward(*args)
 
+    def compute_visible(self, *args: Any) -> Any:
+        """The forward's visible results, of kernels that can make them alone, where nobody wants gradients."""
+        _served[self.backend] += 1
+        assert self.visible is not None
+        return self.visible(*args)
+
     def _recorded(self, args: tuple[Any, ...]) -> Any:
         """The forward with a node of the graph; outputs that the op hides are None."""
         apply = self._apply
@@ -236,6 +243,7 @@ class Op:
     forward_flops, backward_flops: what torch.utils.flop_counter counts for a call, a function of the schema's arguments
     with every tensor replaced by its shape. Ops that multiply matrices have both; others count nothing, as in torch.
     hidden: how many outputs, the last ones, are for backward only; eager code that records a graph gets None for them.
+    visible: how many outputs, the first ones, a call asks for unless it says otherwise (some can return an lse, too).
     preference_class: the class of a problem, for fastattn/preference.py, of an op whose kernels are not the fastest
     everywhere; without it the order of backends.PRIORITY decides.
     An op without a backward_schema has no gradient; asking for one is an error that says what to use `instead`.
@@ -255,6 +263,7 @@ class Op:
         forward_flops: Callable[..., int] | None = None,
         backward_flops: Callable[..., int] | None = None,
         hidden: int = 0,
+        visible: int = 1,
         preference_class: Callable[[Any], str] | None = None,
     ) -> None:
         self.name = name
@@ -263,7 +272,7 @@ class Op:
         self.setup_context = setup_context or _save_nothing
         self.backward = backward or _refuse_gradient(name, instead)
         self.forward_flops, self.backward_flops = forward_flops, backward_flops
-        self.hidden = hidden
+        self.hidden, self.visible = hidden, visible
         self.preference_class = preference_class
         #: The torch ops of every backend are called the op's name and one of these.
         self.suffixes = ("", "_forward") if backward_schema is None else ("", "_forward", "_backward")
@@ -451,17 +460,35 @@ class Op:
         For eager calls of the commonest form. Native kernels check all that they depend on before they touch memory,
         and the op has checked what only it knows. What is refused here is then validated, and served or told why not.
         """
-        if _forced["backend"] is not None:
+        if _forced["backend"] is not None or (self._native is None and not self._has_native()):
             return None
-        if self._native is None:
-            if backends.PRIORITY["cpu"][0] != "cpu" or backends.probe("cpu") is not None:
-                return None
-            self._native = self.bound["cpu"]
+        native: Any = self._native
         try:
-            return self._native.run(*args)
+            return native.run(*args)
         except RuntimeError:
             _served["cpu"] -= 1
             return None
+
+    def attempt_visible(self, *args: Any) -> Any:
+        """As `attempt`, but the visible results only: the others are not made where nobody wants gradients."""
+        if _forced["backend"] is not None or (self._native is None and not self._has_native()):
+            return None
+        native: Any = self._native
+        try:
+            if native.visible is not None and not _grad_enabled() and not _transforms_active():
+                return native.compute_visible(*args)
+            results = native.run(*args)
+        except RuntimeError:
+            _served["cpu"] -= 1
+            return None
+        return results[0] if self.visible == 1 else results[: self.visible]
+
+    def _has_native(self) -> bool:
+        """Whether the native kernels are the automatic choice for CPU tensors; then they are in _native."""
+        if backends.PRIORITY["cpu"][0] != "cpu" or backends.probe("cpu") is not None:
+            return False
+        self._native = self.bound["cpu"]
+        return True
 
     def _complaint(self, problem: Problem, forced: str | None) -> str:
         what = f"backend {forced!r} was asked for and cannot serve" if forced else "no backend can serve"
@@ -477,7 +504,7 @@ def observed(around: Callable[[Bound, Any], contextlib.AbstractContextManager[No
     problem: what the op asked its backends about; None for calls that went straight to the native kernel.
     """
     problems: dict[str, Any] = {}
-    run, compute, resolve = Bound.run, Bound.compute, Op.resolve_cached
+    run, compute, visible, resolve = Bound.run, Bound.compute, Bound.compute_visible, Op.resolve_cached
 
     def hearing(plain: Callable[..., Any]) -> Callable[..., Any]:
         def call(self: Bound, *args: Any) -> Any:
@@ -490,11 +517,13 @@ def observed(around: Callable[[Bound, Any], contextlib.AbstractContextManager[No
         problems[self.name] = given = problem()
         return self.resolve(given, backend)
 
-    Bound.run, Bound.compute, Op.resolve_cached = hearing(run), hearing(compute), resolved  # type: ignore[method-assign]
+    Bound.run, Bound.compute = hearing(run), hearing(compute)  # type: ignore[method-assign]
+    Bound.compute_visible, Op.resolve_cached = hearing(visible), resolved  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Bound.run, Bound.compute, Op.resolve_cached = run, compute, resolve  # type: ignore[method-assign]
+        Bound.run, Bound.compute = run, compute  # type: ignore[method-assign]
+        Bound.compute_visible, Op.resolve_cached = visible, resolve  # type: ignore[method-assign]
 
 
 class NativeKernel:
@@ -515,16 +544,19 @@ class NativeKernel:
         return self.overload(*args)
 
 
-def _direct(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel as eager code calls it: without frames of Python around it, and past torch's dispatcher where that has
-    nothing to add (csrc/bindings/direct.h)."""
-    if not isinstance(kernel, NativeKernel):
-        return kernel
-    entry = getattr(kernel.overload, "_op", kernel)
-    if not backends.has_native_module():
-        return entry
+def _entry(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel without frames of Python around it: what torch's overload calls in the end."""
+    return getattr(kernel.overload, "_op", kernel) if isinstance(kernel, NativeKernel) else kernel
+
+
+def _direct(kernel: Callable[..., Any], name: str = "") -> Callable[..., Any] | None:
+    """A native kernel, or the variant of it that has this name, as a function that passes torch's dispatcher by where
+    that has nothing to add (csrc/bindings/direct.h); None for others."""
+    if not isinstance(kernel, NativeKernel) or not backends.has_native_module():
+        return None
     defaults = (a.default_value for a in kernel.overload._schema.arguments if a.has_default_value())
-    direct: Callable[..., Any] = backends.native_module().direct(kernel.name, entry, *defaults)
+    direct: Callable[..., Any] | None
+    direct = backends.native_module().direct(name or kernel.name, _entry(kernel), *defaults)
     return direct
 
 

@@ -182,6 +182,7 @@ class NormContract:
             setup_context=self._add_setup_context,
             backward=self._add_backward,
             hidden=statistics,
+            visible=2,
         )
 
     # ---- of an input ----

@@ -19,15 +19,32 @@ SOFTMAX = (1, False, torch.float32)
 class Entry:
     """Stands for torch's entry to an op; counts calls."""
 
-    def __init__(self, name="softmax_forward"):
+    def __init__(self, name="softmax_forward", variant=""):
         overload = getattr(torch.ops.fastattn, name).cpu
         self.op, self.calls = overload._op, 0
         defaults = (a.default_value for a in overload._schema.arguments if a.has_default_value())
-        self.direct = backends.native_module().direct(name, self, *defaults)
+        self.direct = backends.native_module().direct(variant or name, self, *defaults)
 
     def __call__(self, *args):
         self.calls += 1
         return self.op(*args)
+
+
+class TorchFunctions(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class Operators(TorchDispatchMode):
+    """Notes the operators that it hears of."""
+
+    def __init__(self, heard):
+        super().__init__()
+        self.heard = heard
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.heard.append(func)
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -57,10 +74,44 @@ def test_every_kernel_of_every_op_can_be_called_so():
         for suffix in op.suffixes[1:]:
             name = f"{op.name}{suffix}"
             entry = Entry(name)
-            assert entry.direct is not entry, name
+            assert entry.direct is not None, name
             bound = getattr(op.bound["cpu"], suffix[1:])
             assert type(bound) is type(entry.direct)
             assert bound.__name__ == name
+
+
+Q = torch.linspace(-1, 1, 96).reshape(1, 2, 6, 8)
+W = torch.linspace(0.5, 1.5, 6)
+VISIBLE = {
+    "attention": (Q, Q, Q, None, None, 0.3, True, False, 0.0),
+    "decode": (Q, Q, Q, None, None, None, None, None, 0, 0.3, -1, -1, 0.0, 0),
+    "layer_norm": (X, W, None, 1, 1e-5, 0.0),
+    "rms_norm": (X, W, 1, 1e-5, 0.0),
+    "add_layer_norm": (X, X.neg().exp(), W, None, None, 1, 1e-5, 0.0, 0.0),
+    "add_rms_norm": (X, X.neg().exp(), W, None, 1, 1e-5, 0.0, 0.0),
+}
+
+
+def test_visible_kernels_are_listed():
+    assert {name for name, op in OPS.items() if op.bound["cpu"].visible is not None} == VISIBLE.keys()
+
+
+@pytest.mark.parametrize("name", VISIBLE)
+def test_visible_results_alone_are_the_same_bits(name):
+    entry, args, count = Entry(f"{name}_forward", f"{name}_visible"), VISIBLE[name], OPS[name].visible
+    expected = entry.op(*args)[:count]
+    found = entry.direct(*args)
+    assert entry.calls == 0
+    with Operators([]):  # all results are made, and the first ones given
+        heard = entry.direct(*args)
+    assert entry.calls == 1
+    for results in (found, heard):
+        assert (type(results) is tuple) == (count > 1)
+        results = results if count > 1 else (results,)
+        assert len(results) == count
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+    with pytest.raises(RuntimeError, match="float32|must"):
+        entry.direct(args[0].double(), *args[1:])
 
 
 def test_no_reference_is_lost_or_kept(entry):
@@ -140,25 +191,13 @@ def test_what_is_refused_is_refused_in_the_dispatchers_words(entry, args):
 
 
 def test_modes_hear_of_every_call(entry):
-    heard = []
-
-    class Functions(TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            heard.append("function")
-            return func(*args, **(kwargs or {}))
-
-    class Operators(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func is torch.ops.fastattn.softmax_forward.cpu:
-                heard.append("dispatch")
-            return func(*args, **(kwargs or {}))
-
+    operators = []
     expected = entry.direct(X, *SOFTMAX)
-    with Functions():
+    with TorchFunctions():
         assert torch.equal(entry.direct(X, *SOFTMAX), expected)
-    with Operators():
+    with Operators(operators):
         assert torch.equal(entry.direct(X, *SOFTMAX), expected)
-    assert "dispatch" in heard
+    assert torch.ops.fastattn.softmax_forward.cpu in operators
     assert entry.calls == 2
 
 

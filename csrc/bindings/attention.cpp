@@ -271,12 +271,12 @@ double nanoseconds_of(const AttentionProblem& p) {
   return products * 2.0 / (p.dtype == DType::bf16 ? 200.0 : 100.0);
 }
 
-std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask,
-                                             std::optional<Tensor> philox, double scale, bool is_causal,
-                                             bool bottom_right, double dropout_p, int64_t window_left,
-                                             int64_t window_right, double softcap, std::optional<Tensor> sinks,
-                                             std::optional<Tensor> alibi_slopes, std::optional<Tensor> query_ids,
-                                             std::optional<Tensor> key_ids, std::optional<Tensor> prefix_len) {
+template <bool with_lse>
+auto attention_forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask, std::optional<Tensor> philox,
+                       double scale, bool is_causal, bool bottom_right, double dropout_p, int64_t window_left,
+                       int64_t window_right, double softcap, std::optional<Tensor> sinks,
+                       std::optional<Tensor> alibi_slopes, std::optional<Tensor> query_ids,
+                       std::optional<Tensor> key_ids, std::optional<Tensor> prefix_len) {
   AttentionForward p{};
   p.problem = problem_of(query, key, value, mask, scale, is_causal, bottom_right);
   FeatureStorage storage;
@@ -285,14 +285,14 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor va
   p.problem.dropout = dropout_of("attention", philox, dropout_p);
   const AttentionProblem& problem = p.problem;
   Tensor output = empty_like_order(problem.batches, problem.heads, problem.queries, problem.value_dim, query);
-  Tensor lse = empty({problem.batches, problem.heads, problem.queries}, ScalarType::Float);
+  const Statistic<with_lse> lse({problem.batches, problem.heads, problem.queries});
   p.query = input_of(query);
   p.key = input_of(key);
   p.value = input_of(value);
   p.output = result_of(output);
-  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  p.lse = lse.data();
   launch(kernels().attention->forward, p, nanoseconds_of(problem));
-  return {output, lse};
+  return results_of(std::tuple(output), lse);
 }
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -596,7 +596,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_varlen_backward(
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   implement<&attention_varlen_forward, &attention_varlen_backward>(m, "attention_varlen");
-  implement<&attention_forward, &attention_backward>(m, "attention");
+  implement<&attention_forward<true>, &attention_backward>(m, "attention");
+  implement_visible<&attention_forward<false>>("attention");
 }
 
 }  // namespace fastattn

@@ -135,12 +135,11 @@ int64_t split_keys_of(int64_t rows, int64_t longest, int64_t num_splits) {
   return rows <= 256 ? 8 * kDecodeChunk : round_up(kMostKeys, kDecodeChunk);
 }
 
-std::tuple<Tensor, Tensor> decode_forward(Tensor query, Tensor key_cache, Tensor value_cache,
-                                          std::optional<Tensor> seqlens, std::optional<Tensor> leftpad,
-                                          std::optional<Tensor> batch_idx, std::optional<Tensor> block_table,
-                                          std::optional<Tensor> slopes, int64_t appended, double scale,
-                                          int64_t window_left, int64_t window_right, double softcap,
-                                          int64_t num_splits) {
+template <bool with_lse>
+auto decode_forward(Tensor query, Tensor key_cache, Tensor value_cache, std::optional<Tensor> seqlens,
+                    std::optional<Tensor> leftpad, std::optional<Tensor> batch_idx, std::optional<Tensor> block_table,
+                    std::optional<Tensor> slopes, int64_t appended, double scale, int64_t window_left,
+                    int64_t window_right, double softcap, int64_t num_splits) {
   FASTATTN_CHECK(query.dim() == 4 && key_cache.dim() == 4, "decode: query and caches must have 4 dimensions");
   const ScalarType type = query.scalar_type();
   FASTATTN_CHECK(type != ScalarType::Bool, "decode: query must be float32, bfloat16 or float16");
@@ -182,7 +181,7 @@ std::tuple<Tensor, Tensor> decode_forward(Tensor query, Tensor key_cache, Tensor
   const Places places = places_of(key_cache, p.batches, seqlens, leftpad, batch_idx, block_table, appended, false);
 
   Tensor output = empty({p.batches, p.queries, p.heads, p.value_dim}, type);
-  Tensor lse = empty({p.batches, p.heads, p.queries}, ScalarType::Float);
+  const Statistic<with_lse> lse({p.batches, p.heads, p.queries});
   p.query = query.const_data_ptr();
   p.query_batch = query.stride(0);
   p.query_row = query.stride(1);
@@ -193,14 +192,14 @@ std::tuple<Tensor, Tensor> decode_forward(Tensor query, Tensor key_cache, Tensor
   p.output_batch = output.stride(0);
   p.output_row = output.stride(1);
   p.output_head = output.stride(2);
-  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  p.lse = lse.data();
   p.sequences = places.sequences.data();
   p.page_size = places.page_size;
   p.scale = static_cast<float>(scale);
   p.softcap = static_cast<float>(softcap);
   p.left = window_left;
   p.right = window_right;
-  if (p.heads == 0 || p.batches == 0 || p.queries == 0) return {output, lse};
+  if (p.heads == 0 || p.batches == 0 || p.queries == 0) return results_of(std::tuple(output), lse);
 
   const int64_t rows = p.heads / p.kv_heads * p.queries, element = p.dtype == DType::f32 ? 4 : 2;
   const int64_t row_bytes = std::max(p.head_dim, p.value_dim) * element;
@@ -225,7 +224,7 @@ std::tuple<Tensor, Tensor> decode_forward(Tensor query, Tensor key_cache, Tensor
     p.arrivals = arrivals.data();
   }
   launch(kernels().decode->forward, p, bytes / 50.0 * static_cast<double>(1 + rows / 8));
-  return {output, lse};
+  return results_of(std::tuple(output), lse);
 }
 
 // Copies key and value behind the keys that the sequences have. Nothing is written unless all of it fits.
@@ -271,7 +270,8 @@ void cache_append(Tensor key_cache, Tensor value_cache, Tensor key, Tensor value
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
-  implement<&decode_forward>(m, "decode");
+  implement<&decode_forward<true>>(m, "decode");
+  implement_visible<&decode_forward<false>>("decode");
   m.impl("cache_append.cpu", TORCH_BOX(&cache_append));
 }
 

@@ -161,16 +161,18 @@ void add_direct_call(const std::string& op, DirectCall call) {
 void add_direct(py::module_& m) {
   m.def(
       "direct",
-      [](const std::string& name, const py::object& op, const py::args& defaults) {
+      [](const std::string& name, const py::object& op, const py::args& defaults) -> py::object {
         const auto found = direct_calls().find(name);
-        if (found == direct_calls().end() || torch() == nullptr) return op;
+        if (found == direct_calls().end() || torch() == nullptr) return py::none();
         found->second.ml_name = found->first.c_str();
         const py::tuple self = py::make_tuple(op) + defaults;
         return py::reinterpret_steal<py::object>(PyCFunction_New(&found->second, self.ptr()));
       },
       "direct(name, op, *defaults): the kernel <name> as a function that calls it past torch's dispatcher where that "
       "has "
-      "nothing to add, else op, torch's entry. defaults: of the last parameters.");
+      "nothing to add, else op, torch's entry. defaults: of the last parameters. <op>_visible gives those of the "
+      "forward's "
+      "results only that people ask for. None where there is no such kernel, or torch lacks what it takes.");
 }
 
 }  // namespace fastattn

@@ -113,8 +113,9 @@ constexpr Py_ssize_t count_parameters(Result (*)(Parameters...)) {
   return sizeof...(Parameters);
 }
 
-// What Python calls. self: a tuple of torch's entry and the defaults of the last parameters.
-template <auto kernel>
+// What Python calls. self: a tuple of torch's entry and the defaults of the last parameters. visible: how many results
+// the kernel makes of those that torch's entry gives; 0: all.
+template <auto kernel, Py_ssize_t visible = 0>
 PyObject* call_directly(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   constexpr Py_ssize_t kParameters = count_parameters(kernel);
   const Py_ssize_t missing = kParameters - count, defaults = PyTuple_GET_SIZE(self) - 1;
@@ -125,7 +126,11 @@ PyObject* call_directly(PyObject* self, PyObject* const* args, Py_ssize_t count)
     PyObject* const result = call_kernel(kernel, all, std::make_index_sequence<kParameters>{});
     if (result != nullptr || PyErr_Occurred() != nullptr) return result;
   }
-  return PyObject_Vectorcall(PyTuple_GET_ITEM(self, 0), args, static_cast<size_t>(count), nullptr);
+  PyObject* const results = PyObject_Vectorcall(PyTuple_GET_ITEM(self, 0), args, static_cast<size_t>(count), nullptr);
+  if (visible == 0 || results == nullptr || !PyTuple_CheckExact(results)) return results;
+  PyObject* const some = visible == 1 ? Py_NewRef(PyTuple_GET_ITEM(results, 0)) : PyTuple_GetSlice(results, 0, visible);
+  Py_DECREF(results);
+  return some;
 }
 
 using DirectCall = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
@@ -137,6 +142,11 @@ void implement(Library& library, const std::string& op) {
   library.impl((op + ".cpu").c_str(), TORCH_BOX(forward));
   library.impl((op + "_forward.cpu").c_str(), TORCH_BOX(forward));
   add_direct_call(op + "_forward", call_directly<forward>);
+}
+// For Python alone, a forward kernel that makes the first results only, as many as people ask for.
+template <auto forward, Py_ssize_t visible = 1>
+void implement_visible(const std::string& op) {
+  add_direct_call(op + "_visible", call_directly<forward, visible>);
 }
 template <auto forward, auto backward, class Library>
 void implement(Library& library, const std::string& op) {

@@ -8,11 +8,14 @@
 #include <algorithm>
 #include <cstdlib>
 #include <fstream>
+#include <initializer_list>
+#include <memory>
 #include <new>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "../cpu/table.h"
 #include "fresh.h"
@@ -98,6 +101,42 @@ inline Tensor unpoisoned(int64_t elements, ScalarType type) {
       1, &elements, &stride, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
       aoti_torch_device_type_cpu(), 0, &fresh));
   return Tensor(fresh);
+}
+
+// The numbers that a kernel leaves beside its result: a tensor, or memory that is gone afterwards if nobody wants them.
+template <bool Wanted>
+class Statistic {
+ public:
+  explicit Statistic(std::initializer_list<int64_t> sizes) : tensor_(empty(sizes, ScalarType::Float)) {}
+  float* data() const { return static_cast<float*>(tensor_.mutable_data_ptr()); }
+  const Tensor& tensor() const { return tensor_; }
+
+ private:
+  Tensor tensor_;
+};
+template <>
+class Statistic<false> {
+ public:
+  explicit Statistic(std::initializer_list<int64_t> sizes) {
+    size_t count = 1;
+    for (const int64_t size : sizes) count *= static_cast<size_t>(size);
+    memory_.reset(new float[count]);
+  }
+  float* data() const { return memory_.get(); }
+
+ private:
+  std::unique_ptr<float[]> memory_;
+};
+
+// What a kernel gives: its outputs, and the statistics if they are wanted.
+template <bool Wanted, class... Outputs, class... Rest>
+auto results_of(const std::tuple<Outputs...>& outputs, const Statistic<Wanted>& first, const Rest&... rest) {
+  if constexpr (Wanted)
+    return std::tuple_cat(outputs, std::make_tuple(first.tensor(), rest.tensor()...));
+  else if constexpr (sizeof...(Outputs) == 1)
+    return std::get<0>(outputs);
+  else
+    return outputs;
 }
 
 // Bytes of the largest cache. Linux says for each cache how much there is (sysconf adds up those of a socket).

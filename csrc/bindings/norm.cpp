@@ -60,13 +60,17 @@ struct Call {
   double weight_offset;
 };
 
+template <bool with_statistics>
 struct Forward {
-  Tensor output, sum, mean, rstd;
+  Tensor output, sum;
+  std::optional<Statistic<with_statistics>> mean;
+  Statistic<with_statistics> rstd;
 };
 
-Forward forward(const Call& call, const Tensor& input, const std::optional<Tensor>& residual,
-                const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps,
-                const Dropout& dropout = {}) {
+template <bool with_statistics>
+Forward<with_statistics> forward(const Call& call, const Tensor& input, const std::optional<Tensor>& residual,
+                                 const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps,
+                                 const Dropout& dropout = {}) {
   const char* name = call.name;
   const auto [rows, columns] = shape_of(name, input, call.normalized_ndim);
   const ScalarType type = residual ? residual->scalar_type() : input.scalar_type();
@@ -81,8 +85,9 @@ Forward forward(const Call& call, const Tensor& input, const std::optional<Tenso
   std::optional<Rows> add;
   if (residual) add = rows_of(*residual, call.normalized_ndim, columns);
 
-  Forward out{empty(input.sizes(), type), residual ? empty(input.sizes(), type) : Tensor(),
-              call.centred ? empty({rows}, ScalarType::Float) : Tensor(), empty({rows}, ScalarType::Float)};
+  Forward<with_statistics> out{empty(input.sizes(), type), residual ? empty(input.sizes(), type) : Tensor(),
+                               std::nullopt, Statistic<with_statistics>({rows})};
+  if (call.centred) out.mean.emplace(std::initializer_list<int64_t>{rows});
   NormForward p{};
   p.input = x.data();
   p.residual = add ? add->data() : nullptr;
@@ -90,8 +95,8 @@ Forward forward(const Call& call, const Tensor& input, const std::optional<Tenso
   p.bias = bias ? bias->const_data_ptr() : nullptr;
   p.output = out.output.mutable_data_ptr();
   p.sum = residual ? out.sum.mutable_data_ptr() : nullptr;
-  p.mean = call.centred ? static_cast<float*>(out.mean.mutable_data_ptr()) : nullptr;
-  p.rstd = static_cast<float*>(out.rstd.mutable_data_ptr());
+  p.mean = call.centred ? out.mean->data() : nullptr;
+  p.rstd = out.rstd.data();
   p.rows = rows;
   p.columns = columns;
   p.input_stride = x.stride;
@@ -185,11 +190,12 @@ Backward backward(const Call& call, const Tensor& grad_output, const std::option
 
 // ---- LayerNorm ----
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(Tensor input, std::optional<Tensor> weight,
-                                                      std::optional<Tensor> bias, int64_t normalized_ndim, double eps,
-                                                      double weight_offset) {
-  Forward out = forward({"layer_norm", true, normalized_ndim, weight_offset}, input, std::nullopt, weight, bias, eps);
-  return {out.output, out.mean, out.rstd};
+template <bool with_statistics>
+auto layer_norm_forward(Tensor input, std::optional<Tensor> weight, std::optional<Tensor> bias, int64_t normalized_ndim,
+                        double eps, double weight_offset) {
+  const auto out = forward<with_statistics>({"layer_norm", true, normalized_ndim, weight_offset}, input, std::nullopt,
+                                            weight, bias, eps);
+  return results_of(std::tuple(out.output), *out.mean, out.rstd);
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor grad_output, Tensor input, std::optional<Tensor> weight,
@@ -201,14 +207,14 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor grad_output, Tenso
   return {out.grad_total, out.grad_weight, out.grad_bias};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward(Tensor input, Tensor residual,
-                                                                  std::optional<Tensor> weight,
-                                                                  std::optional<Tensor> bias,
-                                                                  std::optional<Tensor> philox, int64_t normalized_ndim,
-                                                                  double eps, double weight_offset, double dropout_p) {
+template <bool with_statistics>
+auto add_layer_norm_forward(Tensor input, Tensor residual, std::optional<Tensor> weight, std::optional<Tensor> bias,
+                            std::optional<Tensor> philox, int64_t normalized_ndim, double eps, double weight_offset,
+                            double dropout_p) {
   const Call call{"add_layer_norm", true, normalized_ndim, weight_offset};
-  Forward out = forward(call, input, residual, weight, bias, eps, dropout_of(call.name, philox, dropout_p));
-  return {out.output, out.sum, out.mean, out.rstd};
+  const auto out =
+      forward<with_statistics>(call, input, residual, weight, bias, eps, dropout_of(call.name, philox, dropout_p));
+  return results_of(std::tuple(out.output, out.sum), *out.mean, out.rstd);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
@@ -223,11 +229,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
 
 // ---- RMSNorm ----
 
-std::tuple<Tensor, Tensor> rms_norm_forward(Tensor input, std::optional<Tensor> weight, int64_t normalized_ndim,
-                                            double eps, double weight_offset) {
-  Forward out =
-      forward({"rms_norm", false, normalized_ndim, weight_offset}, input, std::nullopt, weight, std::nullopt, eps);
-  return {out.output, out.rstd};
+template <bool with_statistics>
+auto rms_norm_forward(Tensor input, std::optional<Tensor> weight, int64_t normalized_ndim, double eps,
+                      double weight_offset) {
+  const auto out = forward<with_statistics>({"rms_norm", false, normalized_ndim, weight_offset}, input, std::nullopt,
+                                            weight, std::nullopt, eps);
+  return results_of(std::tuple(out.output), out.rstd);
 }
 
 std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad_output, Tensor input, std::optional<Tensor> weight,
@@ -238,12 +245,13 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad_output, Tensor input, s
   return {out.grad_total, out.grad_weight};
 }
 
-std::tuple<Tensor, Tensor, Tensor> add_rms_norm_forward(Tensor input, Tensor residual, std::optional<Tensor> weight,
-                                                        std::optional<Tensor> philox, int64_t normalized_ndim,
-                                                        double eps, double weight_offset, double dropout_p) {
+template <bool with_statistics>
+auto add_rms_norm_forward(Tensor input, Tensor residual, std::optional<Tensor> weight, std::optional<Tensor> philox,
+                          int64_t normalized_ndim, double eps, double weight_offset, double dropout_p) {
   const Call call{"add_rms_norm", false, normalized_ndim, weight_offset};
-  Forward out = forward(call, input, residual, weight, std::nullopt, eps, dropout_of(call.name, philox, dropout_p));
-  return {out.output, out.sum, out.rstd};
+  const auto out = forward<with_statistics>(call, input, residual, weight, std::nullopt, eps,
+                                            dropout_of(call.name, philox, dropout_p));
+  return results_of(std::tuple(out.output, out.sum), out.rstd);
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm_backward(Tensor grad_output, std::optional<Tensor> grad_sum, Tensor sum,
@@ -258,10 +266,14 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm_backward(Tensor grad_output, std
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
-  implement<&layer_norm_forward, &layer_norm_backward>(m, "layer_norm");
-  implement<&add_layer_norm_forward, &add_layer_norm_backward>(m, "add_layer_norm");
-  implement<&rms_norm_forward, &rms_norm_backward>(m, "rms_norm");
-  implement<&add_rms_norm_forward, &add_rms_norm_backward>(m, "add_rms_norm");
+  implement<&layer_norm_forward<true>, &layer_norm_backward>(m, "layer_norm");
+  implement_visible<&layer_norm_forward<false>>("layer_norm");
+  implement<&add_layer_norm_forward<true>, &add_layer_norm_backward>(m, "add_layer_norm");
+  implement_visible<&add_layer_norm_forward<false>, 2>("add_layer_norm");
+  implement<&rms_norm_forward<true>, &rms_norm_backward>(m, "rms_norm");
+  implement_visible<&rms_norm_forward<false>>("rms_norm");
+  implement<&add_rms_norm_forward<true>, &add_rms_norm_backward>(m, "add_rms_norm");
+  implement_visible<&add_rms_norm_forward<false>, 2>("add_rms_norm");
 }
 
 }  // namespace

@@ -447,8 +447,8 @@ def _canonical(
     return query, key, value, mask, batch
 
 
-def _plain(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Any:
-    """(output, lse) of the commonest call, where overhead counts: 4-D tensors, as many heads; None for others."""
+def _plain(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, return_lse: bool) -> Any:
+    """The result of the commonest call, where overhead counts: 4-D tensors, as many heads; None for others."""
     if not (
         type(query) is type(key) is type(value) is Tensor and query.is_cpu and key.is_cpu and value.is_cpu
         and query.ndim == key.ndim == 4 and not query.is_nested and query.shape[1] == key.shape[1]
@@ -458,7 +458,8 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Any:
     dim = query.shape[3]
     if dim == 0:
         return None
-    return OP.attempt(query, key, value, None, None, 1.0 / math.sqrt(dim), is_causal, False, 0.0)
+    attempt = OP.attempt if return_lse else OP.attempt_visible
+    return attempt(query, key, value, None, None, 1.0 / math.sqrt(dim), is_causal, False, 0.0)
 
 
 def scaled_dot_product_attention(
@@ -526,9 +527,9 @@ def scaled_dot_product_attention(
         and causal_alignment == "top_left" and window == NO_WINDOW and softcap == 0.0 and alibi_slopes is None
         and sinks is None and document_ids is None and prefix_len is None and not torch.compiler.is_compiling()
     ):  # fmt: skip
-        plain = _plain(query, key, value, is_causal)
+        plain = _plain(query, key, value, is_causal, return_lse)
         if plain is not None:
-            return plain if return_lse else plain[0]
+            return plain
     if query.is_nested or key.is_nested or value.is_nested:
         options = {"scale": scale, "dropout_p": dropout_p, "seed": seed, "softcap": softcap, "sinks": sinks,
                    "alibi_slopes": alibi_slopes, "backend": backend}  # fmt: skip

@@ -230,9 +230,14 @@ class Call:
 
 
 def _plain(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, indices: tuple[Tensor | None, ...], causal: bool
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    indices: tuple[Tensor | None, ...],
+    causal: bool,
+    return_lse: bool,
 ) -> Any:
-    """(output, lse) of the commonest call, where overhead counts; None for others."""
+    """The result of the commonest call, where overhead counts; None for others."""
     if not (
         type(query) is type(key_cache) is type(value_cache) is Tensor and query.is_cpu and key_cache.is_cpu
         and value_cache.is_cpu and query.ndim == key_cache.ndim == 4
@@ -245,7 +250,8 @@ def _plain(
     if dim == 0 or key_cache.shape[2] == 0:
         return None
     scale = 1.0 / math.sqrt(dim)
-    return OP.attempt(
+    attempt = OP.attempt if return_lse else OP.attempt_visible
+    return attempt(
         query, key_cache, value_cache, *indices, None, 0, scale, -1, 0 if causal else -1, 0.0, 0
     )  # fmt: skip
 
@@ -301,20 +307,19 @@ def decode_attention(
         outside of the cache, by name and value; not on a GPU (docs/inference.md). BackendUnsupported: see
         fastattn.dispatch.
     """
-    plain = None
     if (
         scale is None and window == (-1, -1) and softcap == 0.0 and alibi_slopes is None and num_splits == 0
         and backend is None and not torch.compiler.is_compiling()
     ):  # fmt: skip
         indices = (cache_seqlens, cache_leftpad, cache_batch_idx, block_table)
-        plain = _plain(query, key_cache, value_cache, indices, causal)
-    if plain is None:
-        call = Call(
-            query, key_cache, value_cache, cache_seqlens, cache_leftpad, cache_batch_idx, block_table, scale, causal,
-            window, softcap, alibi_slopes, num_splits, backend,
-        )  # fmt: skip
-        plain = call.run(query)
-    output, lse = plain
+        plain = _plain(query, key_cache, value_cache, indices, causal, return_lse)
+        if plain is not None:
+            return plain
+    call = Call(
+        query, key_cache, value_cache, cache_seqlens, cache_leftpad, cache_batch_idx, block_table, scale, causal,
+        window, softcap, alibi_slopes, num_splits, backend,
+    )  # fmt: skip
+    output, lse = call.run(query)
     return (output, lse) if return_lse else output
 
 

@@ -104,9 +104,9 @@ def rms_norm(
         backend is None and weight_offset == 0.0 and not torch.compiler.is_compiling()
         and plain_cpu(input, shape, weight)
     ):  # fmt: skip
-        results = OP.attempt(input, weight, len(shape), _FLOAT_EPS if eps is None else eps, 0.0)
-        if results is not None:
-            return (results[0], input) if prenorm else results[0]
+        output = OP.attempt_visible(input, weight, len(shape), _FLOAT_EPS if eps is None else eps, 0.0)
+        if output is not None:
+            return (output, input) if prenorm else output
     if weight_offset != 0.0:
         check_values("rms_norm", weight_offset)
 
@@ -179,11 +179,11 @@ def _added(
         and type(residual) is Tensor and residual.is_cpu and residual.dtype == input.dtype
         and residual.shape == input.shape
     ):  # fmt: skip
-        results = ADD_OP.attempt(
+        results = ADD_OP.attempt_visible(
             input, residual, weight, None, len(shape), _FLOAT_EPS if eps is None else eps, 0.0, 0.0
         )
         if results is not None:
-            return results[0], results[1]
+            return results
     check_values(op, weight_offset, dropout_p, seed)
 
     def problem() -> AddNormProblem:
