@@ -204,9 +204,9 @@ class Bound:
 
     def _recorded(self, args: tuple[Any, ...]) -> Any:
         """The forward with a node of the graph; outputs that the op hides are None."""
-        apply = self._apply
-        for value in args:
-            if isinstance(value, torch.Tensor) and _left_over(value):
+        apply, given = self._apply, len(args)
+        for i in self.tensors:
+            if i < given and args[i] is not None and _left_over(args[i]):
                 apply = self.eager
         return (*apply(*args), *self._hidden) if self._hidden else apply(*args)
 
