@@ -25,6 +25,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from fastattn import backends, env, preference
 from fastattn.numerics import KERNEL_DTYPES
@@ -184,6 +185,8 @@ class Bound:
         _served[self.backend] += 1
         if _transforms_active():
             return self.transformed(*args)
+        if forward_ad._current_level >= 0:
+            self._refuse_tangents(args)
         if _grad_enabled():
             given = len(args)  # arguments with defaults may be left away
             for i in self.tensors:
@@ -201,6 +204,17 @@ class Bound:
         _served[self.backend] += 1
         assert self.visible is not None
         return self.visible(*args)
+
+    def _refuse_tangents(self, args: tuple[Any, ...]) -> None:
+        """RuntimeError for tensors with a derivative in forward mode, which fused kernels would lose without a word."""
+        if self.implementation.differentiable:
+            return
+        for i in self.tensors:
+            if i < len(args) and args[i] is not None and forward_ad.unpack_dual(args[i]).tangent is not None:
+                raise RuntimeError(
+                    f"{self.op.name}: there is no derivative in forward mode but by backend='reference'; "
+                    "torch.func.vjp and jacrev take any"
+                )
 
     def _recorded(self, args: tuple[Any, ...]) -> Any:
         """The forward with a node of the graph; outputs that the op hides are None."""
@@ -475,7 +489,10 @@ class Op:
             return None
         native: Any = self._native
         try:
-            if native.visible is not None and not _grad_enabled() and not _transforms_active():
+            if (
+                native.visible is not None and not _grad_enabled() and not _transforms_active()
+                and forward_ad._current_level < 0
+            ):  # fmt: skip
                 return native.compute_visible(*args)
             results = native.run(*args)
         except RuntimeError:

@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
@@ -570,3 +571,24 @@ def test_randomness_under_vmap(backend):
         torch.vmap(function)(q, k, v)
     same = torch.vmap(function, randomness="same")(q[:1].expand_as(q), k[:1].expand_as(k), v[:1].expand_as(v))
     assert all(torch.equal(same[0], other) for other in same[1:])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("gradients", [True, False])
+def test_derivatives_in_forward_mode_are_refused_and_not_lost(gradients):
+    x = torch.randn(1, 2, 4, 8, generator=torch.Generator().manual_seed(0))
+    with forward_ad.dual_level(), torch.set_grad_enabled(gradients):
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        for call in (
+            lambda x: fastattn.softmax(x, -1),
+            lambda x: fastattn.layer_norm(x, (8,)),
+            lambda x: fastattn.scaled_dot_product_attention(x, x, x),
+            lambda x: fastattn.gelu(x),
+        ):
+            with pytest.raises(RuntimeError, match="no derivative in forward mode"):
+                call(dual)
+            call(x)
+        found = forward_ad.unpack_dual(fastattn.softmax(dual, -1, backend="reference")).tangent
+        assert torch.equal(found, forward_ad.unpack_dual(torch.softmax(dual, -1)).tangent)
+    with pytest.raises(RuntimeError):
+        torch.func.jvp(lambda x: fastattn.softmax(x, -1), (x,), (x,))
