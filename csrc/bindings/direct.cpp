@@ -67,7 +67,8 @@ std::map<std::string, PyMethodDef>& direct_calls() {
   return calls;
 }
 
-// A tensor that is no more than its memory: neither conj's nor autograd's zeros and negatives, which are only promised.
+// A tensor that is no more than its memory. autograd has zeros without any; that it must be negated, read() asks
+// Python.
 bool is_plain(const Tensor& tensor) {
   int32_t layout = 0, device = 0;
   const void* data = nullptr;
@@ -168,11 +169,10 @@ void add_direct(py::module_& m) {
         const py::tuple self = py::make_tuple(op) + defaults;
         return py::reinterpret_steal<py::object>(PyCFunction_New(&found->second, self.ptr()));
       },
-      "direct(name, op, *defaults): the kernel <name> as a function that calls it past torch's dispatcher where that "
-      "has "
-      "nothing to add, else op, torch's entry. defaults: of the last parameters. <op>_visible gives those of the "
-      "forward's "
-      "results only that people ask for. None where there is no such kernel, or torch lacks what it takes.");
+      "direct(name, op, *defaults): a kernel as a function that passes torch's dispatcher by where that has nothing "
+      "to\n"
+      "add, else calls op, torch's entry. defaults: of the last parameters. None where there is no kernel <name>, or\n"
+      "torch lacks what this takes. <op>_visible makes those of the forward's results only that people ask for.");
 }
 
 }  // namespace fastattn

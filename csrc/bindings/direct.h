@@ -1,9 +1,9 @@
 // How kernels become torch ops, and how Python reaches them past torch's dispatcher.
 //
-// Parsing arguments by a schema and finding the kernel takes torch 2 to 6 us, for calls of which a tiny one's kernel
-// takes a tenth of one. Where nobody listens and no tensor is more than memory on the CPU, the dispatcher has nothing
-// to add: then direct() calls the kernel itself, with arguments read by the types of its C++ function. In every
-// other case, and where the kernel throws, it calls torch's own entry with the same arguments.
+// To read arguments by a schema and find the kernel takes torch 2 to 6 us, and a tiny problem's kernel a tenth of one.
+// Where nobody listens, and every tensor is no more than its memory on the CPU, the dispatcher has nothing to add: then
+// Python's call goes to the kernel itself, with arguments read by the types of its C++ function. In every other case,
+// and where the kernel throws, torch's own entry is called with the same arguments.
 #pragma once
 #include <pybind11/pybind11.h>
 
