@@ -474,7 +474,10 @@ class Op:
         For eager calls of the commonest form. Native kernels check all that they depend on before they touch memory,
         and the op has checked what only it knows. What is refused here is then validated, and served or told why not.
         """
-        if _forced["backend"] is not None or (self._native is None and not self._has_native()):
+        if (
+            _forced["backend"] is not None or args[0].dtype is torch.float64  # refused would take ten times as long
+            or (self._native is None and not self._has_native())
+        ):  # fmt: skip
             return None
         native: Any = self._native
         try:
@@ -485,7 +488,10 @@ class Op:
 
     def attempt_visible(self, *args: Any) -> Any:
         """As `attempt`, but the visible results only: the others are not made where nobody wants gradients."""
-        if _forced["backend"] is not None or (self._native is None and not self._has_native()):
+        if (
+            _forced["backend"] is not None or args[0].dtype is torch.float64  # refused would take ten times as long
+            or (self._native is None and not self._has_native())
+        ):  # fmt: skip
             return None
         native: Any = self._native
         try:
