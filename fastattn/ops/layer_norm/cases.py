@@ -218,7 +218,6 @@ def workload(rows: int, columns: int, *, residual: bool = False, quick: bool = F
 
 
 WORKLOADS = (
-    workload(4, 8),  # what a call costs
     workload(1024, 768, quick=True),
     workload(4096, 768, quick=True),
     workload(8192, 1024),

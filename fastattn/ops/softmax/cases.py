@@ -294,7 +294,6 @@ def causal_workload(batch: int, rows: int, *, quick: bool = False) -> Workload:
 
 
 WORKLOADS = (
-    workload(4, 8),  # what a call costs
     workload(4096, 768, quick=True),
     workload(8192, 1024),
     workload(4096, 4096),
