@@ -199,8 +199,15 @@ class Bound:
         _served[self.backend] += 1
         return self.forward(*args)
 
+    def run_visible(self, *args: Any) -> Any:
+        """As `run`, but the visible results only: the others are not made where nobody wants gradients."""
+        if self.visible is not None and not (_grad_enabled() or _transforms_active() or forward_ad._current_level >= 0):
+            return self.compute_visible(*args)
+        results, visible = self.run(*args), self.op.visible
+        return results[0] if visible == 1 else results[:visible]
+
     def compute_visible(self, *args: Any) -> Any:
-        """The forward's visible results, of kernels that can make them alone, where nobody wants gradients."""
+        """As `compute`, but the visible results only, of kernels that can make them alone."""
         _served[self.backend] += 1
         assert self.visible is not None
         return self.visible(*args)
@@ -467,44 +474,25 @@ class Op:
             bound = self._chosen[key] = self.resolve(problem(), backend)
         return bound
 
-    def attempt(self, *args: Any) -> Any:
+    def attempt(self, *args: Any, visible: bool = False) -> Any:
         """The native kernel's result for CPU tensors as they are, without a detour; None when it is not the automatic
-        choice or refuses them.
+        choice or refuses them. visible: of the visible results only.
 
         For eager calls of the commonest form. Native kernels check all that they depend on before they touch memory,
         and the op has checked what only it knows. What is refused here is then validated, and served or told why not.
         """
         if (
-            _forced["backend"] is not None or args[0].dtype is torch.float64  # refused would take ten times as long
+            _forced["backend"] is not None or args[0].dtype not in KERNEL_DTYPES  # a refusal takes ten times as long
             or (self._native is None and not self._has_native())
         ):  # fmt: skip
             return None
         native: Any = self._native
+        run = native.run_visible if visible else native.run
         try:
-            return native.run(*args)
+            return run(*args)
         except RuntimeError:
             _served["cpu"] -= 1
             return None
-
-    def attempt_visible(self, *args: Any) -> Any:
-        """As `attempt`, but the visible results only: the others are not made where nobody wants gradients."""
-        if (
-            _forced["backend"] is not None or args[0].dtype is torch.float64  # refused would take ten times as long
-            or (self._native is None and not self._has_native())
-        ):  # fmt: skip
-            return None
-        native: Any = self._native
-        try:
-            if (
-                native.visible is not None and not _grad_enabled() and not _transforms_active()
-                and forward_ad._current_level < 0
-            ):  # fmt: skip
-                return native.compute_visible(*args)
-            results = native.run(*args)
-        except RuntimeError:
-            _served["cpu"] -= 1
-            return None
-        return results[0] if self.visible == 1 else results[: self.visible]
 
     def _has_native(self) -> bool:
         """Whether the native kernels are the automatic choice for CPU tensors; then they are in _native."""

@@ -143,16 +143,16 @@ void implement(Library& library, const std::string& op) {
   library.impl((op + "_forward.cpu").c_str(), TORCH_BOX(forward));
   add_direct_call(op + "_forward", call_directly<forward>);
 }
-// For Python alone, a forward kernel that makes the first results only, as many as people ask for.
-template <auto forward, Py_ssize_t visible = 1>
-void implement_visible(const std::string& op) {
-  add_direct_call(op + "_visible", call_directly<forward, visible>);
-}
 template <auto forward, auto backward, class Library>
 void implement(Library& library, const std::string& op) {
   implement<forward>(library, op);
   library.impl((op + "_backward.cpu").c_str(), TORCH_BOX(backward));
   add_direct_call(op + "_backward", call_directly<backward>);
+}
+// For Python alone, a forward kernel that makes the first results only, as many as people ask for.
+template <auto forward, Py_ssize_t visible = 1>
+void implement_visible(const std::string& op) {
+  add_direct_call(op + "_visible", call_directly<forward, visible>);
 }
 
 }  // namespace fastattn

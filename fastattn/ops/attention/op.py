@@ -458,8 +458,8 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, return_ls
     dim = query.shape[3]
     if dim == 0:
         return None
-    attempt = OP.attempt if return_lse else OP.attempt_visible
-    return attempt(query, key, value, None, None, 1.0 / math.sqrt(dim), is_causal, False, 0.0)
+    scale = 1.0 / math.sqrt(dim)
+    return OP.attempt(query, key, value, None, None, scale, is_causal, False, 0.0, visible=not return_lse)
 
 
 def scaled_dot_product_attention(

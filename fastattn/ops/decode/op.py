@@ -250,9 +250,9 @@ def _plain(
     if dim == 0 or key_cache.shape[2] == 0:
         return None
     scale = 1.0 / math.sqrt(dim)
-    attempt = OP.attempt if return_lse else OP.attempt_visible
-    return attempt(
-        query, key_cache, value_cache, *indices, None, 0, scale, -1, 0 if causal else -1, 0.0, 0
+    return OP.attempt(
+        query, key_cache, value_cache, *indices, None, 0, scale, -1, 0 if causal else -1, 0.0, 0,
+        visible=not return_lse,
     )  # fmt: skip
 
 

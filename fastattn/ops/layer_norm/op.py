@@ -97,7 +97,7 @@ def layer_norm(
         backend is None and weight_offset == 0.0 and not torch.compiler.is_compiling()
         and plain_cpu(input, shape, weight, bias)
     ):  # fmt: skip
-        output = OP.attempt_visible(input, weight, bias, len(shape), eps, 0.0)
+        output = OP.attempt(input, weight, bias, len(shape), eps, 0.0, visible=True)
         if output is not None:
             return (output, input) if prenorm else output
     if weight_offset != 0.0:
@@ -173,7 +173,7 @@ def _added(
         and type(residual) is Tensor and residual.is_cpu and residual.dtype == input.dtype
         and residual.shape == input.shape
     ):  # fmt: skip
-        results = ADD_OP.attempt_visible(input, residual, weight, bias, None, len(shape), eps, 0.0, 0.0)
+        results = ADD_OP.attempt(input, residual, weight, bias, None, len(shape), eps, 0.0, 0.0, visible=True)
         if results is not None:
             return results
     check_values(op, weight_offset, dropout_p, seed)

@@ -104,7 +104,7 @@ def rms_norm(
         backend is None and weight_offset == 0.0 and not torch.compiler.is_compiling()
         and plain_cpu(input, shape, weight)
     ):  # fmt: skip
-        output = OP.attempt_visible(input, weight, len(shape), _FLOAT_EPS if eps is None else eps, 0.0)
+        output = OP.attempt(input, weight, len(shape), _FLOAT_EPS if eps is None else eps, 0.0, visible=True)
         if output is not None:
             return (output, input) if prenorm else output
     if weight_offset != 0.0:
@@ -179,8 +179,8 @@ def _added(
         and type(residual) is Tensor and residual.is_cpu and residual.dtype == input.dtype
         and residual.shape == input.shape
     ):  # fmt: skip
-        results = ADD_OP.attempt_visible(
-            input, residual, weight, None, len(shape), _FLOAT_EPS if eps is None else eps, 0.0, 0.0
+        results = ADD_OP.attempt(
+            input, residual, weight, None, len(shape), _FLOAT_EPS if eps is None else eps, 0.0, 0.0, visible=True
         )
         if results is not None:
             return results
