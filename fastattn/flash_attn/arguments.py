@@ -36,8 +36,3 @@ def cap_of(softcap: float) -> float:
 def dropout_state(dropout_p: float, device: torch.device) -> Tensor | None:
     """The state of a call's dropout; None without."""
     return philox.draw(device) if dropout_p > 0.0 else None
-
-
-def unit_last_stride(tensor: Tensor) -> Tensor:
-    """As kernels take it; a tensor without dimensions is refused later."""
-    return tensor if tensor.ndim == 0 or tensor.stride(-1) == 1 else tensor.contiguous()

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.flash_attn.arguments import cap_of, unit_last_stride
+from fastattn.flash_attn.arguments import cap_of
+from fastattn.ops.attention.op import unit_last_stride
 from fastattn.ops.decode.append import append_to_cache
 from fastattn.ops.decode.op import Call, check_dtypes
 from fastattn.ops.decode.places import check_length

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastattn.dispatch import Bound, Op, Problem, key_of
-from fastattn.flash_attn.arguments import cap_of, dropout_state, scale_of, unit_last_stride, window_of
+from fastattn.flash_attn.arguments import cap_of, dropout_state, scale_of, window_of
 from fastattn.flash_attn.varlen import gathered_pages
 from fastattn.numerics import accumulation_dtype
 from fastattn.ops.attention import (
@@ -23,6 +23,7 @@ from fastattn.ops.attention import (
     scaled_dot_product_attention,
     varlen_reference,
 )
+from fastattn.ops.attention.op import unit_last_stride
 from fastattn.ops.attention.options import NO_WINDOW
 
 

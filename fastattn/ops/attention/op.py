@@ -300,8 +300,9 @@ def _four_dim_mask(mask: Tensor, batch: tuple[int, ...]) -> Tensor:
         ) from error
 
 
-def _unit_last_stride(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def unit_last_stride(tensor: Tensor) -> Tensor:
+    """As kernels take it; a tensor without dimensions is refused later."""
+    return tensor if tensor.ndim == 0 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _autocast(device: str, *tensors: Tensor | None) -> list[Any]:
@@ -562,7 +563,7 @@ def scaled_dot_product_attention(
         compute = OP.resolve_cached(signature, problem, backend).run
     philox = philox_mask.state_of(seed, q.device) if dropout_p > 0.0 else None
     output, lse = compute(
-        _unit_last_stride(q), _unit_last_stride(k), _unit_last_stride(v), mask, philox,
+        unit_last_stride(q), unit_last_stride(k), unit_last_stride(v), mask, philox,
         scale, is_causal, causal_alignment == "bottom_right", dropout_p, *features,
     )  # fmt: skip
     if batch is not None:
